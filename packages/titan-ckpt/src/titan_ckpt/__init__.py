@@ -1,0 +1,1 @@
+"""Distributed checkpoints that can be trusted: async, atomic, verified, resharding, Hugging Face in and out."""

@@ -1,0 +1,1 @@
+"""Text to token batches: tokenizers, sources, packing, elastic order, exact state."""

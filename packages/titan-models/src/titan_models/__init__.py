@@ -1,0 +1,1 @@
+"""Model families as plain nn.Modules built from configs, with checked Hugging Face weight adapters."""

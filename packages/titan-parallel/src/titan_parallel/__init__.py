@@ -1,0 +1,1 @@
+"""Any nn.Module on a device mesh, from a table of roles."""

@@ -1,0 +1,1 @@
+"""The training loop: optimizer, schedule, loss, metrics, validation, profiling."""
