@@ -1,8 +1,8 @@
 """Make the debug recipes' text and tokenizer: `python recipes/assets/make.py PATH/TO/austen.jsonl`.
 
 Reads one JSON object a chapter (title, chapter, text) and writes, beside this file, `austen/train.jsonl`,
-`austen/validation.jsonl` (whole chapters that are not in the training text) and `austen.tiktoken` (a byte-level BPE, trained on
-the training text). Needs `tokenizers`; checks itself with `tiktoken`. The same input gives the same bytes.
+`austen/validation.jsonl` (whole chapters that are not in the training text) and `austen.tiktoken` (a byte-level
+BPE, trained on the training text). Needs `tokenizers`; checks itself with `tiktoken`. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ VALIDATE_EVERY = 12  # chapters 12, 24, 36, ... of each novel are held out
 VOCAB_SIZE = 2048  # the last id is END_OF_TEXT, the others are the ranks of the file
 END_OF_TEXT = "<|end_of_text|>"
 # Llama 3's way to cut text into words before the merges.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def split(chapters: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -55,7 +58,7 @@ def train_bpe(texts: list[str]) -> Tokenizer:
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte behind each character of a byte-level BPE's alphabet (GPT-2's table): printable Latin-1 stands for itself."""
+    """The byte behind each character of a byte-level BPE's alphabet: GPT-2's table, printable Latin-1 as itself."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
