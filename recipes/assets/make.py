@@ -2,7 +2,8 @@
 
 Reads one JSON object a chapter (title, chapter, text) and writes, beside this file, `austen/train.jsonl`,
 `austen/validation.jsonl` (whole chapters that are not in the training text) and `austen.tiktoken` (a byte-level
-BPE, trained on the training text). Needs `tokenizers`; checks itself with `tiktoken`. The same input gives the same bytes.
+BPE, trained on the training text). Needs `tokenizers` and, to check itself, `tiktoken`. The same input gives the
+same bytes.
 """
 
 from __future__ import annotations
