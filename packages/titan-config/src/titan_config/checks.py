@@ -1,0 +1,240 @@
+"""Checks of values against annotations, compiled once per field: `compile_check(annotation)(value)` returns what to store.
+
+A check returns the value itself, or the value it is stored as (an int given for a float becomes a float), or raises Mismatch.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import enum
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
+
+from titan_config.errors import join
+
+Check = Callable[[Any], Any]
+
+
+class Mismatch(Exception):
+    """A value is not what its annotation asks for; `path` says which item inside a container."""
+
+    def __init__(self, value: Any, need: str, do: str, path: str = "") -> None:
+        super().__init__(value, need, do, path)
+        self.value, self.need, self.do, self.path = value, need, do, path
+
+
+def describe(annotation: Any) -> str:
+    """Return an annotation as people write it: "list[int]", "Norm.Config or None", "one of 'full', 'none'"."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return "None"
+    if annotation is Any:
+        return "anything"
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(arg) for arg in args)
+    if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
+        return "a function"
+    if origin is not None:
+        inner = ", ".join("..." if arg is Ellipsis else describe(arg) for arg in args)
+        return f"{describe(origin)}[{inner}]"
+    if isinstance(annotation, type):
+        return "torch.dtype" if _is_dtype(annotation) else annotation.__qualname__
+    return str(annotation)
+
+
+def describe_value(value: Any) -> str:
+    """Return a value and its type on one short line."""
+    text = repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if value is None or isinstance(value, type) else f"{text} ({type(value).__qualname__})"
+
+
+def compile_check(annotation: Any) -> Check:
+    """Return the check for `annotation`. Raises TypeError for an annotation a config field cannot have."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return lambda value: value
+    if annotation is None:
+        return _instance_check(type(None))
+    if origin is Literal:
+        return _literal_check(annotation, args)
+    if origin in (Union, types.UnionType):
+        return _union_check(annotation, [compile_check(arg) for arg in args])
+    if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
+        return _callable_check
+    container = origin or annotation
+    if container is dict:
+        return _dict_check(*(compile_check(arg) for arg in args or (Any, Any)))
+    if container is tuple and args and args[-1] is not Ellipsis:
+        return _fixed_tuple_check(annotation, [compile_check(arg) for arg in args if arg != ()])
+    if container in (list, tuple, set, frozenset):
+        return _items_check(container, annotation, compile_check(args[0] if args else Any))
+    if origin is not None or not isinstance(annotation, type):
+        raise TypeError(describe(annotation))
+    if annotation in (bool, int, float, str):
+        return {bool: _instance_check(bool), int: _check_int, float: _check_float, str: _check_str}[annotation]
+    if annotation is type(None) or issubclass(annotation, (enum.Enum, pathlib.PurePath)) or _is_dtype(annotation):
+        return _instance_check(annotation)
+    if hasattr(annotation, "__dataclass_fields__"):  # a Config class; the base alone has none
+        return _instance_check(annotation)
+    raise TypeError(describe(annotation))
+
+
+def _is_dtype(annotation: type) -> bool:
+    return annotation.__module__ == "torch" and annotation.__name__ == "dtype"
+
+
+def _check_int(value: Any) -> int:
+    if type(value) is int:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    raise Mismatch(value, "int", _number_advice(value, int))
+
+
+def _check_float(value: Any) -> float:
+    if type(value) is float:
+        return value
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return float(value)
+    raise Mismatch(value, "float", _number_advice(value, float))
+
+
+def _number_advice(value: Any, kind: type) -> str:
+    if isinstance(value, str):
+        try:
+            kind(value)
+            return f"Write {value.strip()} without quotes."
+        except ValueError:
+            pass
+    if isinstance(value, float) and value.is_integer():
+        return f"Write {int(value)}."
+    return f"Give it a number such as {'8' if kind is int else '0.1'}."
+
+
+def _check_str(value: Any) -> str:
+    if type(value) is str:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise Mismatch(value, "str", f'Write it with quotes: "{value}".')
+
+
+def _instance_check(kind: type) -> Check:
+    def check(value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        raise Mismatch(value, describe(kind), _instance_advice(value, kind))
+
+    return check
+
+
+def _instance_advice(value: Any, kind: type) -> str:
+    if kind is bool:
+        return "Write True or False."
+    if issubclass(kind, enum.Enum):
+        return f"Use one of: {', '.join(str(member) for member in kind)}."
+    if issubclass(kind, pathlib.PurePath):
+        return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
+    if _is_dtype(kind):
+        return f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16, say."
+    if kind is type(None):
+        return "Write None."
+    if isinstance(value, type) and hasattr(value, "Config"):
+        return f"Write {value.__qualname__}.Config(...)."
+    return f"Write {kind.__qualname__}(...), or a config of a class derived from it."
+
+
+def _literal_check(annotation: Any, choices: tuple[Any, ...]) -> Check:
+    def check(value: Any) -> Any:
+        for choice in choices:
+            if value == choice and type(value) is type(choice):
+                return value
+        raise Mismatch(value, describe(annotation), f"Write one of these, such as {choices[0]!r}.")
+
+    return check
+
+
+def _union_check(annotation: Any, checks: list[Check]) -> Check:
+    def check(value: Any) -> Any:
+        stored: list[Any] = []
+        failures: list[Mismatch] = []
+        for member in checks:
+            try:
+                result = member(value)
+            except Mismatch as mismatch:
+                failures.append(mismatch)
+                continue
+            if result is value:  # fits as it is; a member that would convert it comes second
+                return value
+            stored.append(result)
+        if stored:
+            return stored[0]
+        inside = [mismatch for mismatch in failures if mismatch.path]
+        if len(inside) == 1:  # the container was right, one of its items is not
+            raise inside[0]
+        raise Mismatch(value, describe(annotation), next(f.do for f in failures))
+
+    return check
+
+
+def _callable_check(value: Any) -> Any:
+    if callable(value):
+        return value
+    raise Mismatch(value, "a function", "Give it the function itself or a functools.partial of it.")
+
+
+def _items_check(container: type, annotation: Any, check_item: Check) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, container):
+            raise Mismatch(value, describe(annotation), _container_advice(value, container))
+        items = [_checked_item(check_item, item, index) for index, item in enumerate(value)]
+        return value if all(map(_same, items, value)) else container(items)
+
+    return check
+
+
+def _fixed_tuple_check(annotation: Any, checks: list[Check]) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            raise Mismatch(value, describe(annotation), _container_advice(value, tuple))
+        if len(value) != len(checks):
+            raise Mismatch(value, describe(annotation), f"Give it {len(checks)} items.")
+        items = [_checked_item(checks[index], item, index) for index, item in enumerate(value)]
+        return value if all(map(_same, items, value)) else tuple(items)
+
+    return check
+
+
+def _dict_check(check_key: Check, check_value: Check) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Mismatch(value, "dict", "Write it with braces: {...}.")
+        items = {_checked_item(check_key, key, key): _checked_item(check_value, item, key) for key, item in value.items()}
+        return value if all(map(_same, items.values(), value.values())) else items
+
+    return check
+
+
+def _same(first: Any, second: Any) -> bool:
+    return first is second
+
+
+def _checked_item(check: Check, item: Any, place: object) -> Any:
+    try:
+        return check(item)
+    except Mismatch as mismatch:
+        raise Mismatch(mismatch.value, mismatch.need, mismatch.do, join(str(place), mismatch.path)) from None
+
+
+def _container_advice(value: Any, container: type) -> str:
+    kinds = (list, tuple, set, frozenset)
+    if isinstance(value, kinds):
+        return f"Write {container(value)!r}."
+    return f"Write {container([value])!r}." if isinstance(value, (str, int, float)) else f"Give it a {container.__name__}."

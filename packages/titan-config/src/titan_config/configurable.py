@@ -1,0 +1,210 @@
+"""`Configurable` and its `Config`: a typed config that builds the object that owns it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+from titan_config.checks import Check, Mismatch, describe_value
+from titan_config.declaration import already_a_dataclass, compile_checks, declare, scope_of
+from titan_config.errors import ConfigError, UnknownName, join, nearest
+from titan_config.tree import Node, children, copied, same
+
+
+class Configurable:
+    """An object built from a config: `class Config(Configurable.Config)` inside it states the fields.
+
+    A subclass without a `Config` of its own gets one, so that `B.Config()` builds a `B`.
+    """
+
+    @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+    class Config(Node):
+        """Base of all configs: a keyword-only dataclass whose every assignment is checked for name and type."""
+
+        _owner: ClassVar[type[Configurable] | None] = None
+
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            super().__init_subclass__(**kwargs)
+            declare(cls)
+            cls._owner = None
+            cls._scope = scope_of(sys._getframe(1), cls.__qualname__)
+            cls._declared = cls.__dict__["__dataclass_fields__"]
+
+        def validate(self) -> None:
+            """Raise ConfigError or ValueError (three sentences: got, need, do) where fields do not go together.
+
+            Runs over the whole tree at build, saving and on the command line, after names and types were checked.
+            """
+
+        def build(self, **runtime: Any) -> Any:
+            """Return the owner, made from a private frozen copy of this config and from `runtime` objects.
+
+            Raises ConfigError, with its path in the tree, for a value of the wrong type or a `validate` that fails.
+            """
+            owner = type(self)._owner
+            if owner is None or owner is Configurable:
+                raise ConfigError(
+                    f"Got build() of {type(self).__qualname__}, which belongs to no class. Only a Config that a Configurable "
+                    "class holds can be built. Write it inside the class it builds, or read its fields as they are."
+                )
+            shadowed = sorted(runtime.keys() & vars(self).keys())
+            if shadowed:
+                raise ConfigError(
+                    f"Got {shadowed[0]} as an argument of {type(self).__qualname__}.build(). It is a field of the config, and "
+                    f"a value has one place. Set config.{shadowed[0]} instead."
+                )
+            if not self._frozen:
+                check(self)
+            return owner(copied(self, frozen=True), **runtime)  # type: ignore[call-arg]
+
+        if not TYPE_CHECKING:  # a type checker sees the fields instead
+
+            def __init__(self, *args: Any, **values: Any) -> None:
+                _initialise(self, args, values)
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                vars(self)[name] = _checked(self, name, value)
+
+            def __getattr__(self, name: str) -> Any:
+                if name.startswith("__"):
+                    raise AttributeError(name)
+                raise _unknown(type(self), name)
+
+        def __delattr__(self, name: str) -> None:
+            raise ConfigError(f"Got del of {type(self).__qualname__}.{name}. A config has all of its fields. Set it to None.")
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return copied(self)
+
+        def __eq__(self, other: object) -> bool:
+            return type(other) is type(self) and same(self, other)
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __repr__(self) -> str:
+            fields = ", ".join(f"{name}={value!r}" for name, value in children(self))
+            return f"{type(self).__qualname__}({fields})"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        config = cls.__dict__.get("Config")
+        if config is None:
+            config = cls.Config = _inherited_config(cls)
+        _adopt(cls, config)
+
+
+Config = Configurable.Config
+Config._owner = Configurable
+dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(Config)
+
+
+def _inherited_config(owner: type[Configurable]) -> type[Config]:
+    configs = [base.Config for base in owner.__bases__ if issubclass(base, Configurable)]
+    bases = [config for config in configs if not any(issubclass(other, config) for other in configs if other is not config)]
+    namespace = {"__module__": owner.__module__, "__qualname__": f"{owner.__qualname__}.Config"}
+    return types.new_class("Config", tuple(dict.fromkeys(bases)), {}, lambda body: body.update(namespace))
+
+
+def _adopt(owner: type[Configurable], config: Any) -> None:
+    if not (isinstance(config, type) and issubclass(config, Config)):
+        raise ConfigError(
+            f"Got {owner.__qualname__}.Config = {config!r}. The Config of a Configurable derives from Configurable.Config. Write "
+            "class Config(Configurable.Config) inside the class."
+        )
+    if config._declared is not config.__dict__["__dataclass_fields__"]:
+        raise ConfigError(already_a_dataclass(config))
+    if config._owner is not None:
+        raise ConfigError(
+            f"Got {config.__module__}.{config.__qualname__} as the Config of {owner.__qualname__}. It builds "
+            f"{config._owner.__qualname__} already, and a Config has one owner. Leave the line out, or write "
+            f"class Config({config._owner.__qualname__}.Config) inside {owner.__qualname__}."
+        )
+    config._owner = owner
+
+
+def _checks(cls: type[Config]) -> dict[str, Check]:
+    checks = cls.__dict__.get("_checks")
+    if checks is None:
+        checks = cls._checks = compile_checks(cls)
+    return checks
+
+
+def _unknown(cls: type[Config], name: str) -> UnknownName:
+    return UnknownName(f"Got the name {name}. {cls.__qualname__} has no such field. {nearest(name, _checks(cls))}")
+
+
+def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
+    message = f"Got {describe_value(wrong.value)}. {cls.__qualname__}.{join(name, wrong.path)} must be {wrong.need}. {wrong.do}"
+    return ConfigError(message, join(name, wrong.path))
+
+
+def _checked(config: Config, name: str, value: Any) -> Any:
+    """Return `value` as it is stored in the field `name`, or raise ConfigError."""
+    check_value = _checks(type(config)).get(name)
+    if check_value is None:
+        raise _unknown(type(config), name)
+    if config._frozen:
+        raise ConfigError(
+            f"Got {type(config).__qualname__}.{name} = {value!r} in a built config. A built config no longer changes. Make the "
+            "change before build(), or in a copy.deepcopy of the config.",
+            name,
+        )
+    try:
+        return check_value(value)
+    except Mismatch as wrong:
+        raise _wrong_type(type(config), name, wrong) from None
+
+
+def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -> None:
+    cls = type(config)
+    if args:
+        raise ConfigError(
+            f"Got {describe_value(args[0])} by position. The fields of {cls.__qualname__} are given by name. Write "
+            f"{cls.__qualname__}({next(iter(_checks(cls)), 'name')}=...)."
+        )
+    fields = cls.__dataclass_fields__
+    for name in values:
+        if name not in _checks(cls):
+            raise _unknown(cls, name)
+    for name in _checks(cls):
+        field = fields[name]
+        if name in values:
+            value = values[name]
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            raise ConfigError(f"Got no {name}. {cls.__qualname__} needs it. Write {cls.__qualname__}({name}=...).", name)
+        setattr(config, name, value)
+    if hasattr(cls, "__post_init__"):
+        config.__post_init__()
+
+
+def check(config: Config, path: str = "") -> None:
+    """Check names, types and the `validate` rules of a whole tree, parts first. Errors carry the path."""
+    for name, check_value in _checks(type(config)).items():
+        try:
+            value = check_value(vars(config)[name])
+        except Mismatch as wrong:
+            raise _wrong_type(type(config), name, wrong).under(path) from None
+        if not config._frozen:
+            vars(config)[name] = value
+    for name, part in children(config):
+        _check_part(part, join(path, name))
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise error.under(path) from error
+    except ValueError as error:
+        raise ConfigError(str(error), path) from error
+
+
+def _check_part(value: Any, path: str) -> None:
+    if isinstance(value, Config):
+        check(value, path)
+    else:
+        for name, part in children(value):
+            _check_part(part, join(path, name))

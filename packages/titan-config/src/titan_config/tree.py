@@ -1,0 +1,119 @@
+"""The tree a config is: its nodes, walking them, copying them, replacing them.
+
+Nodes are configs. Lists, tuples and dicts between them are part of the path: "layers.0.norm", "experts.shared".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from titan_config.errors import ConfigError, join, nearest
+
+
+class Node:
+    """What every Config is: its fields, in order, are its `vars`."""
+
+    _frozen = False
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        f"Got a change of {list(self)!r}, which belongs to a built config. A built config no longer changes. "
+        "Make the change before build(), or in a copy.deepcopy of the config."
+    )
+
+
+class FrozenList(list[Any]):
+    """A list inside a built config."""
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refuse
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        return copied(self)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
+        return type(self), (list(self),)
+
+
+class FrozenDict(dict[Any, Any]):
+    """A dict inside a built config."""
+
+    clear = pop = popitem = setdefault = update = _refuse
+    __setitem__ = __delitem__ = __ior__ = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        return copied(self)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
+        return type(self), (dict(self),)
+
+
+class FrozenSet(set[Any]):
+    """A set inside a built config."""
+
+    add = clear = difference_update = discard = intersection_update = pop = remove = _refuse
+    symmetric_difference_update = update = __ior__ = __iand__ = __isub__ = __ixor__ = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> set[Any]:
+        return copied(self)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[type, tuple[set[Any]]]:
+        return type(self), (set(self),)
+
+
+def copied(value: Any, frozen: bool = False) -> Any:
+    """Return a copy of a tree that shares no config, list, dict or set with it; `frozen`: one that no longer changes."""
+    if isinstance(value, Node):
+        if frozen and value._frozen:
+            return value
+        new = object.__new__(type(value))
+        new.__dict__.update((name, copied(item, frozen)) for name, item in vars(value).items() if name != "_frozen")
+        if frozen:
+            new.__dict__["_frozen"] = True
+        return new
+    if isinstance(value, list):
+        return (FrozenList if frozen else list)(copied(item, frozen) for item in value)
+    if type(value) is tuple:
+        return tuple(copied(item, frozen) for item in value)
+    if isinstance(value, dict):
+        return (FrozenDict if frozen else dict)((key, copied(item, frozen)) for key, item in value.items())
+    if isinstance(value, set):
+        return (FrozenSet if frozen else set)(value)
+    return value
+
+
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name, part) for what a config or a container holds directly; nothing for any other value."""
+    if isinstance(value, Node):
+        yield from ((name, part) for name, part in vars(value).items() if name != "_frozen")
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(index), part) for index, part in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((str(key), part) for key, part in value.items())
+
+
+def traverse(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (path, config) for every config of the tree, the root ("") first, parents before their parts."""
+    yield from _traverse(config, "")
+
+
+def _traverse(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Node):
+        yield path, value
+    for name, part in children(value):
+        yield from _traverse(part, join(path, name))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Say whether two trees hold equal values of equal types; a nan equals a nan, a partial one with equal parts."""
+    if type(first) is not type(second) and not (isinstance(first, type(second)) or isinstance(second, type(first))):
+        return False
+    if isinstance(first, functools.partial):
+        return same((first.func, first.args, first.keywords), (second.func, second.args, second.keywords))
+    if isinstance(first, (Node, list, tuple, dict)):
+        one, two = dict(children(first)), dict(children(second))
+        return one.keys() == two.keys() and all(same(part, two[name]) for name, part in one.items())
+    return bool(first == second) or (first != first and second != second)
