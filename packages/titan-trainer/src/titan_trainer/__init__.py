@@ -1,1 +1,33 @@
 """The training loop: optimizer, schedule, loss, metrics, validation, profiling."""
+
+from titan_trainer.errors import NonFiniteError
+from titan_trainer.loss import CrossEntropy
+from titan_trainer.main import main
+from titan_trainer.metrics import Metrics, TensorBoard
+from titan_trainer.optimizer import AdamW, Optimizer, ParameterGroup
+from titan_trainer.plot import draw_loss_curve
+from titan_trainer.replica_group import SingleReplica
+from titan_trainer.schedule import WarmupStableDecay
+from titan_trainer.settings import Comm, Debug, Training
+from titan_trainer.trainer import StepResult, Trainer
+from titan_trainer.validation import Validator
+
+__all__ = [
+    "AdamW",
+    "Comm",
+    "CrossEntropy",
+    "Debug",
+    "Metrics",
+    "NonFiniteError",
+    "Optimizer",
+    "ParameterGroup",
+    "SingleReplica",
+    "StepResult",
+    "TensorBoard",
+    "Trainer",
+    "Training",
+    "Validator",
+    "WarmupStableDecay",
+    "draw_loss_curve",
+    "main",
+]

@@ -1,0 +1,36 @@
+"""What a device can do and how much memory a run took."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+GIB = 1024**3
+
+# Dense bf16 peak of the tensor cores, FLOP/s, without sparsity: the vendors' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s; None where it is not known (a CPU, an unlisted card)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if all(part in name for part in key.split())), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: the allocator's peak on an accelerator, the resident set on a CPU; in GiB."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return torch.accelerator.max_memory_allocated(device) / GIB

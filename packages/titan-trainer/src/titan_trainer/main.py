@@ -1,0 +1,26 @@
+"""What a recipe's `if __name__ == "__main__"` calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from titan_config import cli
+
+from titan_trainer.errors import reported_errors
+from titan_trainer.trainer import Trainer
+
+
+def main(recipe: Callable[[], Trainer.Config], argv: Sequence[str] | None = None) -> Trainer:
+    """Train what `recipe` returns, as changed by the command line; return the trainer at the end.
+
+    An error that its user can mend ends the process with code 1 and one short report.
+    """
+    config: Any = cli(recipe, argv)
+    logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(message)s", level=logging.WARNING)
+    with reported_errors(config.dump_folder):
+        trainer: Trainer = config.build()
+        trainer.train()
+        return trainer

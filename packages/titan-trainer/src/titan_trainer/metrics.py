@@ -1,0 +1,166 @@
+"""What a run tells: a line on the terminal, `metrics.jsonl` with one object a step, and TensorBoard where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from titan_config import Configurable, ConfigError
+
+Record = dict[str, Any]
+
+
+class Sink(Configurable, ABC):
+    """Where records go. A new kind of sink is a new class; `metrics.sinks` lists those of a run."""
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Take one step's record."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class TensorBoard(Sink):
+    """Scalars for TensorBoard, below `dump_folder/<folder>`. Needs `pip install titan-trainer[tensorboard]`."""
+
+    class Config(Configurable.Config):
+        folder: str = "tb"
+        """Below dump_folder."""
+
+    def __init__(self, config: Config, *, dump_folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(dump_folder / config.folder), purge_step=first_step)
+
+    def write(self, record: Record) -> None:
+        """One scalar per number of the record."""
+        for key, value in record.items():
+            if key != "step":
+                self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.writer.close()
+
+
+class Metrics(Configurable):
+    """Collects a record per step on the first rank and shows it.
+
+    `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
+    `tokens_per_second`, `seconds` (of the step), `memory_gib` and, where the device's peak is known, `mfu`. Validation adds
+    `{"step", "validation_loss"}`. A resumed run goes on in the same file, after the step that was loaded.
+    """
+
+    class Config(Configurable.Config):
+        log_freq: int = 10
+        """Steps from one line on the terminal to the next."""
+        sinks: list[Sink.Config] = []
+        """Further places for the records, such as TensorBoard."""
+
+        def validate(self) -> None:
+            if self.log_freq < 1:
+                raise ConfigError(f"Got log_freq {self.log_freq}. Lines come every 1 or more steps. Set metrics.log_freq.")
+
+    def __init__(
+        self, config: Config, *, dump_folder: Path, first_step: int, steps: int, seconds_per_token_at_peak: float | None, is_first_rank: bool
+    ) -> None:
+        self.log_freq, self.steps, self.is_first_rank = config.log_freq, steps, is_first_rank
+        self.seconds_per_token_at_peak = seconds_per_token_at_peak
+        self.started = self.last_step_ended = time.perf_counter()
+        self.first_step = first_step
+        self.tokens_since_line, self.seconds_since_line = 0, 0.0
+        if is_first_rank:
+            self.file = open_after_step(dump_folder / "metrics.jsonl", first_step)
+            self.sinks = [sink.build(dump_folder=dump_folder, first_step=first_step) for sink in config.sinks]
+
+    def record_step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, memory_gib: float) -> None:
+        """Take what the step number `step` (counted from 1) gave; time runs from the end of the step before."""
+        now = time.perf_counter()
+        seconds, self.last_step_ended = now - self.last_step_ended, now
+        if not self.is_first_rank:
+            return
+        record: Record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "memory_gib": memory_gib,
+        }
+        if self.seconds_per_token_at_peak is not None:
+            record["mfu"] = tokens * self.seconds_per_token_at_peak / seconds
+        self._write(record)
+        self.tokens_since_line += tokens
+        self.seconds_since_line += seconds
+        if step % self.log_freq == 0 or step in (self.first_step + 1, self.steps):
+            self._print_line(record)
+
+    def record_validation(self, step: int, *, loss: float) -> None:
+        """Take a validation loss; its time is not counted to the next step."""
+        if self.is_first_rank:
+            self._write({"step": step, "validation_loss": loss})
+            print(f"step {step:>6}/{self.steps}  validation loss {loss:.4f}", flush=True)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Let the next step's time start now."""
+        self.last_step_ended = time.perf_counter()
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self.is_first_rank:
+            self.file.close()
+            for sink in self.sinks:
+                sink.close()
+
+    def _write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _print_line(self, record: Record) -> None:
+        tokens_per_second = self.tokens_since_line / self.seconds_since_line
+        done = record["step"] - self.first_step
+        remaining_s = (time.perf_counter() - self.started) / done * (self.steps - record["step"])
+        mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        print(
+            f"step {record['step']:>6}/{self.steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+            f"lr {record['lr']:.2e}  {tokens_per_second:,.0f} tokens/s{mfu}  {record['memory_gib']:.2f} GiB  "
+            f"{format_duration(remaining_s)} left",
+            flush=True,
+        )
+        self.tokens_since_line, self.seconds_since_line = 0, 0.0
+
+
+def open_after_step(path: Path, step: int) -> Any:
+    """Open `path` for appending, keeping the records up to `step` only: later ones belong to steps that were lost."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        path.write_text("".join(kept))
+    return path.open("a")
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def format_duration(seconds: float) -> str:
+    """`7s`, `3m20s`, `5h07m`, `2d04h`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02}h"

@@ -1,0 +1,27 @@
+"""A model's weights as a part of a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from titan_trainer.protocols import State
+
+
+class ModelState:
+    """Parameters and persistent buffers by fully qualified name; tied parameters once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        persistent = model.state_dict(keep_vars=True)
+        self.tensors = dict(model.named_parameters())
+        self.tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+    def state_dict(self) -> State:
+        """`{name: tensor}`, the live tensors, detached."""
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Copy `state`, complete and of the same names, into the model."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state[name])

@@ -1,0 +1,139 @@
+"""Optimizers: how gradients become updates, with groups of parameters chosen by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from titan_config import Configurable, ConfigError
+from torch import nn
+
+from titan_trainer.errors import nearest
+from titan_trainer.protocols import State
+
+
+class ParameterGroup(Configurable.Config):
+    """Which parameters get another learning rate or weight decay than the rest."""
+
+    pattern: str
+    """Of fully qualified parameter names; `*` stands for anything: `*norm*`, `embedding.*`."""
+    lr_factor: float = 1.0
+    """Times the optimizer's learning rate."""
+    weight_decay: float | None = None
+    """In place of the optimizer's. None: the optimizer's."""
+
+
+class Optimizer(Configurable, ABC):
+    """A torch optimizer over named parameters, whose whole state exists from the start and is named like the parameters."""
+
+    class Config(Configurable.Config):
+        lr: float = 8e-4
+        """Peak learning rate."""
+        weight_decay: float = 0.1
+        """Decoupled weight decay."""
+        parameter_groups: list[ParameterGroup] = []
+        """Exceptions, first match first."""
+
+        def validate(self) -> None:
+            if self.lr < 0:
+                raise ConfigError(f"Got a learning rate of {self.lr}. It must not be negative. Set optimizer.lr to 0 or more.")
+
+    def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        self.optimizer = self.build_optimizer(group_parameters(self.parameters, config))
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = self.initial_state(parameter)
+
+    @abstractmethod
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer over these parameter groups."""
+
+    @abstractmethod
+    def initial_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's state of `parameter` before the first step."""
+
+    def step(self, lr_factor: float) -> None:
+        """Update the parameters at `lr_factor` times each group's peak learning rate, and drop the gradients."""
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = peak_lr * lr_factor
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> State:
+        """`{parameter name: {state name: tensor}}`, the live tensors."""
+        return {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Copy `state`, complete and of the same names, into the optimizer."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                for key, value in self.optimizer.state[parameter].items():
+                    value.copy_(state[name][key])
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+    class Config(Optimizer.Config):
+        beta1: float = 0.9
+        beta2: float = 0.95
+        eps: float = 1e-8
+        implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+        """How torch runs the update: one kernel for all parameters, one per operation, or a loop."""
+
+    def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.config = config
+        super().__init__(config, parameters=parameters)
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """torch's AdamW."""
+        return torch.optim.AdamW(
+            groups,
+            betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.eps,
+            fused=self.config.implementation == "fused",
+            foreach=self.config.implementation == "foreach",
+        )
+
+    def initial_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Zero moments, shaped and sharded like the parameter."""
+        step_device = parameter.device if self.config.implementation == "fused" else "cpu"
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=step_device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+
+
+def group_parameters(parameters: dict[str, nn.Parameter], config: Optimizer.Config) -> list[dict[str, Any]]:
+    """Torch's parameter groups: one per entry of `config.parameter_groups`, and one for all others.
+
+    Raises ConfigError if a pattern matches no parameter that an earlier one left.
+    """
+    groups = []
+    remaining = dict(parameters)
+    for exception in config.parameter_groups:
+        names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
+        if not names:
+            raise ConfigError(
+                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least one that no "
+                f"earlier group took. Change optimizer.parameter_groups; the nearest name is {nearest(exception.pattern, parameters)}."
+            )
+        groups.append(
+            {
+                "params": [remaining.pop(name) for name in names],
+                "lr": config.lr * exception.lr_factor,
+                "weight_decay": config.weight_decay if exception.weight_decay is None else exception.weight_decay,
+            }
+        )
+    if remaining:
+        groups.append({"params": list(remaining.values()), "lr": config.lr, "weight_decay": config.weight_decay})
+    return groups

@@ -1,0 +1,31 @@
+"""The picture of a run: its loss over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from titan_trainer.metrics import read_metrics
+
+
+def draw_loss_curve(metrics: Path, picture: Path, *, levels: Mapping[str, float] | None = None, title: str = "") -> None:
+    """Draw the training and validation loss of a `metrics.jsonl` into `picture` (PNG, SVG, PDF by its suffix).
+
+    `levels` are named horizontal lines, such as the entropy a model of token frequencies alone would reach. Needs
+    `pip install titan-trainer[plot]`.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    records = read_metrics(metrics)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key, style in (("loss", "-"), ("validation_loss", "o")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), linewidth=1.5, markersize=4)
+    for (name, level), color in zip((levels or {}).items(), ("tab:red", "tab:green", "tab:purple"), strict=False):
+        axes.axhline(level, color=color, linestyle="--", linewidth=1, label=f"{name} {level:.2f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,117 @@
+"""What the trainer asks of the parts that a recipe joins. Whoever satisfies these may be another package, or yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from titan_parallel import Batch
+from torch import Tensor, nn
+
+State = dict[str, Any]
+"""A nested dictionary of tensors (plain: the same on every rank; `DTensor`: sharded) and of JSON values."""
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds, or that heals a replica."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State, /) -> None: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A plain `nn.Module` that states its roles and draws its own weights; it is called as `model(**batch.inputs)`."""
+
+    def roles(self) -> Mapping[str, Any]: ...
+
+    def init_weights(self, seed: int) -> None: ...
+
+
+class Loss(Protocol):
+    """A loss that is a sum over targets, taken in place of the model's head."""
+
+    def count(self, targets: dict[str, Tensor]) -> Tensor:
+        """How many targets count: an int64 scalar, known before the forward."""
+        ...
+
+    def __call__(
+        self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss's sum over the valid targets, and their count."""
+        ...
+
+
+class Loader(Protocol):
+    """Draws a data rank's share of the global batch; a step that was not committed gives its samples back."""
+
+    def draw(self, rank: int, num_ranks: int) -> Sequence[Batch]:
+        """The micro-batches of the next step; none once the data has ended."""
+        ...
+
+    def advance(self) -> Tensor:
+        """How far the last draw moved each stream: int64; zero for streams that other ranks drew from."""
+        ...
+
+    def commit(self, advance: Tensor) -> None:
+        """Make the step final; `advance` is the sum over all data ranks."""
+        ...
+
+    def rollback(self) -> None: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State, /) -> None: ...
+
+
+class Checkpointer(Protocol):
+    """Saves and loads named parts."""
+
+    def load(self, parts: Mapping[str, Stateful]) -> int | None:
+        """Load the newest whole checkpoint into `parts`; its step, or None where there is none."""
+        ...
+
+    def save(self, step: int, parts: Mapping[str, Stateful], *, last: bool = False) -> bool:
+        """Save if `step` is due, or the last of the run; whether it did."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        ...
+
+
+class ReplicaGroup(Protocol):
+    """Replicas of the whole mesh that train one model together, and may come and go between steps."""
+
+    def register_state(self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None]) -> None:
+        """What heals a newcomer: read from a live replica, written into the new one."""
+        ...
+
+    def begin_step(self) -> tuple[int, int]:
+        """Fix who takes part in this step, healing this replica first if it is behind: (my index, how many)."""
+        ...
+
+    def reduce_(self, tensor: Tensor) -> None:
+        """Sum `tensor` over the replicas of this step, in place."""
+        ...
+
+    def commit(self) -> bool:
+        """Whether every replica of this step got through it, so that it may change the weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Converter(Protocol):
+    """Changes a model before it is parallelized (other linears, adapters), and may act after each optimizer step."""
+
+    def convert(self, model: nn.Module) -> None: ...
+
+    def after_step(self, model: nn.Module) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """What the trainer reads of a tokenizer."""
+
+    vocab_size: int

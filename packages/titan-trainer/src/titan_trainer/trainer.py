@@ -1,0 +1,329 @@
+"""The story of a training run, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from titan_config import Configurable, ConfigError, diff, save
+from titan_parallel import (
+    Batch,
+    Compile,
+    ParallelDims,
+    ParallelModel,
+    init_distributed,
+    parallelize,
+    set_collective_timeout,
+    set_determinism,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_trainer.device import peak_flops, peak_memory_gib
+from titan_trainer.errors import NonFiniteError
+from titan_trainer.garbage import CollectedGarbage
+from titan_trainer.loss import CrossEntropy
+from titan_trainer.metrics import Metrics
+from titan_trainer.model_state import ModelState
+from titan_trainer.optimizer import AdamW, Optimizer
+from titan_trainer.protocols import Checkpointer, Loader, Loss, State, Stateful
+from titan_trainer.random_state import RandomState
+from titan_trainer.replica_group import SingleReplica
+from titan_trainer.schedule import WarmupStableDecay
+from titan_trainer.settings import Comm, Debug, Training
+from titan_trainer.stop import StopRequest
+from titan_trainer.validation import Validator
+
+log = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    """What a committed step gave: the mean loss, the gradient norm before clipping, the learning rate, the tokens of all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+
+
+class Trainer(Configurable):
+    """Trains a model. Each method is a chapter that a subclass may rewrite; a subclass's Config may add fields."""
+
+    class Config(Configurable.Config):
+        model: Configurable.Config
+        dataloader: Configurable.Config
+        training: Training
+        tokenizer: Configurable.Config | None = None
+        loss: Configurable.Config = CrossEntropy.Config()
+        optimizer: Optimizer.Config = AdamW.Config()
+        lr_scheduler: WarmupStableDecay.Config = WarmupStableDecay.Config()
+        parallelism: ParallelDims.Config = ParallelDims.Config()
+        activation_checkpoint: Configurable.Config | None = None
+        compile: Compile.Config | None = None
+        model_converters: list[Configurable.Config] = []
+        checkpoint: Configurable.Config | None = None
+        validator: Validator.Config | None = None
+        metrics: Metrics.Config = Metrics.Config()
+        comm: Comm = Comm()
+        debug: Debug = Debug()
+        replica_group: Configurable.Config = SingleReplica.Config()
+        dump_folder: Path = Path("outputs")
+        """All that a run writes lies below it. Running again with the same folder goes on."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.step = 0
+        self.build_mesh()
+        self.build_data()
+        self.build_model()
+        self.build_optimizer()
+        self.build_checkpointer()
+
+    # -- Building: mesh, data, model, optimizer, checkpointer ------------------------------------------------------------
+
+    def build_mesh(self) -> None:
+        """Join the other ranks, arrange them in a mesh, and seed the random generators."""
+        config = self.config
+        self.device = init_distributed(timeout_s=config.comm.init_timeout_seconds)
+        self.is_first_rank = dist.get_rank() == 0
+        self.dims = config.parallelism.build(world_size=dist.get_world_size(), device_type=self.device.type)
+        self.replica_group = config.replica_group.build()
+        set_determinism(
+            seed=config.debug.seed,
+            deterministic=config.debug.deterministic,
+            warn_only=config.debug.deterministic_warn_only,
+        )
+
+    def build_data(self) -> None:
+        """Build the tokenizer and the loader."""
+        config = self.config
+        self.tokenizer = config.tokenizer.build() if config.tokenizer is not None else None
+        if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. Every token id needs a "
+                f"row of the embedding. Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
+            )
+        self.loader = self.build_loader(config.dataloader)
+
+    def build_loader(self, config: Configurable.Config) -> Loader:
+        """A loader of this run's batches: for training, and another for validation."""
+        training = self.config.training
+        return config.build(
+            tokenizer=self.tokenizer,
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            local_batch_size=training.local_batch_size,
+            seed=self.config.debug.seed,
+        )
+
+    def build_model(self) -> None:
+        """Build the model without memory, convert and parallelize it, and draw each rank's part of the initial weights."""
+        config = self.config
+        with torch.device("meta"):
+            model: nn.Module = config.model.build().to(dtype=getattr(torch, config.training.dtype))
+        self.converters = [converter.build() for converter in config.model_converters]
+        for converter in self.converters:
+            converter.convert(model)
+        self.loss: Loss = config.loss.build()
+        self.parallel: ParallelModel = parallelize(
+            model,
+            model.roles(),
+            self.dims,
+            activation_checkpoint=config.activation_checkpoint,
+            compile=config.compile,
+            mixed_precision=MixedPrecision(config.training),
+        )
+        self.model = self.parallel.model
+        self.model.to_empty(device=self.device)
+        self.model.init_weights(seed=config.debug.seed)
+        self.parallel.set_gradient_hook(self.replica_group.reduce_)
+
+    def build_optimizer(self) -> None:
+        """Build the optimizer over the model's parameters, and the course of its learning rate."""
+        config = self.config
+        self.optimizer: Optimizer = config.optimizer.build(parameters=self.model.named_parameters())
+        self.schedule: WarmupStableDecay = config.lr_scheduler.build(training_steps=config.training.steps)
+
+    def build_checkpointer(self) -> None:
+        """Name the parts of a run's state, and build what saves them."""
+        config = self.config
+        self.parts: dict[str, Stateful] = {
+            "model": ModelState(self.model),
+            "optimizer": self.optimizer,
+            "dataloader": self.loader,
+            "trainer": self,
+            "random": RandomState(self.device),
+        }
+        self.checkpointer: Checkpointer | None = None
+        if config.checkpoint is not None:
+            self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, config=config)
+
+    # -- The run ---------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Go on from the newest checkpoint to `training.steps`, or until asked to stop; save the last step."""
+        self.resume()
+        self.replica_group.register_state(self.healing_state, self.heal)
+        self.metrics = self.build_metrics()
+        self.validator = self.build_validator()
+        with StopRequest() as stop_request, CollectedGarbage(self.config.training.gc_freq) as garbage:
+            while self.step < self.config.training.steps and not self.agree(stop_request.received):
+                result = self.train_step()
+                if result is not None:
+                    self.after_step(result)
+                    garbage.step_ended(self.step)
+        self.finish()
+
+    def train_step(self) -> StepResult | None:
+        """One step of the whole group: draw, forward and backward, clip, commit, update.
+
+        Returns None, with weights and data as before, if the replica group did not get through the step together.
+        """
+        replica, num_replicas = self.replica_group.begin_step()
+        rank, num_ranks = replica * self.dims.num_data_ranks + self.dims.data_rank, num_replicas * self.dims.num_data_ranks
+        batches = self.loader.draw(rank, num_ranks)
+        count, tokens, advance = self.sum_over_data_ranks(batches)
+
+        loss_sum = self.parallel.forward_backward(batches, self.loss, denominator=count)
+        self.replica_group.reduce_(loss_sum)
+        loss = float(loss_sum) / count
+        grad_norm = float(self.parallel.clip_grad_norm_(self.config.training.max_norm))
+
+        if not self.replica_group.commit():
+            self.loader.rollback()
+            self.optimizer.zero_grad()
+            log.warning("Step %d was not committed; its samples are drawn again.", self.step + 1)
+            return None
+        self.require_finite(loss, grad_norm, batches)
+        lr_factor = self.schedule.factor(self.step)
+        self.optimizer.step(lr_factor)
+        for converter in self.converters:
+            converter.after_step(self.model)
+        self.loader.commit(advance)
+        self.step += 1
+        return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens)
+
+    def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
+        """What the whole group is about to compute on: (valid targets, tokens, how far each stream moves)."""
+        count = sum(int(self.loss.count(batch.targets)) for batch in batches)
+        advance = self.loader.advance()
+        totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), advance.flatten()]).to(self.device)
+        if self.dims.num_data_ranks > 1:
+            dist.all_reduce(totals, group=self.dims.data_group)
+        self.replica_group.reduce_(totals)
+        totals = totals.cpu()
+        return int(totals[0]), int(totals[1]), totals[2:].view_as(advance)
+
+    def require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
+        """Raise NonFiniteError, on every rank alike, unless loss and gradient norm are finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        names = [name for name, p in self.model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
+        raise NonFiniteError(
+            f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}; parameters with non-finite gradients here: "
+            f"{', '.join(names[:5]) or 'none'}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. Both must be finite numbers; no weight "
+            f"was touched. Look at samples {[ids for batch in batches for ids in batch.sample_ids][:8]}, lower --optimizer.lr, or go on "
+            "from the last checkpoint with other data."
+        )
+
+    def after_step(self, result: StepResult) -> None:
+        """Tell, validate and save what is due."""
+        config, last = self.config, self.step == self.config.training.steps
+        self.metrics.record_step(self.step, memory_gib=peak_memory_gib(self.device), **result._asdict())
+        if self.step == self.first_step + 1:
+            set_collective_timeout(self.dims, config.comm.train_timeout_seconds)
+        if self.validator is not None and self.validator.is_due(self.step, last):
+            self.metrics.record_validation(self.step, loss=self.validator.validate())
+        if self.checkpointer is not None:
+            self.checkpointer.save(self.step, self.parts, last=last)
+
+    def agree(self, condition: bool) -> bool:
+        """Whether `condition` holds on any rank of this replica."""
+        if dist.get_world_size() == 1:
+            return condition
+        flag = torch.tensor(int(condition), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def finish(self) -> None:
+        """Save the last step, wait for what is being written, leave the group."""
+        if self.checkpointer is not None:
+            if self.step > self.first_step:
+                self.checkpointer.save(self.step, self.parts, last=True)
+            self.checkpointer.close()
+        self.metrics.close()
+        self.replica_group.close()
+
+    # -- State: what is resumed, and what heals a replica ----------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Load the newest whole checkpoint, if there is one, and say what changed in the config since it was written."""
+        config_file = self.config.dump_folder / "config.json"
+        loaded_step = self.checkpointer.load(self.parts) if self.checkpointer is not None else None
+        self.first_step = self.step
+        if self.is_first_rank:
+            if loaded_step is not None:
+                print(f"going on after step {self.step} of {self.config.dump_folder}", flush=True)
+                if config_file.exists():
+                    print("".join(f"changed: {line}\n" for line in diff(config_file, self.config)), end="", flush=True)
+            self.config.dump_folder.mkdir(parents=True, exist_ok=True)
+            save(self.config, config_file)
+
+    def state_dict(self) -> State:
+        """The trainer's own part of a checkpoint."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take up the step of a checkpoint."""
+        self.step = state["step"]
+
+    def healing_state(self) -> State:
+        """What a replica that joins needs: everything but the random generators, which are each rank's own."""
+        return {name: part.state_dict() for name, part in self.parts.items() if name != "random"}
+
+    def heal(self, state: State) -> None:
+        """Become a copy of the replica whose `healing_state` this is."""
+        for name, part_state in state.items():
+            self.parts[name].load_state_dict(part_state)
+        log.warning("Healed from a live replica: step %d is next.", self.step + 1)
+
+    # -- Watching --------------------------------------------------------------------------------------------------------
+
+    def build_metrics(self) -> Metrics:
+        """What tells of the run; the first rank writes."""
+        peak = peak_flops(self.device)
+        seconds_per_token = None
+        if peak is not None:
+            flops_per_token = self.config.model.flops_per_token(self.config.training.seq_len).full
+            seconds_per_token = flops_per_token / (peak * dist.get_world_size())
+        return self.config.metrics.build(
+            dump_folder=self.config.dump_folder,
+            first_step=self.first_step,
+            steps=self.config.training.steps,
+            seconds_per_token_at_peak=seconds_per_token,
+            is_first_rank=self.is_first_rank,
+        )
+
+    def build_validator(self) -> Validator | None:
+        """The validation loop, with a loader of its own."""
+        config = self.config.validator
+        if config is None:
+            return None
+        return config.build(loader=self.build_loader(config.dataloader), parallel=self.parallel, loss=self.loss)
+
+
+def num_tokens(batch: Batch) -> int:
+    """Rows times sequence length (or rows, for targets without a sequence)."""
+    name, target = next(iter(batch.targets.items()))
+    return len(target) * (target.size(batch.sequence_dims[name]) if name in batch.sequence_dims else 1)
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Whether this rank's part of a gradient is finite."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return bool(local.isfinite().all())

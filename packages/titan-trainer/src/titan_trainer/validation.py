@@ -1,0 +1,63 @@
+"""The loss on text that training does not see."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from titan_config import Configurable, ConfigError
+from titan_parallel import ParallelModel
+
+from titan_trainer.protocols import Loader, Loss
+
+
+class Validator(Configurable):
+    """Evaluates the mean loss over the same rows each time: the first `steps` global batches of its loader."""
+
+    class Config(Configurable.Config):
+        dataloader: Configurable.Config
+        """Of the validation text; one that ends after an epoch where `steps` is None."""
+        interval: int = 100
+        """Training steps from one validation to the next; there is one after the last step, too."""
+        steps: int | None = None
+        """Global batches to evaluate. None: until the loader ends."""
+
+        def validate(self) -> None:
+            for name in ("interval", "steps"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ConfigError(f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} to a positive number.")
+
+    def __init__(self, config: Config, *, loader: Loader, parallel: ParallelModel, loss: Loss) -> None:
+        self.config, self.loader, self.parallel, self.loss = config, loader, parallel, loss
+        self.start = loader.state_dict()
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether to validate after step number `step`."""
+        return last or step % self.config.interval == 0
+
+    def validate(self) -> float:
+        """The mean loss over all valid targets, the same on every rank.
+
+        Raises ValueError if the loader gives no valid target.
+        """
+        dims = self.parallel.dims
+        self.loader.load_state_dict(self.start)
+        loss_sum, count, num_batches = 0.0, 0, 0
+        while self.config.steps is None or num_batches < self.config.steps:
+            batches = self.loader.draw(dims.data_rank, dims.num_data_ranks)
+            if not batches:
+                break
+            batch_sum, batch_count = self.parallel.evaluate(batches, self.loss)
+            loss_sum += float(batch_sum)
+            count += int(batch_count)
+            num_batches += 1
+            advance = self.loader.advance()
+            if dims.num_data_ranks > 1:
+                dist.all_reduce(advance, group=dims.data_group)
+            self.loader.commit(advance)
+        if count == 0:
+            raise ValueError(
+                f"Got no valid target in {num_batches} batches of validation. The validation text must fill at least one batch. "
+                "Give it more text, or a smaller global batch."
+            )
+        return loss_sum / count
