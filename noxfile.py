@@ -1,0 +1,158 @@
+"""Everything one does here: `nox` tests it all, `nox -s train` trains a small Llama, `nox --list` names the rest.
+
+Plain pip and virtual environments (`nox -db uv` for those who like uv). What follows `--` goes to pytest or the recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from pathlib import Path
+
+import nox
+
+PACKAGES = ("config", "models", "parallel", "data", "ckpt", "ft", "trainer")
+nox.needs_version = ">=2025.2.9"  # sessions that require others
+nox.options.sessions = ["lint", "boundaries", *PACKAGES, "types", "golden", "together", "docs"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+# torch has thousands of modules and a process imports few: they are compiled when first imported, and then kept.
+PIP = ("--quiet", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
+KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": None}
+
+IMPORT_EVERY_MODULE = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+"""
+
+
+def folder_of(package: str) -> Path:
+    return ROOT / "packages" / f"titan-{package}"
+
+
+def install_wheels(session: nox.Session, extras: dict[str, str]) -> None:
+    """Install the wheels of these packages with their extras ("" for none); the index gives only what they declare."""
+    wheel = {package: str(next(DIST.glob(f"titan_{package}-*.whl"))) for package in extras}
+    session.install(*PIP, "--no-deps", "--force-reinstall", *wheel.values())  # an older build may have the same version
+    session.install(
+        *PIP, *(f"{wheel[package]}[{extra}]" if extra else wheel[package] for package, extra in extras.items())
+    )
+
+
+def run_pytest(session: nox.Session, bin_folder: str | Path, *arguments: str | Path) -> None:
+    """Run pytest in an empty folder, so that nothing is imported from the checkout."""
+    options = ("-c", ROOT / "pyproject.toml", "--durations=5", "--durations-min=5")
+    with session.chdir(session.create_tmp()):
+        session.run(
+            Path(bin_folder, "pytest"), *options, *arguments, *session.posargs, env=KEEP_BYTECODE, external=True
+        )
+
+
+@nox.session(reuse_venv=True)
+def wheels(session: nox.Session) -> None:
+    """Build the wheels of the seven packages into dist/."""
+    session.install(*PIP, "hatchling")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        with session.chdir(folder_of(package)):
+            session.run("hatchling", "build", "--target", "wheel", "--directory", str(DIST), silent=True)
+
+
+for package in PACKAGES:
+
+    @nox.session(name=package, requires=["wheels"])
+    def alone(session: nox.Session, package: str = package) -> None:
+        """One package in an empty environment, with only what it declares: import every module, run its tests."""
+        project = tomllib.loads(folder_of(package).joinpath("pyproject.toml").read_text())["project"]
+        needed = [
+            name for name in PACKAGES if any(line.startswith(f"titan-{name}") for line in project["dependencies"])
+        ]
+        install_wheels(session, dict.fromkeys([*needed, package], ""))
+        with session.chdir(session.create_tmp()):
+            session.run("python", "-c", IMPORT_EVERY_MODULE, f"titan_{package}", env=KEEP_BYTECODE)
+        install_wheels(session, {package: "test"})
+        run_pytest(session, session.bin, folder_of(package) / "tests")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: the rules of pyproject.toml, and its formatting."""
+    session.install(*PIP, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def boundaries(session: nox.Session) -> None:
+    """import-linter: who may import whom, as docs/design.md draws it."""
+    session.install(*PIP, "import-linter")
+    sources = os.pathsep.join(str(folder_of(package) / "src") for package in PACKAGES)
+    session.run("lint-imports", "--no-cache", "--no-logo", env={"PYTHONPATH": sources})
+
+
+@nox.session(reuse_venv=True, requires=["wheels"])
+def everything(session: nox.Session) -> None:
+    """Install the seven wheels, and what tests, recipes and mypy need: the environment of the sessions below."""
+    install_wheels(session, dict.fromkeys(PACKAGES, "test") | {"trainer": "test,plot,tensorboard"})
+    session.install(*PIP, "mypy")
+
+
+def bin_of_everything(session: nox.Session) -> Path:
+    return session.cache_dir.parent / "everything" / "bin"
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def types(session: nox.Session) -> None:
+    """mypy, strict, over all sources."""
+    sources = [str(folder_of(package) / "src") for package in PACKAGES]
+    session.run(bin_of_everything(session) / "mypy", *sources)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def golden(session: nox.Session) -> None:
+    """The full config of every recipe is the text that was committed."""
+    run_pytest(session, bin_of_everything(session), ROOT / "tests" / "test_golden.py")
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def together(session: nox.Session) -> None:
+    """The packages composed: recipes on several processes, resume, bad input."""
+    run_pytest(session, bin_of_everything(session), ROOT / "tests", "--ignore", ROOT / "tests" / "test_golden.py")
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def docs(session: nox.Session) -> None:
+    """Run every fenced Python example of the READMEs and the docs."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+    session.run(bin_of_everything(session) / "python", "tools/run_docs.py", *pages, env=KEEP_BYTECODE)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def train(session: nox.Session) -> None:
+    """Train recipes/llama3_debug.py on two ranks; flags of the recipe after `--`."""
+    num_threads = max(1, (os.cpu_count() or 2) // 2)
+    session.run(
+        bin_of_everything(session) / "torchrun",
+        *("--standalone", "--nproc-per-node=2", "recipes/llama3_debug.py"),
+        *session.posargs,
+        env={**KEEP_BYTECODE, "OMP_NUM_THREADS": str(num_threads)},
+    )
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def bench(session: nox.Session) -> None:
+    """Measure speed against bare PyTorch: all of bench/, or the scripts named after `--`."""
+    scripts = [ROOT / "bench" / f"{name}.py" for name in session.posargs] or sorted(ROOT.glob("bench/*.py"))
+    for script in scripts:
+        session.run(bin_of_everything(session) / "python", script, env=KEEP_BYTECODE)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def full(session: nox.Session) -> None:
+    """All tests with every combination, in one environment."""
+    tests = [folder_of(package) / "tests" for package in PACKAGES]
+    run_pytest(session, bin_of_everything(session), "-m", "full or not full", ROOT / "tests", *tests)
