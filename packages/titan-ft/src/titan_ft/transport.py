@@ -1,0 +1,31 @@
+"""torchft's HTTP transport of states between replicas, at an address that the others can reach.
+
+All that Titan touches of torchft's insides is in this file.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+from torchft.checkpointing import HTTPTransport
+
+from titan_ft.network import in_url
+from titan_ft.snapshot import Snapshot
+
+
+class SnapshotTransport(HTTPTransport[dict[str, Snapshot]]):
+    """Serves this rank's snapshot to newcomers while they need it, and holds on to none afterwards."""
+
+    def __init__(self, host: str, timeout: timedelta) -> None:
+        self._host = host
+        super().__init__(timeout=timeout, num_chunks=0)
+
+    def address(self) -> str:
+        """The address of the snapshots (torchft's own names the machine, which the others may not be able to look up)."""
+        return f"http://{in_url(self._host)}:{urlsplit(super().address()).port}/checkpoint/"
+
+    def disallow_checkpoint(self) -> None:
+        """Wait for the newcomers that are still reading, then let the snapshot go (torchft's own keeps the last one)."""
+        super().disallow_checkpoint()
+        self._state_dict = None
