@@ -1,6 +1,6 @@
 """Run the Python examples of Markdown pages: `python tools/run_docs.py README.md docs/*.md`.
 
-The ```python blocks of a page are one program, run from top to bottom, in a process of its own and in an empty folder. A
+The ```python blocks of a page are one program, run from top to bottom, in a process of its own and an empty folder. A
 block opened with ```python notest is skipped. Line numbers in a traceback are those of the page.
 """
 
