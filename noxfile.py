@@ -22,13 +22,6 @@ DIST = ROOT / "dist"
 PIP = ("--quiet", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
 KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": None}
 
-IMPORT_EVERY_MODULE = """
-import importlib, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    importlib.import_module(module.name)
-"""
-
 
 def folder_of(package: str) -> Path:
     return ROOT / "packages" / f"titan-{package}"
@@ -38,18 +31,14 @@ def install_wheels(session: nox.Session, extras: dict[str, str]) -> None:
     """Install the wheels of these packages with their extras ("" for none); the index gives only what they declare."""
     wheel = {package: str(next(DIST.glob(f"titan_{package}-*.whl"))) for package in extras}
     session.install(*PIP, "--no-deps", "--force-reinstall", *wheel.values())  # an older build may have the same version
-    session.install(
-        *PIP, *(f"{wheel[package]}[{extra}]" if extra else wheel[package] for package, extra in extras.items())
-    )
+    session.install(*PIP, *(f"{wheel[name]}[{extra}]" if extra else wheel[name] for name, extra in extras.items()))
 
 
 def run_pytest(session: nox.Session, bin_folder: str | Path, *arguments: str | Path) -> None:
     """Run pytest in an empty folder, so that nothing is imported from the checkout."""
-    options = ("-c", ROOT / "pyproject.toml", "--durations=5", "--durations-min=5")
+    command = (Path(bin_folder, "pytest"), "-c", ROOT / "pyproject.toml", "--durations=5", "--durations-min=5")
     with session.chdir(session.create_tmp()):
-        session.run(
-            Path(bin_folder, "pytest"), *options, *arguments, *session.posargs, env=KEEP_BYTECODE, external=True
-        )
+        session.run(*command, *arguments, *session.posargs, env=KEEP_BYTECODE, external=True)
 
 
 @nox.session(reuse_venv=True)
@@ -68,12 +57,10 @@ for package in PACKAGES:
     def alone(session: nox.Session, package: str = package) -> None:
         """One package in an empty environment, with only what it declares: import every module, run its tests."""
         project = tomllib.loads(folder_of(package).joinpath("pyproject.toml").read_text())["project"]
-        needed = [
-            name for name in PACKAGES if any(line.startswith(f"titan-{name}") for line in project["dependencies"])
-        ]
+        declared = " ".join(project["dependencies"])
+        needed = [name for name in PACKAGES if f"titan-{name}" in declared]
         install_wheels(session, dict.fromkeys([*needed, package], ""))
-        with session.chdir(session.create_tmp()):
-            session.run("python", "-c", IMPORT_EVERY_MODULE, f"titan_{package}", env=KEEP_BYTECODE)
+        session.run("python", "-P", "tools/import_all.py", f"titan_{package}", env=KEEP_BYTECODE)
         install_wheels(session, {package: "test"})
         run_pytest(session, session.bin, folder_of(package) / "tests")
 
