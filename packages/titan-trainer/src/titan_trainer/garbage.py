@@ -17,7 +17,9 @@ class CollectedGarbage:
         gc.disable()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         gc.enable()
 
     def step_ended(self, step: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 from titan_parallel import cross_entropy
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 class CrossEntropy(Configurable):
     """The sum of -log p(label) over all labels that are not -100.
 
-    A batch of more than `chunk_tokens` tokens is cut into chunks; each chunk's logits are made again in the backward, so the
-    memory for logits is `chunk_tokens * V`, whatever the batch. The chunks share one gathering of the head's weight.
+    A batch of more than `chunk_tokens` tokens is cut into chunks; each chunk's logits are made again in the backward,
+    so the memory for logits is `chunk_tokens * V`, whatever the batch. The chunks share one gathering of the head.
     """
 
     class Config(Configurable.Config):

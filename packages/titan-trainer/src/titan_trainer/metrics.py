@@ -1,4 +1,4 @@
-"""What a run tells: a line on the terminal, `metrics.jsonl` with one object a step, and TensorBoard where it is asked for."""
+"""What a run tells: a line on the terminal, `metrics.jsonl` with one object a step, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 
 Record = dict[str, Any]
 
@@ -52,8 +52,8 @@ class Metrics(Configurable):
     """Collects a record per step on the first rank and shows it.
 
     `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
-    `tokens_per_second`, `seconds` (of the step), `memory_gib` and, where the device's peak is known, `mfu`. Validation adds
-    `{"step", "validation_loss"}`. A resumed run goes on in the same file, after the step that was loaded.
+    `tokens_per_second`, `seconds` (of the step), `memory_gib` and, where the device's peak is known, `mfu`. Validation
+    adds `{"step", "validation_loss"}`. A resumed run goes on in the same file, after the step that was loaded.
     """
 
     class Config(Configurable.Config):
@@ -64,10 +64,19 @@ class Metrics(Configurable):
 
         def validate(self) -> None:
             if self.log_freq < 1:
-                raise ConfigError(f"Got log_freq {self.log_freq}. Lines come every 1 or more steps. Set metrics.log_freq.")
+                raise ConfigError(
+                    f"Got log_freq {self.log_freq}. Lines come every 1 or more steps. Set metrics.log_freq."
+                )
 
     def __init__(
-        self, config: Config, *, dump_folder: Path, first_step: int, steps: int, seconds_per_token_at_peak: float | None, is_first_rank: bool
+        self,
+        config: Config,
+        *,
+        dump_folder: Path,
+        first_step: int,
+        steps: int,
+        seconds_per_token_at_peak: float | None,
+        is_first_rank: bool,
     ) -> None:
         self.log_freq, self.steps, self.is_first_rank = config.log_freq, steps, is_first_rank
         self.seconds_per_token_at_peak = seconds_per_token_at_peak
@@ -78,7 +87,9 @@ class Metrics(Configurable):
             self.file = open_after_step(dump_folder / "metrics.jsonl", first_step)
             self.sinks = [sink.build(dump_folder=dump_folder, first_step=first_step) for sink in config.sinks]
 
-    def record_step(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, memory_gib: float) -> None:
+    def record_step(
+        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, memory_gib: float
+    ) -> None:
         """Take what the step number `step` (counted from 1) gave; time runs from the end of the step before."""
         now = time.perf_counter()
         seconds, self.last_step_ended = now - self.last_step_ended, now

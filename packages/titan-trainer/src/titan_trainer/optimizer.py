@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 from torch import nn
 
 from titan_trainer.errors import nearest
@@ -27,7 +27,7 @@ class ParameterGroup(Configurable.Config):
 
 
 class Optimizer(Configurable, ABC):
-    """A torch optimizer over named parameters, whose whole state exists from the start and is named like the parameters."""
+    """A torch optimizer over named parameters; its whole state exists from the start, under the parameters' names."""
 
     class Config(Configurable.Config):
         lr: float = 8e-4
@@ -39,7 +39,9 @@ class Optimizer(Configurable, ABC):
 
         def validate(self) -> None:
             if self.lr < 0:
-                raise ConfigError(f"Got a learning rate of {self.lr}. It must not be negative. Set optimizer.lr to 0 or more.")
+                raise ConfigError(
+                    f"Got a learning rate of {self.lr}. It must not be negative. Set optimizer.lr to 0 or more."
+                )
 
     def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
@@ -124,8 +126,9 @@ def group_parameters(parameters: dict[str, nn.Parameter], config: Optimizer.Conf
         names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
         if not names:
             raise ConfigError(
-                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least one that no "
-                f"earlier group took. Change optimizer.parameter_groups; the nearest name is {nearest(exception.pattern, parameters)}."
+                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least one "
+                "that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
+                f"{nearest(exception.pattern, parameters)}."
             )
         groups.append(
             {

@@ -8,7 +8,9 @@ from pathlib import Path
 from titan_trainer.metrics import read_metrics
 
 
-def draw_loss_curve(metrics: Path, picture: Path, *, levels: Mapping[str, float] | None = None, title: str = "") -> None:
+def draw_loss_curve(
+    metrics: Path, picture: Path, *, levels: Mapping[str, float] | None = None, title: str = ""
+) -> None:
     """Draw the training and validation loss of a `metrics.jsonl` into `picture` (PNG, SVG, PDF by its suffix).
 
     `levels` are named horizontal lines, such as the entropy a model of token frequencies alone would reach. Needs

@@ -7,15 +7,15 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 from torch.profiler import ProfilerActivity, profile, schedule
 
 
 class Profiler(Configurable):
     """A context that traces `active` steps out of every `profile_freq`, after `warmup` steps of preparation.
 
-    Each rank writes `dump_folder/<save_traces_folder>/step-<n>/rank<r>.json.gz`, and with `memory_snapshot` on an accelerator
-    `rank<r>_memory.pickle` beside it (for https://pytorch.org/memory_viz).
+    Each rank writes `dump_folder/<save_traces_folder>/step-<n>/rank<r>.json.gz`, and with `enable_memory_snapshot`
+    on an accelerator `rank<r>_memory.pickle` beside it (for https://pytorch.org/memory_viz).
     """
 
     class Config(Configurable.Config):
@@ -31,10 +31,15 @@ class Profiler(Configurable):
         """Also record allocations; accelerators only."""
 
         def validate(self) -> None:
-            if self.profiler_active < 1 or self.profiler_warmup < 0 or self.profile_freq < self.profiler_active + self.profiler_warmup:
+            if (
+                self.profiler_active < 1
+                or self.profiler_warmup < 0
+                or self.profile_freq < self.profiler_active + self.profiler_warmup
+            ):
                 raise ConfigError(
-                    f"Got {self.profiler_warmup} warm-up and {self.profiler_active} traced steps out of every {self.profile_freq}. "
-                    "They must fit: one traced step at least, and warm-up and traced steps within profile_freq. Raise --profiling.profile_freq."
+                    f"Got {self.profiler_warmup} warm-up and {self.profiler_active} traced steps out of every "
+                    f"{self.profile_freq}. One step at least is traced, and both fit in profile_freq. "
+                    "Raise --profiling.profile_freq."
                 )
 
     def __init__(self, config: Config, *, dump_folder: Path, device: torch.device, first_step: int) -> None:
@@ -60,7 +65,9 @@ class Profiler(Configurable):
         self.profile.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.profile.__exit__(kind, error, trace)
         if self.config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -37,14 +37,23 @@ class RandomState:
         return {str(dist.get_rank()): state}
 
     def load_state_dict(self, state: State) -> None:
-        """Restore this rank's generators. A rank that the checkpoint does not know keeps the ones it was seeded with."""
+        """Restore this rank's generators; a rank the checkpoint does not know keeps those it was seeded with."""
         mine = state.get(str(dist.get_rank()))
         if mine is None:
-            log.warning("The checkpoint knows %d ranks, not rank %d: its generators start from the seed.", len(state), dist.get_rank())
+            log.warning(
+                "The checkpoint knows %d ranks, not rank %d: its generators start from the seed.",
+                len(state),
+                dist.get_rank(),
+            )
             return
         version, words, gauss = mine["python"]
         random.setstate((version, tuple(words), gauss))
-        np.random.set_state({**mine["numpy"], "state": {**mine["numpy"]["state"], "key": np.array(mine["numpy"]["state"]["key"], np.uint32)}})
+        np.random.set_state(
+            {
+                **mine["numpy"],
+                "state": {**mine["numpy"]["state"], "key": np.array(mine["numpy"]["state"]["key"], np.uint32)},
+            }
+        )
         torch.set_rng_state(to_tensor(mine["torch"]))
         if self.device.type == "cuda" and "cuda" in mine:
             torch.cuda.set_rng_state(to_tensor(mine["cuda"]), self.device)

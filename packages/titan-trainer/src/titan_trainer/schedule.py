@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 
 
 class WarmupStableDecay(Configurable):
     """A factor for the learning rate at each step: linear warm-up, a plateau at 1, then decay to `min_lr_factor`.
 
-    Without `decay_ratio` the decay takes all steps after the warm-up; with it, the last `decay_ratio * total_steps` steps.
+    Without `decay_ratio` the decay takes all steps after the warm-up; with it, the last `decay_ratio * total_steps`.
     """
 
     class Config(Configurable.Config):
@@ -29,7 +29,7 @@ class WarmupStableDecay(Configurable):
         def validate(self) -> None:
             if self.warmup_steps < 0:
                 raise ConfigError(
-                    f"Got {self.warmup_steps} warm-up steps. Warm-up takes 0 steps or more. Set lr_scheduler.warmup_steps."
+                    f"Got {self.warmup_steps} warm-up steps. There are 0 or more. Set lr_scheduler.warmup_steps."
                 )
             if self.total_steps is not None and self.total_steps < 1:
                 raise ConfigError(

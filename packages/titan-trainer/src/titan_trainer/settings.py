@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 
 
 class Training(Configurable.Config):
@@ -33,16 +33,19 @@ class Training(Configurable.Config):
         for name in ("global_batch_size", "local_batch_size", "seq_len", "steps", "gc_freq"):
             value = getattr(self, name)
             if value < 1:
-                raise ConfigError(f"Got training.{name} {value}. It must be 1 or more. Set --training.{name} to a positive number.")
+                raise ConfigError(
+                    f"Got training.{name} {value}. It must be 1 or more. Set --training.{name} to a positive number."
+                )
         if self.max_norm is not None and self.max_norm <= 0:
             raise ConfigError(
-                f"Got training.max_norm {self.max_norm}. A norm to clip to is positive. Set --training.max_norm above 0, "
-                "or to None for no clipping."
+                f"Got training.max_norm {self.max_norm}. A norm to clip to is positive. "
+                "Set --training.max_norm above 0, or to None for no clipping."
             )
         if self.global_batch_size % self.local_batch_size:
             raise ConfigError(
                 f"Got a global batch of {self.global_batch_size} rows in micro-batches of {self.local_batch_size}. "
-                "The local batch size must divide the global one. Change --training.local_batch_size or --training.global_batch_size."
+                "The local batch size must divide the global one. "
+                "Change --training.local_batch_size or --training.global_batch_size."
             )
 
 
@@ -57,7 +60,9 @@ class Comm(Configurable.Config):
     def validate(self) -> None:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"Got comm.{name} {getattr(self, name)}. A timeout is 1 second or more. Set --comm.{name}.")
+                raise ConfigError(
+                    f"Got comm.{name} {getattr(self, name)}. A timeout is 1 second or more. Set --comm.{name}."
+                )
 
 
 class Debug(Configurable.Config):

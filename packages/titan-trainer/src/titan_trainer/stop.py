@@ -20,7 +20,9 @@ class StopRequest:
             self.previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
 

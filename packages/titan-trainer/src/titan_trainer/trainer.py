@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from titan_config import Configurable, ConfigError, diff, save
+from titan_config import ConfigError, Configurable, diff, save
 from titan_parallel import (
     Batch,
     Compile,
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What a committed step gave: the mean loss, the gradient norm before clipping, the learning rate, the tokens of all ranks."""
+    """What a committed step gave: mean loss, gradient norm before clipping, learning rate, tokens of all ranks."""
 
     loss: float
     grad_norm: float
@@ -84,7 +84,7 @@ class Trainer(Configurable):
         self.build_optimizer()
         self.build_checkpointer()
 
-    # -- Building: mesh, data, model, optimizer, checkpointer ------------------------------------------------------------
+    # Building: mesh, data, model, optimizer, checkpointer
 
     def build_mesh(self) -> None:
         """Join the other ranks, arrange them in a mesh, and seed the random generators."""
@@ -105,8 +105,9 @@ class Trainer(Configurable):
         self.tokenizer = config.tokenizer.build() if config.tokenizer is not None else None
         if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. Every token id needs a "
-                f"row of the embedding. Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
+                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. Every token "
+                f"id needs a row of the embedding. Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take "
+                "the model's own tokenizer."
             )
         self.loader = self.build_loader(config.dataloader)
 
@@ -122,7 +123,7 @@ class Trainer(Configurable):
         )
 
     def build_model(self) -> None:
-        """Build the model without memory, convert and parallelize it, and draw each rank's part of the initial weights."""
+        """Build the model without memory, convert and parallelize it, then draw each rank's part of the weights."""
         config = self.config
         with torch.device("meta"):
             model: nn.Module = config.model.build().to(dtype=getattr(torch, config.training.dtype))
@@ -163,7 +164,7 @@ class Trainer(Configurable):
         if config.checkpoint is not None:
             self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, config=config)
 
-    # -- The run ---------------------------------------------------------------------------------------------------------
+    # The run
 
     def train(self) -> None:
         """Go on from the newest checkpoint to `training.steps`, or until asked to stop; save the last step."""
@@ -185,7 +186,10 @@ class Trainer(Configurable):
         Returns None, with weights and data as before, if the replica group did not get through the step together.
         """
         replica, num_replicas = self.replica_group.begin_step()
-        rank, num_ranks = replica * self.dims.num_data_ranks + self.dims.data_rank, num_replicas * self.dims.num_data_ranks
+        rank, num_ranks = (
+            replica * self.dims.num_data_ranks + self.dims.data_rank,
+            num_replicas * self.dims.num_data_ranks,
+        )
         batches = self.loader.draw(rank, num_ranks)
         count, tokens, advance = self.sum_over_data_ranks(batches)
 
@@ -224,11 +228,11 @@ class Trainer(Configurable):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         names = [name for name, p in self.model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
+        samples = [ids for batch in batches for ids in batch.sample_ids]
         raise NonFiniteError(
-            f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}; parameters with non-finite gradients here: "
-            f"{', '.join(names[:5]) or 'none'}{f' and {len(names) - 5} more' if len(names) > 5 else ''}. Both must be finite numbers; no weight "
-            f"was touched. Look at samples {[ids for batch in batches for ids in batch.sample_ids][:8]}, lower --optimizer.lr, or go on "
-            "from the last checkpoint with other data."
+            f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}, non-finite gradients in "
+            f"{len(names)} parameters{f' ({names[0]} first)' if names else ''}. Both must be finite; no weight was touched. "
+            f"Look at this rank's samples {samples[:8]}, or lower --optimizer.lr and go on from the last checkpoint."
         )
 
     def after_step(self, result: StepResult) -> None:
@@ -259,10 +263,10 @@ class Trainer(Configurable):
         self.metrics.close()
         self.replica_group.close()
 
-    # -- State: what is resumed, and what heals a replica ----------------------------------------------------------------
+    # State: what is resumed, and what heals a replica
 
     def resume(self) -> None:
-        """Load the newest whole checkpoint, if there is one, and say what changed in the config since it was written."""
+        """Load the newest whole checkpoint, if there is one, and say what changed in the config since."""
         config_file = self.config.dump_folder / "config.json"
         loaded_step = self.checkpointer.load(self.parts) if self.checkpointer is not None else None
         self.first_step = self.step
@@ -292,7 +296,7 @@ class Trainer(Configurable):
             self.parts[name].load_state_dict(part_state)
         log.warning("Healed from a live replica: step %d is next.", self.step + 1)
 
-    # -- Watching --------------------------------------------------------------------------------------------------------
+    # Watching
 
     def build_metrics(self) -> Metrics:
         """What tells of the run; the first rank writes."""

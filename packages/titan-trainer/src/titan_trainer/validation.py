@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 from titan_parallel import ParallelModel
 
 from titan_trainer.protocols import Loader, Loss
@@ -25,7 +24,9 @@ class Validator(Configurable):
             for name in ("interval", "steps"):
                 value = getattr(self, name)
                 if value is not None and value < 1:
-                    raise ConfigError(f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} to a positive number.")
+                    raise ConfigError(
+                        f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} above 0."
+                    )
 
     def __init__(self, config: Config, *, loader: Loader, parallel: ParallelModel, loss: Loss) -> None:
         self.config, self.loader, self.parallel, self.loss = config, loader, parallel, loss
@@ -57,7 +58,7 @@ class Validator(Configurable):
             self.loader.commit(advance)
         if count == 0:
             raise ValueError(
-                f"Got no valid target in {num_batches} batches of validation. The validation text must fill at least one batch. "
-                "Give it more text, or a smaller global batch."
+                f"Got no valid target in {num_batches} batches of validation. The text must fill at least one batch. "
+                "Give it more text, or take a smaller global batch."
             )
         return loss_sum / count

@@ -1,0 +1,313 @@
+"""The loop through its public face, on toy parts. Ranks are forked once per test and run whole trainings."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from titan_config import ConfigError, Configurable
+from titan_parallel import ParallelDims
+from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Trainer, Validator, WarmupStableDecay
+from torch import nn
+
+
+def losses(folder) -> list[float]:
+    return [record["loss"] for record in records(folder) if "loss" in record]
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def flat_loop(toy, steps: int) -> list[float]:
+    """The same run with nothing of Titan's: whole batch at once, torch's own optimizer and clipping."""
+    model = toy.Model.Config().build()
+    model.init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    found = []
+    for step in range(steps):
+        rows = torch.arange(step * 8, step * 8 + 8)
+        text = (rows[:, None] + torch.arange(13)) % 16
+        labels = text[:, 1:].clone()
+        for i, row in enumerate(rows):
+            labels[i, : row % 3] = -100
+        loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = (step + 1) / 3 if step < 2 else 1 - (step - 2) / 18
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-2 * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+def train(config: Trainer.Config) -> None:
+    config.build().train()
+
+
+def test_one_rank_with_accumulation_is_the_flat_loop(run_ranks, toy_config, toy):
+    config = toy_config()
+    run_ranks(1, train, config)
+    assert losses(config.dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+
+
+@pytest.mark.parametrize(
+    "parallelism",
+    [{}, {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 1}],
+    ids=["fsdp", "ddp"],
+)
+def test_two_ranks_are_the_flat_loop(run_ranks, toy_config, parallelism, toy):
+    config = toy_config(parallelism=ParallelDims.Config(**parallelism))
+    run_ranks(2, train, config)
+    assert losses(config.dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+
+
+def test_a_rank_that_counts_only_its_own_targets_is_seen(run_ranks, toy_config, monkeypatch, toy):
+    """Breaks the global count on purpose: each rank normalises by what it has."""
+    import torch.distributed as dist
+
+    config = toy_config()
+    whole = dist.all_reduce
+    monkeypatch.setattr(
+        "titan_trainer.trainer.dist.all_reduce", lambda t, *a, **k: whole(t, *a, **k) if t.numel() == 1 else None
+    )
+    run_ranks(2, train, config)
+    assert losses(config.dump_folder) != pytest.approx(flat_loop(toy, 10), rel=3e-6)
+
+
+def test_metrics_hold_one_object_a_step(run_ranks, toy_config, capfd):
+    config = toy_config()
+    run_ranks(1, train, config)
+    found = records(config.dump_folder)
+    assert [record["step"] for record in found] == list(range(1, 11))
+    keys = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "memory_gib"}
+    assert all(set(record) == keys for record in found)  # no mfu: a CPU has no known peak
+    assert all(record["tokens"] == 8 * 12 for record in found)
+    assert all(record["tokens_per_second"] == pytest.approx(96 / record["seconds"]) for record in found)
+    assert [record["lr"] for record in found[:3]] == pytest.approx([1e-2, 2e-2, 3e-2])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 3  # the first step, then every fifth
+    assert all(word in lines[-1] for word in ("loss", "grad norm", "lr", "tokens/s", "GiB", "left"))
+
+
+def test_seven_and_six_and_seven_steps_are_twenty_bit_for_bit(run_ranks, toy_config, tmp_path, toy):
+    def at_once_and_in_parts():
+        for folder, stops in (("whole", [20]), ("parts", [7, 13, 20])):
+            for steps in stops:
+                config = toy_config(dump_folder=tmp_path / folder, checkpoint=toy.Checkpointer.Config())
+                config.training.steps = steps
+                train(config)
+
+    run_ranks(1, at_once_and_in_parts)
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == parts
+    assert len(whole) == 20
+
+
+def test_records_of_lost_steps_are_dropped_on_resume(run_ranks, toy_config, toy):
+    def interrupted():
+        config = toy_config(checkpoint=toy.Checkpointer.Config(interval=5))
+        trainer = config.build()
+        trainer.after_step = stop_after(trainer, 8)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        train(config)
+
+    run_ranks(1, interrupted)
+    config = toy_config()
+    assert [record["step"] for record in records(config.dump_folder)] == list(range(1, 11))
+
+
+def stop_after(trainer: Trainer, step: int):
+    whole = trainer.after_step
+
+    def after_step(result):
+        whole(result)
+        if trainer.step == step:
+            raise KeyboardInterrupt
+
+    return after_step
+
+
+def test_sigterm_finishes_the_step_saves_and_returns(run_ranks, toy_config, toy):
+    def terminated():
+        config = toy_config(checkpoint=toy.Checkpointer.Config(interval=100))
+        trainer = config.build()
+        whole = trainer.after_step
+
+        def after_step(result):
+            whole(result)
+            if trainer.step == 3 and os.environ["RANK"] == "1":  # one rank alone receives it
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer.after_step = after_step
+        trainer.train()
+        return trainer.step, toy.Checkpointer.saved[str(config.dump_folder)][0], trainer.loader.next_row
+
+    assert run_ranks(2, terminated) == [(3, 3, 24), (3, 3, 24)]
+
+
+class PoisonedLoss(CrossEntropy):
+    """Cross-entropy that is not a number on the last rank."""
+
+    def __call__(self, head, hidden, targets):
+        total, count = super().__call__(head, hidden, targets)
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return total * (math.nan if is_last else 1.0), count
+
+
+def test_a_non_finite_loss_stops_all_ranks_before_the_weights_are_touched(run_ranks, toy_config):
+    def poisoned():
+        trainer = toy_config(loss=PoisonedLoss.Config()).build()
+        before = [p.detach().to_local().clone() for p in trainer.model.parameters()]
+        with pytest.raises(NonFiniteError) as report:
+            trainer.train()
+        after = [p.detach().to_local() for p in trainer.model.parameters()]
+        return str(report.value), all(map(torch.equal, before, after)), trainer.step
+
+    for message, untouched, step in run_ranks(2, poisoned):
+        assert "loss nan" in message
+        assert "in step 1" in message
+        assert (untouched, step) == (True, 0)
+
+
+class FailsOnce(SingleReplica):
+    """A replica group whose third step does not commit."""
+
+    def __init__(self, config: SingleReplica.Config) -> None:
+        super().__init__(config)
+        self.calls = 0
+
+    def commit(self) -> bool:
+        self.calls += 1
+        return self.calls != 3
+
+
+def test_a_step_that_is_not_committed_is_done_again_with_the_same_samples(run_ranks, toy_config, toy):
+    def train_with_a_failure():
+        trainer = toy_config(replica_group=FailsOnce.Config()).build()
+        trainer.train()
+        return trainer.loader.rows_drawn
+
+    (rows,) = run_ranks(1, train_with_a_failure)
+    assert rows[16:24] == rows[24:32]
+    assert losses(toy_config().dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+
+
+def test_validation_gives_the_mean_over_the_same_rows_each_time(run_ranks, toy_config, toy):
+    def validate():
+        config = toy_config(validator=Validator.Config(dataloader=toy.Loader.Config(num_rows=20), interval=4))
+        trainer = config.build()
+        trainer.train()
+        model = toy.Model.Config().build()
+        model.load_state_dict({name: p.full_tensor() for name, p in trainer.model.named_parameters()})
+        total, count = 0.0, 0
+        for row in range(16):  # two whole global batches; the last four rows fill none
+            text = (row + torch.arange(13)) % 16
+            labels = text[1:].clone()
+            labels[: row % 3] = -100
+            total += float(F.cross_entropy(model(text[None, :-1])[0], labels, reduction="sum"))
+            count += int((labels != -100).sum())
+        return total / count
+
+    expected = run_ranks(2, validate)[0]
+    found = [
+        (record["step"], record["validation_loss"])
+        for record in records(toy_config().dump_folder)
+        if "validation_loss" in record
+    ]
+    assert [step for step, _ in found] == [4, 8, 10]
+    assert found[-1][1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_data_that_ends_ends_the_run(run_ranks, toy_config, toy):
+    config = toy_config(dataloader=toy.Loader.Config(num_rows=30))
+    run_ranks(2, train, config)
+    assert len(losses(config.dump_folder)) == 3
+
+
+class Halver(Configurable):
+    """A converter that halves the head before training and counts its steps."""
+
+    class Config(Configurable.Config): ...
+
+    def __init__(self, config: Config) -> None:
+        self.steps = 0
+
+    def convert(self, model: nn.Module) -> None:
+        model.embedding.scale_grad_by_freq = True
+
+    def after_step(self, model: nn.Module) -> None:
+        self.steps += 1
+
+
+def test_converters_act_before_parallelizing_and_after_each_step(run_ranks, toy_config):
+    def train_converted():
+        trainer = toy_config(model_converters=[Halver.Config()]).build()
+        trainer.train()
+        return trainer.model.embedding.scale_grad_by_freq, trainer.converters[0].steps
+
+    assert run_ranks(1, train_converted) == [(True, 10)]
+
+
+class SquaredNormTrainer(Trainer):
+    """An experiment: one more field, one changed chapter."""
+
+    class Config(Trainer.Config):
+        freeze_embedding: bool = False
+
+    def build_optimizer(self) -> None:
+        self.model.embedding.weight.requires_grad_(not self.config.freeze_embedding)
+        super().build_optimizer()
+
+
+def test_an_experiment_adds_a_field_and_rewrites_a_chapter(run_ranks, toy_config):
+    def train_experiment():
+        values = {name: value for name, value in vars(toy_config()).items() if not name.startswith("_")}
+        trainer = SquaredNormTrainer.Config(**values, freeze_embedding=True).build()
+        trainer.train()
+        return "embedding.weight" in trainer.optimizer.parameters
+
+    assert run_ranks(1, train_experiment) == [False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": -1}, "training.steps -1"),
+        ({"global_batch_size": 0}, "training.global_batch_size 0"),
+        ({"global_batch_size": 7}, "7 rows in micro-batches of 2"),
+        ({"max_norm": 0.0}, "max_norm 0.0"),
+    ],
+)
+def test_training_settings_without_meaning_are_refused(toy_config, changes, words):
+    config = toy_config()
+    with pytest.raises(ConfigError, match=words):
+        for name, value in changes.items():
+            setattr(config.training, name, value)
+        config.build()
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(run_ranks, toy_config):
+    class WideTokenizer(Configurable):
+        class Config(Configurable.Config):
+            vocab_size: int = 17
+
+        def __init__(self, config: Config) -> None:
+            self.vocab_size = config.vocab_size
+
+    def build():
+        with pytest.raises(ConfigError, match="17 tokens for a model of 16"):
+            toy_config(tokenizer=WideTokenizer.Config()).build()
+
+    run_ranks(1, build)
+
+
+def test_the_schedule_does_not_stretch_when_a_run_goes_on(toy_config):
+    assert toy_config().lr_scheduler == WarmupStableDecay.Config(warmup_steps=2, total_steps=20)
+    assert math.isclose(toy_config().lr_scheduler.build(training_steps=7).factor(11), 0.5)
