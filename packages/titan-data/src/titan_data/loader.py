@@ -1,0 +1,312 @@
+"""The loader of a training run: rows of token streams dealt out to any number of ranks, step by step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from titan_config import Configurable
+from torch import Tensor
+
+from titan_data.batch import Batch
+from titan_data.identity import carried_over, check_identity
+from titan_data.order import Order
+from titan_data.packing import ENDED, Cursor, Packing, Row, RowStream
+from titan_data.source import Source
+from titan_data.tokenizer import Tokenizer
+
+
+class TokenLoader(Configurable):
+    """Draws the same global batch at step k, whoever draws it.
+
+    Row i of the global batch is the next row of stream i (mod the number of streams). The ranks of a step split the rows
+    into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `advance()` makes a
+    step final, `rollback` gives its rows back. Reads ahead in one thread; an error there is raised by the `draw` it
+    concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and `seed`.
+    """
+
+    class Config(Configurable.Config):
+        source: Source.Config
+        """Where the documents are."""
+        num_streams: int | None = None
+        """Streams the documents are dealt to; None: as many as rows in the global batch, which it must divide."""
+        shuffle: bool = True
+        """A new random order in every epoch; otherwise the source's own."""
+        infinite: bool = True
+        """Begin again after each epoch; otherwise end after one, with padding in the last rows."""
+        prefetch: int = 2
+        """Steps made ahead, in a thread; 0: none, each step is made when it is drawn."""
+        add_bos: bool = False
+        """Begin each document with the tokenizer's BOS."""
+        add_eos: bool = False
+        """End each document with the tokenizer's EOS."""
+        allow_changes: bool = False
+        """Resume from the state of other data or settings, where that is what is wanted."""
+
+        def validate(self) -> None:
+            if self.num_streams is not None:
+                _require_positive("num_streams", self.num_streams)
+            if self.prefetch < 0:
+                raise ValueError(
+                    f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 2, or to 0 for none."
+                )
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        global_batch_size: int,
+        local_batch_size: int,
+        seed: int,
+    ) -> None:
+        _require_positive("seq_len", seq_len)
+        _require_positive("global_batch_size", global_batch_size)
+        _require_positive("local_batch_size", local_batch_size)
+        self._config = config
+        self._tokenizer = tokenizer
+        self._num_rows, self._micro_rows = global_batch_size, local_batch_size
+        self._num_streams = config.num_streams or global_batch_size
+        if global_batch_size % self._num_streams:
+            raise ValueError(
+                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives the same "
+                f"number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
+            )
+        self._source: Source = config.source.build()
+        bos_id = _special_id(tokenizer.bos_id, "bos") if config.add_bos else None
+        eos_id = _special_id(tokenizer.eos_id, "eos") if config.add_eos else None
+        self._packing = Packing(seq_len, bos_id, eos_id)
+        self._order = Order(seed, config.shuffle, config.infinite)
+        self._cursors = [Cursor(0, 0)] * self._num_streams
+        self._share: _Share | None = None
+        self._streams: dict[int, RowStream] = {}
+        self._ahead: deque[Future[_Step]] = deque()
+        self._drawn: _Step | None = None
+        self._pool = ThreadPoolExecutor(1, "titan-data") if config.prefetch else _InThisThread()
+        self._end_thread = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def draw(self, rank: int, num_ranks: int) -> list[Batch]:
+        """Return this rank's micro-batches of the step: `local_batch_size` rows each; none after a finite loader's end.
+
+        All ranks see the end at the same step; until then a stream that has ended gives rows of padding. Raises
+        ValueError where the rows do not split evenly, or for a document that is no text; RuntimeError for a second
+        draw without `commit` or `rollback`.
+        """
+        if self._drawn is not None:
+            raise RuntimeError(
+                "Got a second draw of one step. A step that was drawn ends with commit or rollback. "
+                "Call one of them first."
+            )
+        share = self._new_share(rank, num_ranks)
+        if all(cursor.tokens == ENDED for cursor in self._cursors):
+            return []
+        if share != self._share:
+            self._take_over(share)
+        try:
+            while len(self._ahead) <= self._config.prefetch:
+                self._ahead.append(self._pool.submit(_make_step, self._streams, share))
+            self._drawn = self._ahead[0].result()
+        except BaseException:
+            self._forget()  # what was read ahead is lost; the next draw begins where the last commit was
+            raise
+        return self._drawn.batches
+
+    def advance(self) -> Tensor:
+        """Return how far this rank's draw moved each stream: int64 [streams, 2] (documents, tokens).
+
+        Zero for streams another rank answers for: the sum over the ranks of the step moves each stream once.
+        """
+        moved = torch.zeros(self._num_streams, 2, dtype=torch.int64)
+        if self._drawn is not None:
+            for index in self._drawn.share.owned:
+                moved[index] = torch.tensor(self._move(index, self._drawn))
+        return moved
+
+    def commit(self, advance: Tensor) -> None:
+        """Make the step final. `advance` is the sum of `advance()` over all ranks of the step.
+
+        A rank that drew nothing may commit what the others drew. Raises ValueError where the sum is not one of all ranks.
+        """
+        moves = [(documents, tokens) for documents, tokens in advance.tolist()]
+        self._check_moves(moves)
+        if self._drawn is None:
+            self._forget()
+        else:
+            self._ahead.popleft()
+            self._drawn = None
+        self._cursors = [
+            Cursor(cursor.documents + documents, cursor.tokens + tokens)
+            for cursor, (documents, tokens) in zip(self._cursors, moves, strict=True)
+        ]
+
+    def rollback(self) -> None:
+        """Give the rows of the step back: the next draw returns them again."""
+        self._drawn = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the committed state as JSON values: two integers a stream, and the identity of the data."""
+        cursors = self._cursors
+        return {
+            "documents": [cursor.documents for cursor in cursors],
+            "tokens": [cursor.tokens for cursor in cursors],
+            "identity": self.identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, on any ranks. Raises ValueError naming what changed, unless `allow_changes`."""
+        identity = self.identity()
+        check_identity(state["identity"], identity, self._config.allow_changes)
+        cursors = [Cursor(*pair) for pair in zip(state["documents"], state["tokens"], strict=True)]
+        self._cursors = carried_over(cursors, state["identity"], identity)
+        self._forget()
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides the rows, as JSON values."""
+        return {
+            "tokenizer": self._tokenizer.fingerprint,
+            "source": self._source.identity(),
+            "seq_len": self._packing.seq_len,
+            "global_batch_size": self._num_rows,
+            "num_streams": self._num_streams,
+            "seed": self._order.seed,
+            "shuffle": self._order.shuffle,
+            "infinite": self._order.infinite,
+            "bos_id": self._packing.bos_id,
+            "eos_id": self._packing.eos_id,
+        }
+
+    def close(self) -> None:
+        """End the thread that reads ahead, and wait for it. The loader cannot be drawn from afterwards."""
+        self._end_thread.detach()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._forget()
+
+    def _new_share(self, rank: int, num_ranks: int) -> _Share:
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"Got rank {rank} of {num_ranks}. Ranks count from 0. Set rank to 0 to {num_ranks - 1}.")
+        if self._num_rows % num_ranks or self._num_rows // num_ranks % self._micro_rows:
+            raise ValueError(
+                f"Got a global batch of {self._num_rows} rows for {num_ranks} data ranks with micro-batches of "
+                f"{self._micro_rows}. Each rank draws the same number of whole micro-batches. Make global_batch_size a "
+                f"multiple of {num_ranks} x {self._micro_rows} = {num_ranks * self._micro_rows}."
+            )
+        size = self._num_rows // num_ranks
+        return _Share(rank * size, (rank + 1) * size, self._num_rows, self._num_streams, self._micro_rows)
+
+    def _take_over(self, share: _Share) -> None:
+        """Make the streams of `share` ours: those we have go on, with what was read ahead; others begin at their cursors."""
+        kept = self._streams
+        steps = [future.result() for future in _stopped(self._ahead)]
+        for step in reversed(steps):
+            for index, rows in step.rows.items():
+                kept[index].give_back(rows)
+        self._share = share
+        self._streams = {index: kept.get(index) or self._open(index) for index in share.read}
+
+    def _open(self, index: int) -> RowStream:
+        cursor = self._cursors[index]
+        return RowStream(self._source, self._tokenizer, self._packing, self._order, index, self._num_streams, cursor)
+
+    def _forget(self) -> None:
+        """Drop all that was read and not committed."""
+        for future in self._ahead:
+            future.cancel()
+        self._share, self._streams, self._ahead, self._drawn = None, {}, deque(), None
+
+    def _move(self, index: int, step: _Step) -> tuple[int, int]:
+        before, after = self._cursors[index], step.rows[index][-1].after
+        return after.documents - before.documents, after.tokens - before.tokens
+
+    def _check_moves(self, moves: list[tuple[int, int]]) -> None:
+        still = [i for i, cursor in enumerate(self._cursors) if cursor.tokens != ENDED and not any(moves[i])]
+        read = self._drawn.rows if self._drawn is not None else {}
+        other = [i for i in read if moves[i] != self._move(i, self._drawn)]  # type: ignore[arg-type]
+        if still or other:
+            raise ValueError(
+                f"Got an advance that {'does not move' if still else 'is not what was drawn for'} streams {still or other}. "
+                f"Each stream moves as far as the rank that owns it drew. Commit the sum of advance() over all data ranks."
+            )
+
+
+class _Share(NamedTuple):
+    """The rows `begin` to `end` of a global batch, one rank's."""
+
+    begin: int
+    end: int
+    num_rows: int
+    num_streams: int
+    micro_rows: int
+
+    @property
+    def read(self) -> list[int]:
+        """The streams these rows are from."""
+        return sorted({row % self.num_streams for row in range(self.begin, self.end)})
+
+    @property
+    def owned(self) -> list[int]:
+        """The streams this rank answers for: those whose first row of the step is here."""
+        return list(range(self.begin, min(self.end, self.num_streams)))
+
+
+class _Step(NamedTuple):
+    """A step made ready: its micro-batches, and all rows read for it, by stream."""
+
+    share: _Share
+    batches: list[Batch]
+    rows: dict[int, list[Row]]
+
+
+def _make_step(streams: dict[int, RowStream], share: _Share) -> _Step:
+    """Read the step's rows of each stream, also those another rank keeps: a stream has one order."""
+    num_rows = share.num_rows // share.num_streams
+    rows = {index: [stream.next_row() for _ in range(num_rows)] for index, stream in streams.items()}
+    mine = [rows[row % share.num_streams][row // share.num_streams] for row in range(share.begin, share.end)]
+    size = share.micro_rows
+    return _Step(share, [_batch(mine[first : first + size]) for first in range(0, len(mine), size)], rows)
+
+
+def _batch(rows: list[Row]) -> Batch:
+    tokens, positions, document_ids, labels = (
+        torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[:4]
+    )
+    inputs = {"tokens": tokens, "positions": positions, "document_ids": document_ids}
+    targets = {"labels": labels}
+    return Batch(inputs, targets, dict.fromkeys([*inputs, *targets], 1), [row.sample_ids for row in rows])
+
+
+def _stopped(futures: deque[Future[_Step]]) -> list[Future[_Step]]:
+    """Cancel what has not begun, the last first; return the rest."""
+    begun = [future for future in reversed(futures) if not future.cancel()]
+    futures.clear()
+    return begun[::-1]
+
+
+class _InThisThread(Executor):
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _special_id(number: int | None, name: str) -> int:
+    if number is None:
+        raise ValueError(
+            f"Got add_{name} with a tokenizer that has no {name}. It needs the id of that token. "
+            f"Set the tokenizer's {name}, or add_{name} to False."
+        )
+    return number
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"Got {name} {value}. It must be 1 or more. Set {name} to a positive number.")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

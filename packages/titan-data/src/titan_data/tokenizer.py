@@ -1,0 +1,50 @@
+"""What the rest of the package asks of a tokenizer."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from titan_config import Configurable
+
+Ids = npt.NDArray[np.int64]
+
+
+class Tokenizer(Configurable, abc.ABC):
+    """Text to ids and back.
+
+    vocab_size: one more than the largest id `encode` may give, `bos_id` and `eos_id` included.
+    bos_id, eos_id: put before and after a document where the loader is told to; None where there is none.
+    fingerprint: names the tokenizer and hashes all that decides its ids. Two with equal fingerprints give equal ids.
+    """
+
+    class Config(Configurable.Config):
+        pass
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> Ids:
+        """Return the ids of `text`, int64 [N], without BOS and EOS. Names of special tokens in it are plain text."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Raises ValueError for an id outside the vocabulary."""
+
+    def _unknown_id(self, ids: Iterable[int]) -> ValueError:
+        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        got = "an id that stands for no token" if outside is None else f"the id {outside}"
+        return ValueError(
+            f"Got {got} to decode. This tokenizer's ids are 0 to {self.vocab_size - 1}, gaps excepted. "
+            f"Decode with the tokenizer that made the ids."
+        )
+
+
+def well_formed(text: str) -> str:
+    """Return `text` with half surrogate pairs, which no UTF-8 can hold, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
