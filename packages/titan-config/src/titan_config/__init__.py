@@ -1,7 +1,23 @@
 """A typed config that builds the object that owns it: JSON, diff and a command line included."""
 
+from titan_config.codec import from_dict, to_dict
 from titan_config.configurable import Configurable
 from titan_config.errors import ConfigError
-from titan_config.tree import traverse
+from titan_config.files import from_json, load, save, to_json
+from titan_config.text import diff, to_text
+from titan_config.tree import replace, traverse
 
-__all__ = ["ConfigError", "Configurable", "traverse"]
+__all__ = [
+    "ConfigError",
+    "Configurable",
+    "diff",
+    "from_dict",
+    "from_json",
+    "load",
+    "replace",
+    "save",
+    "to_dict",
+    "to_json",
+    "to_text",
+    "traverse",
+]

@@ -197,7 +197,7 @@ def check(config: Config, path: str = "") -> None:
     try:
         config.validate()
     except ConfigError as error:
-        raise error.under(path) from error
+        raise error.under(path)
     except ValueError as error:
         raise ConfigError(str(error), path) from error
 

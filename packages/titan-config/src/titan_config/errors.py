@@ -6,19 +6,25 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A config is wrong: `path` says where in the tree ("model.layers.norm.eps"), `message` what was got, needed, to do."""
+    """A config is wrong.
 
-    def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message, path)
+    `message` says what was got, what is needed, what to do; `path` where in the tree ("model.layers.norm.eps", "" where that is
+    the root or not known); `file` which file, with the line where that helps ("run.json:12").
+    """
+
+    def __init__(self, message: str, path: str = "", file: str = "") -> None:
+        super().__init__(message, path, file)
         self.message = message
         self.path = path
+        self.file = file
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.message}" if self.path else self.message
+        return ": ".join(part for part in (self.file, self.path, self.message) if part)
 
     def under(self, path: str) -> ConfigError:
-        """Return the same error seen from a config that holds this one at `path`."""
-        return type(self)(self.message, join(path, self.path))
+        """Return this error with its path as seen from a config that holds the wrong one at `path`."""
+        self.path = join(path, self.path)
+        return self
 
 
 class UnknownName(ConfigError, AttributeError):
@@ -31,14 +37,13 @@ def join(path: str, name: object) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return "Did you mean ...?" for the name closest to `name`, or the names there are when none is close."""
+    """Return the advice for a wrong `name`: the closest of `names`, or those there are when none is close."""
     import difflib
 
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"Did you mean {close[0]}?"
-    if not names:
+    if not known:
         return "Remove it."
-    shown = ", ".join(sorted(names)[:12])
-    return f"Use one of: {shown}, ..." if len(names) > 12 else f"Use one of: {shown}."
+    return f"Use one of: {', '.join(known[:12])}{', ...' if len(known) > 12 else '.'}"

@@ -6,7 +6,7 @@ Nodes are configs. Lists, tuples and dicts between them are part of the path: "l
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from titan_config.errors import ConfigError, join, nearest
@@ -117,3 +117,55 @@ def same(first: Any, second: Any) -> bool:
         one, two = dict(children(first)), dict(children(second))
         return one.keys() == two.keys() and all(same(part, two[name]) for name, part in one.items())
     return bool(first == second) or (first != first and second != second)
+
+
+def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
+    """Return a copy of `config` with the part at a path, or every config that a predicate picks, replaced.
+
+    By path `new` is the value: `replace(c, "model.norm.eps", 1e-6)`. By predicate `new` is a config, or a function from the
+    config that was there (a copy, whose own parts are done) to the new one:
+    `replace(c, lambda node: isinstance(node, Linear.Config), lambda old: LoRA.Config(linear=old))`.
+    Raises ConfigError where nothing matches.
+    """
+    if isinstance(where, str):
+        return _replaced_at(copied(config), where, new)
+    picked = where
+    count = 0
+
+    def change(value: Any) -> Any:
+        nonlocal count
+        matches = isinstance(value, Node) and picked(value)
+        part = _with_parts(value, {name: change(part) for name, part in children(value)})
+        if not matches:
+            return part
+        count += 1
+        return new(part) if callable(new) else copied(new)
+
+    result = change(copied(config))
+    if not count:
+        raise ConfigError(
+            "Got a predicate that picks none of the configs in the tree. A replacement that changes nothing is a mistake. Look "
+            "at what traverse(config) yields."
+        )
+    return result
+
+
+def _replaced_at(value: Any, path: str, new: Any) -> Any:
+    name, _, rest = path.partition(".")
+    parts = dict(children(value))
+    if name not in parts:
+        raise ConfigError(f"Got the path {path}. There is no {name} in {type(value).__qualname__}. {nearest(name, parts)}")
+    return _with_parts(value, {name: _replaced_at(parts[name], rest, new) if rest else copied(new)})
+
+
+def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
+    """Put `parts` in the place of those of `value`, in place where it can change, and return it."""
+    if isinstance(value, Node):
+        for name, part in parts.items():
+            setattr(value, name, part)
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(parts.get(str(index), item) for index, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: parts.get(str(key), item) for key, item in value.items()}
+    return value

@@ -1,0 +1,220 @@
+"""Configs to plain data and back without loss: `to_dict` and `from_dict`.
+
+What JSON has is itself; anything else is an object with a tag: {"$type": "titan_models.norm:RMSNorm.Config", "dim": 64},
+{"$tuple": [1, 2]}, {"$set": []}, {"$path": "outputs"}, {"$dtype": "bfloat16"}, {"$enum": "m:Color", "name": "RED"}, {"$float": "nan"},
+{"$function": "torch.nn.init:zeros_"}, {"$partial": function, "args": [], "keywords": {}}, {"$dict": [[key, value]]} where keys are not strings.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from titan_config.checks import describe_value
+from titan_config.configurable import Config, check
+from titan_config.errors import ConfigError, join, nearest
+from titan_config.importing import DEFAULT_ALLOW, find_class, find_function, path_of
+from titan_config.tree import children
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return a config as plain JSON data, checked first (types and `validate` rules, over the whole tree)."""
+    check(config)
+    return encode(config)  # type: ignore[no-any-return]
+
+
+def from_dict(data: dict[str, Any], allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
+    """Return the config that `to_dict` made `data` from; fields that `data` lacks take their defaults.
+
+    Only what `allow` lists is imported (see `titan_config.importing`). Raises ConfigError with the path in the tree.
+    """
+    if not (isinstance(data, dict) and "$type" in data):
+        raise ConfigError(
+            f"Got {describe_value(data)}. A config is an object that names its class. Give it a "
+            '"$type": "package.module:Owner.Config".'
+        )
+    return decode(data, allow)
+
+
+def encode(value: Any, path: str = "") -> Any:
+    """Return any value that a config can hold as JSON data."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Config):
+        fields = {name: encode(item, join(path, name)) for name, item in children(value)}
+        return {"$type": _saved_path(type(value), path), **fields}
+    if isinstance(value, list):
+        return _encode_items(value, path)
+    if isinstance(value, (set, frozenset)):
+        tag = "$set" if isinstance(value, set) else "$frozenset"
+        return {tag: _encode_items(sorted(value, key=repr), path)}
+    if type(value) is tuple:
+        return {"$tuple": _encode_items(value, path)}
+    if isinstance(value, dict):
+        return _encode_dict(value, path)
+    return _encode_other(value, path)
+
+
+def _encode_items(items: Sequence[Any], path: str) -> list[Any]:
+    return [encode(item, join(path, index)) for index, item in enumerate(items)]
+
+
+def _encode_dict(value: dict[Any, Any], path: str) -> dict[str, Any]:
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: encode(item, join(path, key)) for key, item in value.items()}
+    return {"$dict": [[encode(key, path), encode(item, join(path, key))] for key, item in value.items()]}
+
+
+def _encode_other(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, enum.Enum) and value.name in type(value).__members__:
+        return {"$enum": _saved_path(type(value), path), "name": value.name}
+    if isinstance(value, functools.partial):
+        keywords = {name: encode(item, join(path, name)) for name, item in value.keywords.items()}
+        return {"$partial": encode(value.func, path), "args": _encode_items(value.args, path), "keywords": keywords}
+    if hasattr(value, "__fspath__"):
+        return {"$path": str(value)}
+    if _is_dtype(value):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if callable(value):
+        return {"$function": _saved_path(value, path)}
+    raise ConfigError(
+        f"Got {describe_value(value)}, which cannot be saved. A config holds numbers, strings, paths, dtypes, enums, functions, "
+        "configs, and lists, tuples, dicts and sets of these. Use one of them, or hand the object to build(**runtime).",
+        path,
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].dtype)
+
+
+def _saved_path(value: Any, path: str) -> str:
+    found = path_of(value)
+    if found is None:
+        raise ConfigError(
+            f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must stand at the top of "
+            "a module or in a class. Define it there (no lambda, no method of an object, not inside a function).",
+            path,
+        )
+    return found
+
+
+def decode(data: Any, allow: Sequence[str]) -> Any:
+    """Return the value that `encode` made `data` from."""
+    if isinstance(data, list):
+        return [_decode_part(item, allow, index) for index, item in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    tag = next((key for key in data if key.startswith("$")), None)
+    if tag is None:
+        return {key: _decode_part(item, allow, key) for key, item in data.items()}
+    if tag not in _DECODERS:
+        raise ConfigError(f"Got the tag {tag}. A tag says what kind of value follows. {nearest(tag, _DECODERS)}")
+    return _DECODERS[tag](data, allow)
+
+
+def _decode_part(data: Any, allow: Sequence[str], name: object) -> Any:
+    try:
+        return decode(data, allow)
+    except ConfigError as error:
+        raise error.under(str(name))
+
+
+def _decode_config(data: dict[str, Any], allow: Sequence[str]) -> Config:
+    cls = find_class(_text(data, "$type"), allow)
+    if not issubclass(cls, Config):
+        raise ConfigError(f"Got the type {cls.__qualname__}. A $type names a Config class. Use $enum for an enum.")
+    return cls(**{name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
+
+
+def _decode_enum(data: dict[str, Any], allow: Sequence[str]) -> enum.Enum:
+    cls, name = find_class(_text(data, "$enum"), allow), _text(data, "name")
+    if not issubclass(cls, enum.Enum):
+        raise ConfigError(f"Got the enum {cls.__qualname__}. An $enum names an enum. Use $type for a config.")
+    if name not in cls.__members__:
+        raise ConfigError(f"Got the name {name}. {cls.__qualname__} has no such member. {nearest(name, cls.__members__)}")
+    return cls.__members__[name]
+
+
+def _decode_partial(data: dict[str, Any], allow: Sequence[str]) -> functools.partial[Any]:
+    function, args, keywords = (decode(data.get(key), allow) for key in ("$partial", "args", "keywords"))
+    if not callable(function) or not isinstance(args, list) or not isinstance(keywords, dict):
+        _malformed(data, "$partial")
+    return functools.partial(function, *args, **keywords)
+
+
+def _decode_function(data: dict[str, Any], allow: Sequence[str]) -> Any:
+    return find_function(_text(data, "$function"), allow)
+
+
+def _decode_path(data: dict[str, Any], allow: Sequence[str]) -> Any:
+    from pathlib import Path
+
+    return Path(_text(data, "$path"))
+
+
+def _decode_float(data: dict[str, Any], allow: Sequence[str]) -> float:
+    text = _text(data, "$float")
+    return float(text) if text in ("nan", "inf", "-inf") else _malformed(data, "$float")
+
+
+def _decode_dtype(data: dict[str, Any], allow: Sequence[str]) -> Any:
+    return find_dtype(_text(data, "$dtype"))
+
+
+def find_dtype(name: str) -> Any:
+    """Return torch's dtype of that name. Imports torch."""
+    import torch
+
+    found = vars(torch).get(name.removeprefix("torch."))
+    if not isinstance(found, torch.dtype):
+        dtypes = [key for key, value in vars(torch).items() if isinstance(value, torch.dtype)]
+        raise ConfigError(f"Got the dtype {name}. torch has none of that name. {nearest(name, dtypes)}")
+    return found
+
+
+def _decode_dict(data: dict[str, Any], allow: Sequence[str]) -> dict[Any, Any]:
+    pairs = decode(data["$dict"], allow)
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        _malformed(data, "$dict")
+    return dict(pairs)
+
+
+def _decode_items(container: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    tag = f"${container.__name__}"  # type: ignore[attr-defined]
+
+    def decode_items(data: dict[str, Any], allow: Sequence[str]) -> Any:
+        items = decode(data[tag], allow)
+        return container(items) if isinstance(items, list) else _malformed(data, tag)
+
+    return decode_items
+
+
+def _text(data: dict[str, Any], key: str) -> str:
+    text = data.get(key)
+    return text if isinstance(text, str) else _malformed(data, key)
+
+
+def _malformed(data: dict[str, Any], key: str) -> NoReturn:
+    raise ConfigError(f"Got {describe_value(data)}. The value of {key} is missing or of the wrong kind. Write what to_dict writes.")
+
+
+_DECODERS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
+    "$type": _decode_config,
+    "$enum": _decode_enum,
+    "$partial": _decode_partial,
+    "$function": _decode_function,
+    "$path": _decode_path,
+    "$float": _decode_float,
+    "$dtype": _decode_dtype,
+    "$dict": _decode_dict,
+    "$tuple": _decode_items(tuple),
+    "$set": _decode_items(set),
+    "$frozenset": _decode_items(frozenset),
+}
