@@ -72,8 +72,12 @@ class Checkpointer(Protocol):
         """Load the newest whole checkpoint into `parts`; its step, or None where there is none."""
         ...
 
-    def save(self, step: int, parts: Mapping[str, Stateful], *, last: bool = False) -> bool:
-        """Save if `step` is due, or the last of the run; whether it did."""
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be saved."""
+        ...
+
+    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
+        """Save the parts under `step`; may go on writing while training does."""
         ...
 
     def close(self) -> None:

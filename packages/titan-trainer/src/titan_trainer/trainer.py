@@ -162,7 +162,7 @@ class Trainer(Configurable):
         }
         self.checkpointer: Checkpointer | None = None
         if config.checkpoint is not None:
-            self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, config=config)
+            self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, run_config=to_dict(config))
 
     # The run
 
@@ -243,8 +243,9 @@ class Trainer(Configurable):
             set_collective_timeout(self.dims, config.comm.train_timeout_seconds)
         if self.validator is not None and self.validator.is_due(self.step, last):
             self.metrics.record_validation(self.step, loss=self.validator.validate())
-        if self.checkpointer is not None:
-            self.checkpointer.save(self.step, self.parts, last=last)
+        if self.checkpointer is not None and not last and self.checkpointer.due(self.step):
+            self.checkpointer.save(self.step, self.parts)
+            self.saved_step = self.step
 
     def agree(self, condition: bool) -> bool:
         """Whether `condition` holds on any rank of this replica."""
@@ -257,8 +258,8 @@ class Trainer(Configurable):
     def finish(self) -> None:
         """Save the last step, wait for what is being written, leave the group."""
         if self.checkpointer is not None:
-            if self.step > self.first_step:
-                self.checkpointer.save(self.step, self.parts, last=True)
+            if self.saved_step != self.step:
+                self.checkpointer.save(self.step, self.parts)
             self.checkpointer.close()
         self.metrics.close()
         self.replica_group.close()
@@ -269,7 +270,7 @@ class Trainer(Configurable):
         """Load the newest whole checkpoint, if there is one, and say what changed in the config since."""
         config_file = self.config.dump_folder / "config.json"
         loaded_step = self.checkpointer.load(self.parts) if self.checkpointer is not None else None
-        self.first_step = self.step
+        self.first_step = self.saved_step = self.step
         if self.is_first_rank:
             if loaded_step is not None:
                 print(f"going on after step {self.step} of {self.config.dump_folder}", flush=True)

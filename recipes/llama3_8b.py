@@ -1,0 +1,64 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""Llama 3.1 8B on C4, from scratch: 8 GPUs of 80 GiB or more.
+
+    torchrun --nproc-per-node 8 recipes/llama3_8b.py --tokenizer.path /path/to/tokenizer.model
+"""
+
+from pathlib import Path
+
+from titan_ckpt import Checkpointer
+from titan_config import Configurable
+from titan_data import HuggingFaceSource, TiktokenTokenizer, TokenLoader
+from titan_models import Flex, llama3
+from titan_parallel import Compile, SelectiveRecompute
+from titan_trainer import AdamW, Trainer, Training, Validator, WarmupStableDecay, main
+
+
+def llama3_tokenizer() -> TiktokenTokenizer.Config:
+    """Meta's `tokenizer.model`, with the special tokens a base model needs."""
+    names = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}
+    return TiktokenTokenizer.Config(
+        path=Path("tokenizer.model"), special_tokens=names, bos="<|begin_of_text|>", eos="<|end_of_text|>"
+    )
+
+
+def c4(split: str) -> HuggingFaceSource.Config:
+    """The English part of C4, streamed."""
+    return HuggingFaceSource.Config(path="allenai/c4", name="en", split=split, streaming=True)
+
+
+def llama3_run(model: Configurable.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
+    """What the Llama 3 recipes share: 8192 tokens a row, documents kept apart by flex attention."""
+    model.block.attention.core = Flex.Config()
+    return Trainer.Config(
+        model=model,
+        tokenizer=llama3_tokenizer(),
+        dataloader=TokenLoader.Config(source=c4("train"), add_bos=True, add_eos=True, shuffle=False),
+        training=Training(global_batch_size=global_batch_size, local_batch_size=1, seq_len=8192, steps=100_000),
+        optimizer=AdamW.Config(lr=lr),
+        lr_scheduler=WarmupStableDecay.Config(warmup_steps=2000, total_steps=100_000, decay_type="cosine", min_lr_factor=0.1),
+        activation_checkpoint=SelectiveRecompute.Config(),
+        compile=Compile.Config(),
+        validator=Validator.Config(
+            dataloader=TokenLoader.Config(source=c4("validation"), add_bos=True, add_eos=True, shuffle=False),
+            interval=500,
+            steps=20,
+        ),
+        checkpoint=Checkpointer.Config(interval=500),
+    )
+
+
+def llama3_8b() -> Trainer.Config:
+    """Half a million tokens a step."""
+    config = llama3_run(llama3.llama3_8b(), global_batch_size=64, lr=3e-4)
+    config.dump_folder = Path("outputs/llama3_8b")
+    return config
+
+
+if __name__ == "__main__":
+    main(llama3_8b)
