@@ -1,1 +1,41 @@
 """Model families as plain nn.Modules built from configs, with checked Hugging Face weight adapters."""
+
+from titan_models.attention import Attention
+from titan_models.block import Block
+from titan_models.cores import AttentionCore, Flex, Sdpa
+from titan_models.embedding import Embedding
+from titan_models.flops import Flops
+from titan_models.hf_adapter import HfAdapter
+from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
+from titan_models.linear import Linear
+from titan_models.mask import Mask
+from titan_models.model import Model
+from titan_models.part import Part
+from titan_models.rms_norm import RMSNorm
+from titan_models.rope import Llama3Scaling, Rope
+from titan_models.swiglu import SwiGLU
+from titan_models.weights import init_weights
+
+__all__ = [
+    "Attention",
+    "AttentionCore",
+    "Block",
+    "Constant",
+    "Embedding",
+    "Flex",
+    "Flops",
+    "HfAdapter",
+    "Initializer",
+    "Linear",
+    "Llama3Scaling",
+    "Mask",
+    "Model",
+    "Normal",
+    "Part",
+    "RMSNorm",
+    "Rope",
+    "Sdpa",
+    "SwiGLU",
+    "TruncatedNormal",
+    "init_weights",
+]

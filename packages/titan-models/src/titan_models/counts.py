@@ -1,0 +1,30 @@
+"""Parameters and floating point operations of a model, counted by walking its modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from titan_models.flops import Flops
+from titan_models.part import Part
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops_per_token(model: nn.Module, seq_len: int) -> Flops:
+    """Matrix products of one token of a sequence of `seq_len`, forward and backward.
+
+    Each `Part` states its own. Raises ValueError, naming it, for a module with parameters that states nothing.
+    """
+    total = Flops(full=0, causal=0)
+    for name, module in model.named_modules():
+        if isinstance(module, Part):
+            total += module.own_flops(seq_len)
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise ValueError(
+                f"Got {name or 'a model'}, a {type(module).__qualname__} with parameters. What it computes is unknown, "
+                "so a count would be wrong. Make it a titan_models.Part that states its own_flops()."
+            )
+    return total

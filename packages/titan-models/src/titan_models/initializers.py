@@ -1,0 +1,78 @@
+"""How initial weights are distributed: a config field of the module that owns them."""
+
+from __future__ import annotations
+
+import abc
+import math
+
+from titan_config import Configurable
+from torch import Tensor
+
+from titan_models.keyed import Place, fill_with_uniform_
+
+
+class Initializer(Configurable, abc.ABC):
+    """The distribution of one parameter's initial values."""
+
+    @abc.abstractmethod
+    def fill_(self, local: Tensor, place: Place) -> None:
+        """Write the initial values of the part of a parameter that `local` holds and `place` describes."""
+
+
+class Constant(Initializer):
+    """Every weight is `value`."""
+
+    class Config(Initializer.Config):
+        value: float
+
+    def __init__(self, config: Config) -> None:
+        self.value = config.value
+
+    def fill_(self, local: Tensor, place: Place) -> None:
+        local.fill_(self.value)
+
+
+class Normal(Initializer):
+    """Normal with mean 0 and standard deviation `std`."""
+
+    class Config(Initializer.Config):
+        std: float = 0.02
+
+        def validate(self) -> None:
+            _check_positive("std", self.std)
+
+    def __init__(self, config: Config) -> None:
+        self.std = config.std
+
+    def fill_(self, local: Tensor, place: Place) -> None:
+        fill_with_uniform_(local, place, lambda uniform: _inverse_normal_(uniform, self.std))
+
+
+class TruncatedNormal(Initializer):
+    """Normal with mean 0 and `std`, conditioned on lying within `cutoff` times `std`: nothing piles up at the ends."""
+
+    class Config(Initializer.Config):
+        std: float = 0.02
+        cutoff: float = 3.0
+
+        def validate(self) -> None:
+            _check_positive("std", self.std)
+            _check_positive("cutoff", self.cutoff)
+
+    def __init__(self, config: Config) -> None:
+        self.std = config.std
+        self.probability = math.erf(config.cutoff / math.sqrt(2))  # of lying within the cutoff
+
+    def fill_(self, local: Tensor, place: Place) -> None:
+        fill_with_uniform_(local, place, lambda uniform: _inverse_normal_(uniform.mul_(self.probability), self.std))
+
+
+def _inverse_normal_(uniform: Tensor, std: float) -> Tensor:
+    return uniform.erfinv_().mul_(math.sqrt(2) * std)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(
+            f"Got {name} {value}. It must be above 0. Set it to 0.02 or 3, say, or use Constant for zeros."
+        )

@@ -1,0 +1,30 @@
+"""A matrix product with the last dim."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from titan_models.flops import Flops, matmul_flops
+from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.part import Part, new_parameter
+
+
+class Linear(Part, nn.Linear):
+    """`y = x W^T` with `W [out, in]`. An `nn.Linear`, so that tools which look for these find it."""
+
+    class Config(Part.Config):
+        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        """How the weight is drawn."""
+
+    def __init__(self, config: Config, *, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = new_parameter(out_features, in_features)
+        self.register_parameter("bias", None)
+        self.weight_init: Initializer = config.weight_init.build()
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": self.weight_init}
+
+    def own_flops(self, seq_len: int) -> Flops:
+        return matmul_flops(self.in_features * self.out_features)

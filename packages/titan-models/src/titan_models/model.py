@@ -1,0 +1,43 @@
+"""What every model family offers."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from titan_config import Configurable
+from torch import nn
+
+from titan_models.counts import count_flops_per_token, count_parameters
+from titan_models.flops import Flops
+from titan_models.roles import Roles
+from titan_models.weights import init_weights
+
+
+class Model(Configurable, nn.Module, abc.ABC):
+    """A plain `nn.Module` that states the role of each part and draws its own weights. It knows nothing of meshes."""
+
+    class Config(Configurable.Config):
+        vocab_size: int
+        """Token ids are below it."""
+
+        def on_meta(self) -> Model:
+            """The model without memory: names, shapes and roles in an instant."""
+            with torch.device("meta"):
+                return self.build()
+
+        def num_parameters(self) -> int:
+            """Number of parameters, tied ones once."""
+            return count_parameters(self.on_meta())
+
+        def flops_per_token(self, seq_len: int) -> Flops:
+            """Matrix products of one token of a sequence of `seq_len`, forward and backward."""
+            return count_flops_per_token(self.on_meta(), seq_len)
+
+    @abc.abstractmethod
+    def roles(self) -> Roles:
+        """What each part is; see `titan_models.roles`."""
+
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.weights.init_weights`."""
+        init_weights(self, seed)

@@ -1,0 +1,40 @@
+"""Root mean square layer normalisation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titan_models.flops import Flops
+from titan_models.initializers import Constant, Initializer
+from titan_models.part import Part, new_parameter
+
+
+class RMSNorm(Part):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dim (Zhang and Sennrich, 2019), computed in fp32 or wider."""
+
+    class Config(Part.Config):
+        eps: float = 1e-5
+        """Added to the mean square."""
+
+        weight_init: Initializer.Config = Constant.Config(value=1.0)
+        """How the gain is drawn."""
+
+        def validate(self) -> None:
+            if self.eps <= 0:
+                raise ValueError(f"Got eps {self.eps}. It keeps the root away from 0. Set it above 0, such as 1e-5.")
+
+    def __init__(self, config: Config, *, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.eps = config.eps
+        self.weight = new_parameter(dim)
+        self.weight_init: Initializer = config.weight_init.build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": self.weight_init}
+
+    def own_flops(self, seq_len: int) -> Flops:
+        return Flops(full=0, causal=0)

@@ -1,0 +1,118 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import torch
+from titan_config import Configurable
+from torch import Tensor, nn
+
+
+class RopeScaling(Configurable, abc.ABC):
+    """Changes the frequencies of a model so that it can read longer sequences than it was trained on."""
+
+    @abc.abstractmethod
+    def scale(self, frequencies: Tensor) -> Tensor:
+        """The changed frequencies, radians per token."""
+
+    @abc.abstractmethod
+    def hf_parameters(self) -> dict[str, Any]:
+        """The scaling as `rope_parameters` of a Hugging Face config."""
+
+
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1's: slow frequencies are divided by `factor`, fast ones stay, those between go over linearly.
+
+    A frequency is slow when it turns less than `low_freq_factor` times in `original_max_seq_len` tokens, fast when it
+    turns more than `high_freq_factor` times.
+    """
+
+    class Config(RopeScaling.Config):
+        factor: float
+        """What slow frequencies are divided by."""
+
+        low_freq_factor: float = 1.0
+        """Turns in the original length below which a frequency is slow."""
+
+        high_freq_factor: float = 4.0
+        """Turns in the original length above which a frequency is fast."""
+
+        original_max_seq_len: int = 8192
+        """Tokens, the length before the extension."""
+
+        def validate(self) -> None:
+            if self.factor < 1:
+                raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
+            if not 0 < self.low_freq_factor < self.high_freq_factor:
+                raise ValueError(
+                    f"Got low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}. The "
+                    "frequencies between them are blended. Set them to 0 < low < high, such as 1 and 4."
+                )
+            if self.original_max_seq_len < 1:
+                raise ValueError(
+                    f"Got original_max_seq_len {self.original_max_seq_len}. It is a length. Set it to 8192, say."
+                )
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def scale(self, frequencies: Tensor) -> Tensor:
+        c = self.config
+        turns = c.original_max_seq_len / (2 * math.pi / frequencies)
+        fast = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
+        return (1 - fast) * frequencies / c.factor + fast * frequencies
+
+    def hf_parameters(self) -> dict[str, Any]:
+        return {
+            "rope_type": "llama3",
+            "factor": self.config.factor,
+            "low_freq_factor": self.config.low_freq_factor,
+            "high_freq_factor": self.config.high_freq_factor,
+            "original_max_position_embeddings": self.config.original_max_seq_len,
+        }
+
+
+class Rope(Configurable, nn.Module):
+    """Angles of rotation from positions (Su et al., 2021), in the layout of Hugging Face: feature i turns with i + K/2.
+
+    There are no buffers: the frequencies are a constant of the config, fp32 as the released models define them.
+    B batch, T tokens, K features that rotate.
+    """
+
+    class Config(Configurable.Config):
+        dim: int
+        """Features of a head that rotate."""
+
+        theta: float = 500_000.0
+        """The slowest feature turns once in about 2 pi theta tokens."""
+
+        scaling: RopeScaling.Config | None = None
+        """How the frequencies are changed for long sequences."""
+
+        def validate(self) -> None:
+            if self.dim < 2 or self.dim % 2:
+                raise ValueError(f"Got dim {self.dim}. Features rotate in pairs. Set it to an even number above 0.")
+            if self.theta <= 1:
+                raise ValueError(f"Got theta {self.theta}. It is the base of the wavelengths. Set it to 1e4, say.")
+
+    def __init__(self, config: Config) -> None:
+        nn.Module.__init__(self)
+        exponents = torch.arange(0, config.dim, 2, dtype=torch.float32, device="cpu") / config.dim
+        frequencies = 1.0 / config.theta**exponents
+        self.frequencies = frequencies if config.scaling is None else config.scaling.build().scale(frequencies)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[B, T, 1, K/2]` for `positions [B, T]`, computed in fp32 or wider and cast to `dtype`."""
+        precision = torch.promote_types(dtype, torch.float32)
+        frequencies = self.frequencies.to(positions.device, precision, non_blocking=True)
+        angles = positions[..., None, None].to(precision) * frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the features of `x [B, T, H, K]` by the angles whose cosines and sines are `[B, T, 1, K/2]`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,41 @@
+"""Initial weights of a whole model, from one seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from titan_models.keyed import Place, key_of
+from titan_models.part import Part
+from titan_models.shards import local_part
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Draw every parameter of `model` in place, from generators keyed by (seed, its fully qualified name, place in it).
+
+    The parameters have memory, on any device and in any dtype, plain or `DTensor`: whatever the sharding, the whole
+    tensor has the same bits. A tied parameter is drawn once, by the first name it has. Raises ValueError for a
+    parameter nobody has an initializer for, and for one on the meta device.
+    """
+    seen: set[nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        initializers = module.initializers() if isinstance(module, Part) else {}
+        for name, parameter in own.items():
+            full_name = f"{prefix}.{name}" if prefix else name
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if name not in initializers:
+                raise ValueError(
+                    f"Got the parameter {full_name} of a {type(module).__qualname__}. Every parameter needs an "
+                    "initializer. Make its module a titan_models.Part whose initializers() names it."
+                )
+            if parameter.is_meta:
+                raise ValueError(
+                    f"Got the parameter {full_name} on the meta device. It needs memory to be initialised. Call "
+                    "model.to_empty(device=...) first."
+                )
+            local, offsets = local_part(parameter)
+            initializers[name].fill_(local, Place(key_of(seed, full_name), tuple(parameter.shape), offsets))
