@@ -8,11 +8,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from titan_config import Configurable
+import torch
+from titan_config import Configurable, to_dict
 from torch.distributed.tensor import DTensor
 
+from titan_ckpt.adapter import adapter_of
 from titan_ckpt.chunks import is_writer, local_chunks
-from titan_ckpt.errors import BrokenCheckpoint
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
+from titan_ckpt.hf_export import export_hf
+from titan_ckpt.hf_import import load_hf
 from titan_ckpt.loading import PassedOver, damage_of, find_newest_whole, load_parts
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.saving import Snapshot, save
@@ -29,7 +33,8 @@ class Checkpointer(Configurable):
     Args:
         config: what to do.
         dump_folder: where the run writes; the checkpoints are in `dump_folder / config.folder`.
-        run_config: the run's whole config as plain data, saved with each checkpoint.
+        run_config: the run's whole config: it is saved with each checkpoint, and its `model.hf_adapter()` translates
+            weights.
 
     `passed_over` holds the broken checkpoints that the last `load` found newer than the one it took.
     """
@@ -45,62 +50,86 @@ class Checkpointer(Configurable):
         """Whether training goes on while a thread writes a copy ("async") or waits for the disk ("disabled")."""
         load_step: int | None = None
         """The step to go on from; newer checkpoints are set aside. None takes the newest whole one."""
+        initial_load_path: Path | None = None
+        """Checkpoint whose model a run begins with that has no checkpoint of its own."""
+        initial_load_in_hf: bool = False
+        """Whether `initial_load_path` is a folder of Hugging Face weights."""
+        last_save_in_hf: bool = False
+        """Whether the last save also writes the weights for Hugging Face, as `step-N-hf` beside it."""
+        export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+        """Type of the weights written for Hugging Face."""
 
         def validate(self) -> None:
             if self.interval < 1:
                 raise ValueError(
-                    f"Got interval {self.interval}. The steps between two saves must be 1 or more. To save nothing, leave the "
-                    f"checkpointer out."
+                    f"Got interval {self.interval}. The steps between two saves must be 1 or more. To save nothing, "
+                    f"leave the checkpointer out."
                 )
             if self.keep_latest_k is not None and self.keep_latest_k < 1:
                 raise ValueError(
-                    f"Got keep_latest_k {self.keep_latest_k}. At least 1 checkpoint must stay. Set it to None to keep all."
+                    f"Got keep_latest_k {self.keep_latest_k}. At least 1 checkpoint must stay. Set it to None to keep "
+                    f"all."
+                )
+            if self.initial_load_in_hf and self.initial_load_path is None:
+                raise ValueError(
+                    "Got initial_load_in_hf without initial_load_path. It says what kind of folder that is. Set both "
+                    "or none."
                 )
 
-    def __init__(self, config: Config, dump_folder: Path, run_config: Mapping[str, Any] | None = None) -> None:
-        self.config = config
-        self.shelf = Shelf(Path(dump_folder) / config.folder)
+    def __init__(self, own: Config, /, dump_folder: Path, config: Any = None) -> None:
+        self.config = own
+        self.shelf = Shelf(Path(dump_folder) / own.folder)
         self.passed_over: list[PassedOver] = []
-        self._run_config = run_config
+        self._run_config = config
+        self._run_data = None if config is None else to_dict(config)
         self._ranks = Ranks()
         self._staging = Staging()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="titan-ckpt")
         self._pending: Future[None] | None = None
-        if self._ranks.is_first:
-            self.shelf.clean()
+        self._newest: int | None = None
+        self._ranks.together(lambda: self.shelf.clean() if self._ranks.is_first else None)
 
-    def due(self, step: int) -> bool:
-        """Whether the interval asks for a save after this step."""
-        return step % self.config.interval == 0
+    def save(self, step: int, parts: Mapping[str, Part], *, last: bool = False) -> bool:
+        """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.
 
-    def save(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Save the parts as the checkpoint of `step`; in the mode "async" this returns once they are copied.
+        In the mode "async" this returns once the parts are copied. A step that this object saved or loaded is there
+        already, and is not saved again.
 
         Raises:
             CheckpointError: when this save fails, or (in the mode "async") the one before it did.
         """
-        self.wait()
-        snapshot = self._ranks.together(lambda: self._take(step, parts))
-        self._pending = self._writer.submit(self._write, snapshot)
-        if self.config.async_mode == "disabled":
+        due = (last or step % self.config.interval == 0) and step != self._newest
+        if due:
             self.wait()
+            snapshot = self._ranks.together(lambda: self._take(step, parts))
+            self._newest = step
+            self._pending = self._writer.submit(self._write, snapshot)
+        if last or self.config.async_mode == "disabled":
+            self.wait()
+        if last and self.config.last_save_in_hf:
+            self._ranks.together(lambda: self._export(step) if self._ranks.is_first else None)
+        return due
 
     def load(self, parts: Mapping[str, Part]) -> int | None:
-        """Load the newest whole checkpoint, or that of `load_step`, into the parts; return its step (None: there is none).
+        """Load the newest whole checkpoint, or that of `load_step`; return its step (None: there is none).
 
-        Every file is checked before a weight is touched. Broken checkpoints are passed over (see `passed_over`), and what
-        is newer than the loaded one is renamed to `step-N.set-aside-*`, so that the run can go on from there.
+        Every file is checked before a weight is touched. Broken checkpoints are passed over (see `passed_over`), and
+        what is newer than the loaded one is renamed to `step-N.set-aside-*`, so that the run can go on from there.
+        Where there is none, the part "model" is filled from `initial_load_path`, if that is set.
 
         Raises:
-            CheckpointError: when the one asked for is broken or absent, when all are broken, or when it does not fit the parts.
+            CheckpointError: when the one asked for is broken or absent, when all are broken, or when it does not fit
+                the parts.
         """
         self.wait()
         step = self._step_to_load()
         if step is None:
+            self._load_initial(parts)
             return None
-        load_parts(self.shelf.path(step), parts, self._ranks, self._run_config)
+        load_parts(self.shelf.path(step), parts, self._ranks, self._run_data)
         self._ranks.together(lambda: self._set_aside_after(step) if self._ranks.is_first else None)
         logger.info("Loaded %s.", self.shelf.path(step))
+        self._newest = step
         return step
 
     def wait(self) -> None:
@@ -130,7 +159,7 @@ class Checkpointer(Configurable):
 
     def _write(self, snapshot: Snapshot) -> None:
         self._staging.wait()
-        save(snapshot, self.shelf, self._ranks, self._run_config)
+        save(snapshot, self.shelf, self._ranks, self._run_data)
         logger.info("Saved %s.", self.shelf.path(snapshot.step))
         if self.config.keep_latest_k is not None and self._ranks.is_first:
             self.shelf.keep(self.config.keep_latest_k)
@@ -143,10 +172,42 @@ class Checkpointer(Configurable):
         damage = damage_of(self.shelf.path(step), self._ranks)
         if damage:
             raise BrokenCheckpoint(
-                f"Got load_step {step}, and {self.shelf.path(step)} is not whole: {damage}. A checkpoint is loaded only when "
-                f"all its files are. Choose another of {self.shelf.steps()}, or leave load_step out for the newest whole one."
+                f"Got load_step {step}, and {self.shelf.path(step)} is not whole: {damage}. A checkpoint is loaded "
+                f"only when all its files are. Choose another of {self.shelf.steps()}, or leave load_step out for the "
+                f"newest whole one."
             )
         return step
+
+    def _load_initial(self, parts: Mapping[str, Part]) -> None:
+        path = self.config.initial_load_path
+        if path is None:
+            return
+        if "model" not in parts:
+            raise CheckpointError(
+                f'Got initial_load_path {path} and the parts {list(parts)}. It fills the part "model". Name it so.'
+            )
+        model = {"model": parts["model"]}
+        if self.config.initial_load_in_hf:
+            tensors, _, states = self._ranks.together(lambda: split_parts(model))
+            weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+            self._ranks.together(lambda: load_hf(path, weights, adapter_of(self._run_config)))
+            self._ranks.together(lambda: parts["model"].load_state_dict(dict(states["model"])))
+        else:
+            damage = damage_of(path, self._ranks)
+            if damage:
+                raise BrokenCheckpoint(
+                    f"Got initial_load_path {path}, which is not a whole checkpoint: {damage}. It must be a folder "
+                    f"step-N (of Hugging Face weights with initial_load_in_hf). Give another."
+                )
+            load_parts(path, model, self._ranks, self._run_data, exactly=False)
+        logger.info("Began with the model of %s.", path)
+
+    def _export(self, step: int) -> None:
+        folder = self.shelf.hf_path(step)
+        if not folder.exists():
+            dtype = getattr(torch, self.config.export_dtype)
+            export_hf(self.shelf.path(step), folder, dtype, adapter_of(self._run_config))
+            logger.info("Exported %s.", folder)
 
     def _set_aside_after(self, step: int) -> None:
         for path in self.shelf.set_aside_after(step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,11 @@ class Chunk:
     def box(self) -> ChunkStorageMetadata:
         """The chunk's place, as DCP's resharding knows it."""
         return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=self.data.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The chunk's place, as an index into the whole tensor."""
+        return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, self.data.shape, strict=True))
 
     def holding(self, data: Tensor) -> Chunk:
         """The same place with other data."""
@@ -66,7 +71,7 @@ def is_writer(name: str, tensor: Tensor) -> bool:
     """Whether this rank is the one among the replicas of its piece of a DTensor that writes it; spread by name."""
     if not isinstance(tensor, DTensor):
         return True
-    coordinate = tensor.device_mesh.get_coordinate() or []
+    coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     turn = zlib.crc32(name.encode())
     return all(
         coordinate[axis] == turn % tensor.device_mesh.size(axis)

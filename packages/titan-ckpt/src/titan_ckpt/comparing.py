@@ -15,7 +15,8 @@ from titan_ckpt.index import Index
 def describe_misfit(index: Index, chunks: Mapping[str, Chunk], names_of_all_ranks: set[str]) -> list[str]:
     """Return how a checkpoint's tensors differ from those of a run, one sentence a kind; empty when they fit.
 
-    `chunks` are those of this rank (what is missing or of another shape or type), `names_of_all_ranks` tells what nobody has.
+    `chunks` are those of this rank (what is missing or of another shape or type), `names_of_all_ranks` tells what
+    nobody has.
     """
     missing = sorted(name for name in chunks if name not in index)
     unexpected = sorted(name for name in index if name not in names_of_all_ranks)
@@ -26,7 +27,9 @@ def describe_misfit(index: Index, chunks: Mapping[str, Chunk], names_of_all_rank
             if stored.shape != chunk.shape:
                 shapes.append(f"{name} (saved {list(stored.shape)}, here {list(chunk.shape)})")
             if stored.torch_dtype != chunk.data.dtype:
-                dtypes.append(f"{name} (saved {stored.dtype}, here {DTYPE_NAMES.get(chunk.data.dtype, chunk.data.dtype)})")
+                dtypes.append(
+                    f"{name} (saved {stored.dtype}, here {DTYPE_NAMES.get(chunk.data.dtype, chunk.data.dtype)})"
+                )
     kinds: dict[str, list[str]] = {
         "missing in the checkpoint": missing,
         "only in the checkpoint": unexpected,
@@ -55,8 +58,9 @@ def check_parts(saved: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
     missing, unexpected = sorted(set(parts) - set(saved)), sorted(set(saved) - set(parts))
     if missing or unexpected:
         raise CheckpointError(
-            f"Got a checkpoint of the parts {', '.join(saved)} to load into {', '.join(parts)}. A checkpoint must have "
-            f"exactly the parts of the run: missing {missing}, unexpected {unexpected}. Give the parts it was saved with."
+            f"Got a checkpoint of the parts {', '.join(saved)} to load into {', '.join(parts)}. A checkpoint must "
+            f"have exactly the parts of the run: missing {missing}, unexpected {unexpected}. Give the parts it was "
+            f"saved with."
         )
 
 
@@ -68,8 +72,9 @@ def raise_misfit(folder: Path, problems: list[str], differences: list[str]) -> N
     """
     configs = "".join(f"\n  {line}" for line in differences[:8])
     raise CheckpointError(
-        f"Got {folder}, which does not fit this run. Its tensors must have the names, shapes and types of those here, and "
-        f"nothing was loaded:\n" + "\n".join(f"  {problem}" for problem in problems)
+        f"Got {folder}, which does not fit this run. Its tensors must have the names, shapes and types of those here, "
+        f"and nothing was loaded:\n"
+        + "\n".join(f"  {problem}" for problem in problems)
         + (f"\nThe models' settings differ:{configs}" if configs else "")
         + "\nUse the settings it was saved with, or another folder."
     )
@@ -87,5 +92,3 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: value}
     return {key: leaf for name, item in items for key, leaf in _flat(item, name).items()}
-
-

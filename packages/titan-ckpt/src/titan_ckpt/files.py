@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -72,8 +73,8 @@ def write_json(path: Path, data: Any) -> FileRecord:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write tensors as a new safetensors file, one after the other without a copy in memory; returns its record.
 
-    Source: https://github.com/huggingface/safetensors, "Format". `safetensors` itself would write the same file, but makes it
-    in memory and cannot hash it on the way.
+    Source: https://github.com/huggingface/safetensors, "Format". `safetensors` itself would write the same file, but
+        makes it in memory and cannot hash it on the way.
     """
     return write_blocks(path, _safetensors_blocks(tensors, metadata or {}))
 
@@ -94,7 +95,7 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         if tensor.numel():
-            yield memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def record_of(path: Path) -> FileRecord:
@@ -114,3 +115,16 @@ def flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a folder whose files are flushed to a name that is free, so that it is there whole or not at all.
+
+    Raises:
+        FileExistsError: when there is something of that name.
+    """
+    if final.exists():
+        raise FileExistsError(errno.EEXIST, "There is such a name already", str(final))
+    flush_folder(temporary)
+    os.rename(temporary, final)
+    flush_folder(final.parent)

@@ -72,16 +72,17 @@ def join_indices(indices: Iterable[Index]) -> Index:
             known = joined.get(name, StoredTensor(tensor.dtype, tensor.shape, ()))
             if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
                 raise CheckpointError(
-                    f"Got {name} as {known.dtype} {known.shape} on one rank and as {tensor.dtype} {tensor.shape} on another. "
-                    f"A tensor must be of one type and shape on all ranks. Give them different names if they are different."
+                    f"Got {name} as {known.dtype} {known.shape} on one rank and as {tensor.dtype} {tensor.shape} on "
+                    f"another. A tensor must be of one type and shape on all ranks. Give them different names if they "
+                    f"are different."
                 )
             joined[name] = StoredTensor(tensor.dtype, tensor.shape, known.chunks + tensor.chunks)
     for name, tensor in joined.items():
         written, whole = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
         if written != whole:
             raise CheckpointError(
-                f"Got {written} elements of {name}, which has {whole}. The ranks' chunks must fill a tensor exactly once. "
-                f"Save on all ranks that hold a part of it."
+                f"Got {written} elements of {name}, which has {whole}. The ranks' chunks must fill a tensor exactly "
+                f"once. Save on all ranks that hold a part of it."
             )
     return joined
 

@@ -46,14 +46,14 @@ def find_newest_whole(shelf: Shelf, ranks: Ranks) -> tuple[int | None, list[Pass
     if passed_over:
         reasons = "\n".join(f"  {broken.folder.name}: {broken.reason}" for broken in passed_over)
         raise CheckpointError(
-            f"Got {len(passed_over)} checkpoints in {shelf.folder}, all of them broken:\n{reasons}\nA run goes on from a whole "
-            f"one. Restore one, or move them away to begin anew."
+            f"Got {len(passed_over)} checkpoints in {shelf.folder}, all of them broken:\n{reasons}\nA run goes on "
+            f"from a whole one. Restore one, or move them away to begin anew."
         )
     return None, []
 
 
 def damage_of(folder: Path, ranks: Ranks) -> str:
-    """Return what is wrong with a checkpoint, the same text on all ranks, which share the checking; empty when it is whole."""
+    """Return what is wrong with a checkpoint (empty: it is whole), on all ranks; they share the checking."""
     reason, manifest = "", None
     if ranks.is_first:
         try:
@@ -80,7 +80,9 @@ def load_parts(folder: Path, parts: Mapping[str, Part], ranks: Ranks, run_config
     chunks = local_chunks(tensors)
     with TensorReader(folder) as reader:
         values = read_values(folder)
-        ranks.together(lambda: check_parts(values if exactly else {k: v for k, v in values.items() if k in parts}, parts))
+        ranks.together(
+            lambda: check_parts(values if exactly else {k: v for k, v in values.items() if k in parts}, parts)
+        )
         _check_fit(folder, reader, chunks, tensors, parts, ranks, run_config)
         with_tensors = [name for name in parts if _has_tensors(name, tensors)]
         without = [name for name in parts if name not in with_tensors]

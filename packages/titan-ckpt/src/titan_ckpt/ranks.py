@@ -17,10 +17,11 @@ class Ranks:
 
     The group is a gloo group made here, so that saving in a thread never mixes its messages with those of training (on
     a shared gloo group both would hang). Making it is a collective: every rank makes its `Ranks` at the same point.
+    With `alone` this rank is the only one, whatever the others do.
     """
 
-    def __init__(self) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        distributed = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         self._group = dist.new_group(backend="gloo") if distributed else None

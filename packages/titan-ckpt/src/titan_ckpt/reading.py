@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from titan_ckpt.chunks import Chunk, chunk_key
-from titan_ckpt.index import Index, StoredTensor, read_index
+from titan_ckpt.index import Index, read_index
 from titan_ckpt.saving import CONFIG, STATE
 
 
@@ -45,17 +45,21 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def fill(self, chunks: Iterable[Chunk]) -> None:
         """Copy the stored values into the chunks' data, wherever the boundaries of the stored chunks are."""
         for chunk in chunks:
             stored = self.index[chunk.name]
+            files = {stored_chunk.offsets: stored_chunk.file for stored_chunk in stored.chunks}
             for item in create_read_items_for_chunk_list(chunk.name, stored.boxes(), [chunk.box]):
-                source = self._box(chunk.name, stored, item.storage_index.index, item.storage_offsets, item.lengths)
+                offsets = tuple(item.storage_index.offset or ())
+                source = self._open(files[offsets]).get_slice(chunk_key(chunk.name, offsets))
                 target = chunk.data[_slices(item.dest_offsets, item.lengths)]
-                target.copy_(source)
+                target.copy_(source[_slices(item.storage_offsets, item.lengths)])
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor, on the CPU."""
@@ -64,11 +68,10 @@ class TensorReader:
         self.fill([Chunk(name, stored.shape, (0,) * len(stored.shape), data)])
         return data
 
-    def _box(self, name: str, stored: StoredTensor, place: int, offsets: torch.Size, lengths: torch.Size) -> Tensor:
-        chunk = stored.chunks[place]
-        if chunk.file not in self._files:
-            self._files[chunk.file] = self._stack.enter_context(safe_open(self._folder / chunk.file, framework="pt"))
-        return self._files[chunk.file].get_slice(chunk_key(name, chunk.offsets))[_slices(offsets, lengths)]
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+        return self._files[file]
 
 
 def _slices(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import FileRecord, write_json, write_tensors
+from titan_ckpt.files import FileRecord, publish, write_json, write_tensors
 from titan_ckpt.index import INDEX, Index, index_of, join_indices, write_index
 from titan_ckpt.manifest import Manifest, installed_versions, write_manifest
 from titan_ckpt.ranks import Ranks
@@ -52,11 +52,13 @@ def save(snapshot: Snapshot, shelf: Shelf, ranks: Ranks, run_config: Any) -> Non
         folder = ranks.share(ranks.together(lambda: shelf.begin(snapshot.step) if ranks.is_first else shelf.folder))
         mine = _my_chunks(snapshot, ranks)
         everything = ranks.gather_first(ranks.together(lambda: _write(folder, mine, snapshot.values, ranks.rank)))
-        ranks.together(lambda: _publish(folder, snapshot.step, everything, shelf, run_config) if ranks.is_first else None)
+        ranks.together(
+            lambda: _publish(folder, snapshot.step, everything, shelf, run_config) if ranks.is_first else None
+        )
     except OSError as error:
         raise CheckpointError(
-            f"Got {error} while saving step {snapshot.step} to {shelf.folder}. A save needs a disk that takes all of it. "
-            f"Free or mend it; the checkpoints published before are whole."
+            f"Got {error} while saving step {snapshot.step} to {shelf.folder}. A save needs a disk that takes all of "
+            f"it. Free or mend it; the checkpoints published before are whole."
         ) from error
 
 
@@ -84,4 +86,4 @@ def _publish(folder: Path, step: int, everything: Sequence[_Written], shelf: She
     files[STATE] = write_json(folder / STATE, merge(written.values for written in everything))
     files[CONFIG] = write_json(folder / CONFIG, run_config)
     write_manifest(folder, Manifest(step, len(everything), installed_versions(), files))
-    shelf.publish(folder, step)
+    publish(folder, shelf.path(step))

@@ -10,20 +10,20 @@ import uuid
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import flush_folder
 from titan_ckpt.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
-_LEFTOVER = re.compile(r"step-\d+\.(saving|deleting)-[0-9a-f]+")
+_LEFTOVER = re.compile(r"step-\d+(-hf)?\.(saving|deleting)-[0-9a-f]+")
 
 
 class Shelf:
     """A folder of checkpoints named `step-N`; only rank 0 changes it.
 
-    A name ending in `.saving-*` or `.deleting-*` belongs to a save or a deletion that has not finished; when its process is
-    dead it is a leftover. A name ending in `.set-aside-*` was a checkpoint, and is kept for a person to look at.
+    A name ending in `.saving-*` or `.deleting-*` belongs to a save or a deletion that has not finished; when its
+    process is dead it is a leftover. A name ending in `.set-aside-*` was a checkpoint, and is kept for a person to look
+    at.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +32,10 @@ class Shelf:
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, once published."""
         return self.folder / f"step-{step}"
+
+    def hf_path(self, step: int) -> Path:
+        """Where the weights of a step are in Hugging Face's format, once exported."""
+        return self.folder / f"step-{step}-hf"
 
     def steps(self) -> list[int]:
         """The steps that have a published name, oldest first."""
@@ -55,12 +59,6 @@ class Shelf:
         temporary.mkdir(parents=True)
         return temporary
 
-    def publish(self, temporary: Path, step: int) -> None:
-        """Give a finished save its name; from here on it is a checkpoint."""
-        flush_folder(temporary)
-        os.rename(temporary, self.path(step))
-        flush_folder(self.folder)
-
     def keep(self, count: int) -> None:
         """Delete all but the newest `count` checkpoints; folders without a manifest do not count and are left alone."""
         published = [step for step in self.steps() if (self.path(step) / MANIFEST).is_file()]
@@ -70,13 +68,13 @@ class Shelf:
             shutil.rmtree(doomed)
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename all checkpoints newer than `step`, so that a run going on from there finds their names free."""
+        """Rename all checkpoints newer than `step`, and their exports: a run going on from there needs their names."""
         moved = []
-        for newer in self.steps():
-            if newer > step:
-                target = self.folder / f"step-{newer}.set-aside-{uuid.uuid4().hex[:8]}"
-                os.rename(self.path(newer), target)
-                moved.append(target)
+        newer = [made for made in self.steps() if made > step]
+        for path in [*map(self.path, newer), *filter(Path.exists, map(self.hf_path, newer))]:
+            target = path.with_name(f"{path.name}.set-aside-{uuid.uuid4().hex[:8]}")
+            os.rename(path, target)
+            moved.append(target)
         return moved
 
     def clean(self) -> None:

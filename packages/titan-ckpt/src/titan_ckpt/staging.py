@@ -13,8 +13,8 @@ from titan_ckpt.chunks import Chunk
 class Staging:
     """CPU buffers for chunks; `copy` fills them, `wait` returns once the copies have arrived.
 
-    Copies from an accelerator are queued on its current stream behind the work that makes the values and before whatever
-    changes them next, so the caller goes on at once and only the thread that writes has to `wait`.
+    Copies from an accelerator are queued on its current stream behind the work that makes the values and before
+    whatever changes them next, so the caller goes on at once and only the thread that writes has to `wait`.
     """
 
     def __init__(self) -> None:

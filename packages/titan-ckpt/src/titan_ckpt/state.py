@@ -28,7 +28,8 @@ def split(state: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], dict[
     """Return the tensors of a state by their dotted names, and its JSON values as a nested copy.
 
     Raises:
-        CheckpointError: for a leaf that is neither, a key that is no string, or two tensors of one name; it names the path.
+        CheckpointError: for a leaf that is neither, a key that is no string, or two tensors of one name; it names the
+            path.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -87,16 +88,17 @@ def _add(merged: dict[str, Any], values: Mapping[str, Any], path: str, rank: int
             _add(merged[key], value, name, rank, first_rank)
         elif repr(value) != repr(merged[key]):  # so that nan equals nan, and 1 is neither 1.0 nor True
             raise CheckpointError(
-                f"Got {name} = {merged[key]!r} on rank {first_rank[name]} and {value!r} on rank {rank}. A value has one name "
-                f"for all ranks, so it must be equal on all. Put what belongs to one rank under a key of that rank."
+                f"Got {name} = {merged[key]!r} on rank {first_rank[name]} and {value!r} on rank {rank}. A value has "
+                f"one name for all ranks, so it must be equal on all. Put what belongs to one rank under a key of "
+                f"that rank."
             )
 
 
 def _check_key(key: Any, path: str) -> None:
     if not isinstance(key, str):
         raise CheckpointError(
-            f"Got the key {key!r} of type {type(key).__name__} in {path}. The keys of a state must be strings, which is what "
-            f"JSON has. Use str(key)."
+            f"Got the key {key!r} of type {type(key).__name__} in {path}. The keys of a state must be strings, which "
+            f"is what JSON has. Use str(key)."
         )
 
 
@@ -112,8 +114,8 @@ def _encode(value: Any, path: str) -> Any:
             _check_key(key, path)
         return {key: _encode(item, f"{path}.{key}") for key, item in value.items()}
     raise CheckpointError(
-        f"Got a {type(value).__name__} at {path}. A state holds tensors (in dictionaries) and JSON values, since a checkpoint "
-        f"holds no pickles. Turn it into numbers, text, lists or a tensor."
+        f"Got a {type(value).__name__} at {path}. A state holds tensors (in dictionaries) and JSON values, since a "
+        f"checkpoint holds no pickles. Turn it into numbers, text, lists or a tensor."
     )
 
 
@@ -143,4 +145,3 @@ def split_parts(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str,
         part_tensors, values[name] = split(states[name], name)
         tensors.update(part_tensors)
     return tensors, values, states
-
