@@ -1,0 +1,80 @@
+"""How fast titan_data turns text into batches on one core: tokens a second, with the debug tokenizer.
+
+Documents are Austen's paragraphs, whole chapters, and one document of 4 MB. Beside each stands the speed of tiktoken
+alone on the same text, and the ratio of the two, measured in turn.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import tiktoken
+import torch
+from titan_data import JsonlSource, TiktokenTokenizer, TokenLoader
+from titan_data.tiktoken_tokenizer import LLAMA3_PATTERN
+
+ASSETS = Path(__file__).parent.parent / "recipes" / "assets"
+TOKENIZER = TiktokenTokenizer.Config(
+    path=ASSETS / "austen.tiktoken", special_tokens={"<|end_of_text|>": 2047}, eos="<|end_of_text|>"
+)
+ROUNDS, TOKENS_A_ROUND = 7, 3_000_000
+SEQ_LEN, ROWS = 2048, 8
+
+
+def documents() -> dict[str, list[str]]:
+    """The same text cut in three ways."""
+    lines = (ASSETS / "austen/train.jsonl").read_text(encoding="utf-8").splitlines()
+    chapters = [json.loads(line)["text"] for line in lines]
+    paragraphs = [paragraph for chapter in chapters for paragraph in chapter.split("\n\n")]
+    one = "\n\n".join(chapters * 3).encode()[:4_000_000].decode(errors="ignore")
+    return {"paragraphs": paragraphs, "chapters": chapters, "one of 4 MB": [one]}
+
+
+def pipeline_speed(loader: TokenLoader) -> float:
+    """Tokens a second of drawing and committing batches."""
+    start, num_tokens = time.perf_counter(), 0
+    while num_tokens < TOKENS_A_ROUND:
+        num_tokens += sum(batch.inputs["tokens"].numel() for batch in loader.draw(0, 1))
+        loader.commit(loader.advance())
+    return num_tokens / (time.perf_counter() - start)
+
+
+def tiktoken_speed(encoding: tiktoken.Encoding, texts: list[str]) -> float:
+    """Tokens a second of tiktoken alone, each text once."""
+    start = time.perf_counter()
+    num_tokens = sum(len(encoding.encode_to_numpy(text)) for text in texts)
+    return num_tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    tokenizer = TOKENIZER.build()
+    lines = Path(TOKENIZER.path).read_text().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+    encoding = tiktoken.Encoding(
+        "debug", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=dict(TOKENIZER.special_tokens)
+    )
+    for name, texts in documents().items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "text.jsonl")
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+            loader = TokenLoader.Config(source=JsonlSource.Config(path=path), add_eos=True).build(
+                tokenizer=tokenizer, seq_len=SEQ_LEN, global_batch_size=ROWS, local_batch_size=ROWS, seed=0
+            )
+            pairs = [(pipeline_speed(loader), tiktoken_speed(encoding, texts)) for _ in range(ROUNDS)]
+            loader.close()
+        ours, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{len(texts):5} documents ({name}): {ours / 1e6:.2f} million tokens/s,", end=" ")
+        print(f"tiktoken alone {bare / 1e6:.2f}, ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
