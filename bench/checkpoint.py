@@ -1,0 +1,63 @@
+"""What a save costs the run, asynchronous beside synchronous.
+
+The cost is the time of a save and the steps after it, less that of as many steps without. The three take turns in one
+process, with the state of recipes/llama3_debug.py.
+"""
+
+from __future__ import annotations
+
+import runpy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from titan_ckpt import Checkpointer
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "llama3_debug.py"
+ROUNDS, STEPS_AFTER_A_SAVE = 15, 12
+
+
+def build_trainer(dump_folder: str) -> Any:
+    """The recipe's trainer with short steps, so that a save is not lost in their noise."""
+    config = runpy.run_path(str(RECIPE))["llama3_debug"]()
+    config.training.seq_len, config.training.local_batch_size, config.training.global_batch_size = 64, 2, 2
+    config.activation_checkpoint = config.compile = config.validator = config.checkpoint = None
+    config.dump_folder = Path(dump_folder)
+    return config.build()
+
+
+def seconds_of_block(trainer: Any, checkpointer: Checkpointer | None) -> float:
+    """A save, the steps after it, and what of the save is then still to be written."""
+    start = time.perf_counter()
+    if checkpointer is not None:
+        checkpointer.save(trainer.step, trainer.parts)
+    for _ in range(STEPS_AFTER_A_SAVE):
+        trainer.train_step()
+    if checkpointer is not None:
+        checkpointer.wait()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(folder)
+        kinds: dict[str, Checkpointer | None] = {"none": None}
+        for mode in ("disabled", "async"):
+            config = Checkpointer.Config(folder=mode, async_mode=mode, keep_latest_k=1)
+            kinds[mode] = config.build(dump_folder=Path(folder))
+        rounds = []
+        for _ in range(ROUNDS + 2):
+            rounds.append({kind: seconds_of_block(trainer, checkpointer) for kind, checkpointer in kinds.items()})
+        for checkpointer in kinds.values():
+            if checkpointer is not None:
+                checkpointer.close()
+    median = {kind: statistics.median(block[kind] for block in rounds[2:]) for kind in kinds}  # two to warm up
+    synchronous, asynchronous = median["disabled"] - median["none"], median["async"] - median["none"]
+    print(f"{STEPS_AFTER_A_SAVE} steps {median['none']:.3f} s; a synchronous save adds {synchronous:.3f} s,", end=" ")
+    print(f"an asynchronous one {asynchronous:.3f} s: ratio {asynchronous / synchronous:.2f} (limit 0.33)")
+
+
+if __name__ == "__main__":
+    main()
