@@ -1,1 +1,30 @@
-"""Any nn.Module on a device mesh, from a table of roles."""
+"""Any `nn.Module` on a device mesh, from a table of roles."""
+
+from titan_parallel.activation_checkpoint import ActivationCheckpoint, EveryNthBlock, FullRecompute, SelectiveRecompute
+from titan_parallel.batch import Batch, Head, Loss
+from titan_parallel.compile import Compile
+from titan_parallel.cross_entropy import cross_entropy
+from titan_parallel.dims import ParallelDims
+from titan_parallel.mixed_precision import MixedPrecision
+from titan_parallel.parallel_model import ParallelModel
+from titan_parallel.parallelize import parallelize
+from titan_parallel.runtime import init_distributed, set_collective_timeout, set_determinism
+
+__all__ = [
+    "ActivationCheckpoint",
+    "Batch",
+    "Compile",
+    "EveryNthBlock",
+    "FullRecompute",
+    "Head",
+    "Loss",
+    "MixedPrecision",
+    "ParallelDims",
+    "ParallelModel",
+    "SelectiveRecompute",
+    "cross_entropy",
+    "init_distributed",
+    "parallelize",
+    "set_collective_timeout",
+    "set_determinism",
+]

@@ -1,0 +1,48 @@
+"""The private side of torch that this package uses, in one place."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def flatten(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks along one axis, in the same order."""
+    return mesh._flatten()
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Collectives of `group` started from now on fail after `timeout`."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a `DTensor`, without importing what makes them (half a second that a run of one rank saves)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+# Functional collectives: their results are plain tensors, recomputation replays them, and the compiler traces them.
+
+
+def all_reduce(tensor: Tensor, operation: str, group_name: str) -> Tensor:
+    """The elementwise `operation` ("sum", "max") over the group, in a new tensor."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(tensor.contiguous(), operation, group_name))
+
+
+def all_gather(tensor: Tensor, group_size: int, group_name: str) -> Tensor:
+    """The group's tensors (of one shape) one after another along dim 0."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(tensor.contiguous(), group_size, group_name))
+
+
+def reduce_scatter(tensor: Tensor, group_size: int, group_name: str) -> Tensor:
+    """This rank's chunk along dim 0 of the sum over the group."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.reduce_scatter_tensor(tensor.contiguous(), "sum", group_size, group_name))

@@ -1,0 +1,97 @@
+"""Recomputation: which activations of a block are thrown away after the forward and made again in the backward."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from titan_config import ConfigError, Configurable
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Forward = Callable[..., Any]
+
+
+class ActivationCheckpoint(Configurable, ABC):
+    """Memory for time, block by block. A way of your own is a subclass with a `wrap`."""
+
+    class Config(Configurable.Config):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def wrap(self, forward: Forward, index: int) -> Forward:
+        """The forward of block number `index` (from 0) with recomputation, or as it is."""
+
+
+class FullRecompute(ActivationCheckpoint):
+    """Keeps the inputs of blocks and makes all else again: least memory, a third more compute."""
+
+    class Config(ActivationCheckpoint.Config):
+        pass
+
+    def wrap(self, forward: Forward, index: int) -> Forward:
+        return _checkpointed(forward, {})
+
+
+class SelectiveRecompute(ActivationCheckpoint):
+    """Keeps what is dear to make (matrix products, attention, sums over ranks) and makes the rest again."""
+
+    class Config(ActivationCheckpoint.Config):
+        pass
+
+    def wrap(self, forward: Forward, index: int) -> Forward:
+        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
+        return _checkpointed(forward, {"context_fn": contexts})
+
+
+class EveryNthBlock(ActivationCheckpoint):
+    """Recomputes every n-th block in full (the first, the n+1st, ...) and keeps the activations of the others."""
+
+    class Config(ActivationCheckpoint.Config):
+        n: int = 2
+
+        def validate(self) -> None:
+            if self.n < 1:
+                raise ConfigError(f"Got n {self.n}. One block of n is recomputed. Set n to 1 (every block) or more.")
+
+    config: Config
+
+    def wrap(self, forward: Forward, index: int) -> Forward:
+        return _checkpointed(forward, {}) if index % self.config.n == 0 else forward
+
+
+def _checkpointed(forward: Forward, options: dict[str, Any]) -> Forward:
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False, **options)
+
+    return recomputed
+
+
+_DEAR = {
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ),
+    "_c10d_functional": ("all_reduce", "reduce_scatter_tensor"),
+}
+
+
+@functools.cache
+def _dear_operators() -> frozenset[Any]:
+    named = {getattr(getattr(torch.ops, space), name).default for space, names in _DEAR.items() for name in names}
+    return frozenset({*named, torch.ops.higher_order.flex_attention})
+
+
+def _keep_what_is_dear(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _dear_operators() else CheckpointPolicy.PREFER_RECOMPUTE

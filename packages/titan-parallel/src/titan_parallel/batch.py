@@ -1,0 +1,34 @@
+"""What a parallel model is given: batches and a loss, as structural types that any package's own classes satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states to logits. With loss parallel the logits are a `DTensor` sharded over the vocabulary."""
+
+
+class Batch(Protocol):
+    """One micro-batch of one data rank; dim 0 of every tensor is the row."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """What the model is called with: `model(**inputs)`."""
+
+    @property
+    def targets(self) -> Mapping[str, Tensor]:
+        """What the loss reads."""
+
+    @property
+    def sequence_dims(self) -> Mapping[str, int]:
+        """Which dim is the sequence, for those inputs and targets that have one."""
+
+
+class Loss(Protocol):
+    """Turns hidden states into a sum over valid targets and their count; calls `head` as often as it likes."""
+
+    def __call__(self, head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return `(sum, count)`, both scalars."""

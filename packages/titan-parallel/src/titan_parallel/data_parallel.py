@@ -1,0 +1,51 @@
+"""Data parallel of every shape by FSDP2: sharded, replicated, or both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from titan_parallel.dims import ParallelDims
+from titan_parallel.mixed_precision import MixedPrecision
+from titan_parallel.roles import Roles
+
+
+def shard_over_data_ranks(
+    model: nn.Module, roles: Roles, dims: ParallelDims, mixed_precision: MixedPrecision | None
+) -> list[FSDPModule]:
+    """Make each block, the embedding, the head and what is left (with tied weights) a unit that is gathered and reduced at once.
+
+    Gradients are summed, not averaged. Returns the units.
+    """
+    options: dict[str, Any] = {"mesh": dims.fsdp_mesh}
+    if mixed_precision is not None:
+        options["mp_policy"] = mixed_precision.policy()
+    ends = [name for role in ("embedding", "head") for name in roles.named(role)]
+    units = [*roles.named("block"), *_without_shared_parameters(model, ends)]
+    for name in units:
+        fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
+    fully_shard(model, reshard_after_forward=_frees_weights("", roles, dims), **options)
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
+    return sharded
+
+
+def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
+    """Whether a unit frees its gathered weights after the forward. The backward begins with the head and ends with the root ("")."""
+    choice = dims.config.fsdp_reshard_after_forward
+    if dims.num_shard == 1 or choice == "never":
+        return False
+    return choice == "always" or unit not in ("", roles.head)
+
+
+def _without_shared_parameters(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the modules that own all of their parameters alone: tied weights belong to the root."""
+    owners = Counter(
+        parameter for module in model.modules() for parameter in module._parameters.values() if parameter is not None
+    )
+    return [name for name in names if all(owners[p] == 1 for p in model.get_submodule(name).parameters())]

@@ -1,0 +1,47 @@
+"""Parameters are stored as DTensors and computed on as local tensors: the swap between the two."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LocalView:
+    """Swaps the parameters of some modules for what this rank holds of them, while a function of theirs runs.
+
+    Gradients flow back through the views into the DTensors. Where a view is already in place (compilation needs it outside
+    the compiled function, recomputation inside the recomputed one) the function just runs.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], added_elsewhere: frozenset[tuple[nn.Module, str]]) -> None:
+        """`added_elsewhere`: parameters that enter a sum over ranks once, on another rank; here they count as zero."""
+        self._slots = [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
+        self._added_elsewhere = added_elsewhere
+        self._in_place = False
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with the views in place while it runs."""
+
+        @functools.wraps(function)
+        def with_local_parameters(*args: Any, **kwargs: Any) -> Any:
+            if self._in_place:
+                return function(*args, **kwargs)
+            stored = [module._parameters[name] for module, name in self._slots]
+            self._in_place = True
+            try:
+                for module, name in self._slots:
+                    module._parameters[name] = self._local(module, name)  # type: ignore[assignment]
+                return function(*args, **kwargs)
+            finally:
+                for (module, name), parameter in zip(self._slots, stored, strict=True):
+                    module._parameters[name] = parameter
+                self._in_place = False
+
+        return with_local_parameters
+
+    def _local(self, module: nn.Module, name: str) -> Tensor:
+        local: Tensor = module._parameters[name].to_local()  # type: ignore[union-attr]
+        return local * 0 if (module, name) in self._added_elsewhere else local

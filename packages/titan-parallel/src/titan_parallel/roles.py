@@ -1,0 +1,133 @@
+"""Roles: what each part of a model is, from a table of patterns."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from titan_config import ConfigError
+from torch import nn
+
+OPTIONS: dict[str, frozenset[str]] = {
+    "embedding": frozenset(),
+    "block": frozenset(),
+    "region": frozenset(),
+    "colwise": frozenset({"num_heads", "num_kv_heads"}),
+    "rowwise": frozenset(),
+    "attention": frozenset(),
+    "norm": frozenset(),
+    "head": frozenset(),
+}
+"""Every role and the options it takes; docs/parallel.md says what each is."""
+
+RoleTable = Mapping[str, str | tuple[str, Mapping[str, Any]]]
+"""`{pattern: role}` or `{pattern: (role, options)}`; in a pattern `*` is one part of a name."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one module is."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Roles:
+    """The roles of a model's modules, by fully qualified name.
+
+    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a module with two roles, and parts that
+    lie where they have no meaning.
+    """
+
+    def __init__(self, model: nn.Module, table: RoleTable) -> None:
+        self._roles: dict[str, Role] = {}
+        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        patterns: dict[str, str] = {}
+        for pattern, entry in table.items():
+            role = _role(pattern, entry)
+            for name in _matches(pattern, names):
+                if name in patterns:
+                    raise ConfigError(
+                        f"Got two roles for {name}: {self._roles[name].name} from {patterns[name]!r} and {role.name} from {pattern!r}. "
+                        "A part is one thing. Narrow one of the patterns."
+                    )
+                self._roles[name], patterns[name] = role, pattern
+        self._check_nesting()
+
+    def named(self, role: str) -> list[str]:
+        """The names of all modules with this role, in the model's order."""
+        return [name for name, its_role in self._roles.items() if its_role.name == role]
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """The options that the table gives to a module's role."""
+        return self._roles[name].options
+
+    @property
+    def head(self) -> str | None:
+        """The name of the head, if the table names one."""
+        return next(iter(self.named("head")), None)
+
+    def region_of(self, name: str) -> str | None:
+        """The region that a module or parameter lies in."""
+        return next((region for region in self.named("region") if inside(name, region)), None)
+
+    def _check_nesting(self) -> None:
+        if len(heads := self.named("head")) > 1:
+            raise ConfigError(f"Got the role head for {', '.join(heads)}. A model has one output. Give the role to one of them.")
+        for role in ("block", "region"):
+            for inner in self.named(role):
+                for outer in self.named(role):
+                    if inner != outer and inside(inner, outer):
+                        raise ConfigError(
+                            f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. Give the role to one of them."
+                        )
+        projections = self.named("colwise") + self.named("rowwise")
+        for name in projections:
+            if self.region_of(name) is None:
+                raise ConfigError(
+                    f"Got the {self._roles[name].name} part {name} in no region. What is split is gathered and summed at the border of "
+                    f"a region. Give the role region to the parent of {name}."
+                )
+        for region in self.named("region"):
+            for role in ("colwise", "rowwise"):
+                if not any(inside(name, region) for name in self.named(role)):
+                    raise ConfigError(
+                        f"Got the region {region} without a {role} part. A region splits features on entry (colwise) and sums them on exit "
+                        f"(rowwise). Name its {role} part, or take the role region away."
+                    )
+
+
+def inside(name: str, parent: str) -> bool:
+    """Whether a module or parameter is `parent` or lies in it."""
+    return name == parent or name.startswith(parent + ".")
+
+
+def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]]) -> Role:
+    name, options = (entry, {}) if isinstance(entry, str) else entry
+    if name not in OPTIONS:
+        raise ConfigError(f"Got the unknown role {name!r} for {pattern!r}. Roles are {', '.join(OPTIONS)}. {_nearest(name, OPTIONS)}")
+    for option in options:
+        if option not in OPTIONS[name]:
+            takes = ", ".join(sorted(OPTIONS[name])) or "none"
+            raise ConfigError(
+                f"Got the unknown option {option!r} of the role {name} for {pattern!r}. Its options: {takes}. "
+                f"{_nearest(option, OPTIONS[name])}"
+            )
+    return Role(name, dict(options))
+
+
+def _matches(pattern: str, names: list[str]) -> list[str]:
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    matched = [name for name in names if expression.fullmatch(name)]
+    if not matched:
+        known = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
+        raise ConfigError(f"Got the pattern {pattern!r}, which matches no module. A pattern names parts of the model. {_nearest(pattern, known)}")
+    return matched
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return f"Did you mean {close[0]!r}?" if close else "Take it away."
