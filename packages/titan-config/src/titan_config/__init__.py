@@ -1,5 +1,6 @@
 """A typed config that builds the object that owns it: JSON, diff and a command line included."""
 
+from titan_config.cli import cli
 from titan_config.codec import from_dict, to_dict
 from titan_config.configurable import Configurable
 from titan_config.errors import ConfigError
@@ -10,6 +11,7 @@ from titan_config.tree import replace, traverse
 __all__ = [
     "ConfigError",
     "Configurable",
+    "cli",
     "diff",
     "from_dict",
     "from_json",

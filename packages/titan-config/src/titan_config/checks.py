@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
 from titan_config.errors import join
+from titan_config.tree import Node
 
 Check = Callable[[Any], Any]
 
@@ -81,7 +82,7 @@ def compile_check(annotation: Any) -> Check:
         return {bool: _instance_check(bool), int: _check_int, float: _check_float, str: _check_str}[annotation]
     if annotation is type(None) or issubclass(annotation, (enum.Enum, pathlib.PurePath)) or _is_dtype(annotation):
         return _instance_check(annotation)
-    if hasattr(annotation, "__dataclass_fields__"):  # a Config class; the base alone has none
+    if issubclass(annotation, Node):
         return _instance_check(annotation)
     raise TypeError(describe(annotation))
 
@@ -143,7 +144,9 @@ def _instance_advice(value: Any, kind: type) -> str:
     if issubclass(kind, pathlib.PurePath):
         return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
     if _is_dtype(kind):
-        return f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16, say."
+        return (
+            f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16, say."
+        )
     if kind is type(None):
         return "Write None."
     if isinstance(value, type) and hasattr(value, "Config"):
@@ -216,7 +219,9 @@ def _dict_check(check_key: Check, check_value: Check) -> Check:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
             raise Mismatch(value, "dict", "Write it with braces: {...}.")
-        items = {_checked_item(check_key, key, key): _checked_item(check_value, item, key) for key, item in value.items()}
+        items = {
+            _checked_item(check_key, key, key): _checked_item(check_value, item, key) for key, item in value.items()
+        }
         return value if all(map(_same, items.values(), value.values())) else items
 
     return check
@@ -237,4 +242,6 @@ def _container_advice(value: Any, container: type) -> str:
     kinds = (list, tuple, set, frozenset)
     if isinstance(value, kinds):
         return f"Write {container(value)!r}."
-    return f"Write {container([value])!r}." if isinstance(value, (str, int, float)) else f"Give it a {container.__name__}."
+    return (
+        f"Write {container([value])!r}." if isinstance(value, (str, int, float)) else f"Give it a {container.__name__}."
+    )

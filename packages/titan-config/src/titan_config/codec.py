@@ -84,8 +84,9 @@ def _encode_other(value: Any, path: str) -> dict[str, Any]:
     if callable(value):
         return {"$function": _saved_path(value, path)}
     raise ConfigError(
-        f"Got {describe_value(value)}, which cannot be saved. A config holds numbers, strings, paths, dtypes, enums, functions, "
-        "configs, and lists, tuples, dicts and sets of these. Use one of them, or hand the object to build(**runtime).",
+        f"Got {describe_value(value)}, which cannot be saved. A config holds numbers, strings, paths, dtypes, enums, "
+        "functions, configs, and lists, tuples, dicts and sets of these. Use one of them, or hand the object to "
+        "build(**runtime).",
         path,
     )
 
@@ -98,8 +99,9 @@ def _saved_path(value: Any, path: str) -> str:
     found = path_of(value)
     if found is None:
         raise ConfigError(
-            f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must stand at the top of "
-            "a module or in a class. Define it there (no lambda, no method of an object, not inside a function).",
+            f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must "
+            "stand at the top of a module or in a class. Define it there (no lambda, no method of an object, not "
+            "inside a function).",
             path,
         )
     return found
@@ -138,7 +140,9 @@ def _decode_enum(data: dict[str, Any], allow: Sequence[str]) -> enum.Enum:
     if not issubclass(cls, enum.Enum):
         raise ConfigError(f"Got the enum {cls.__qualname__}. An $enum names an enum. Use $type for a config.")
     if name not in cls.__members__:
-        raise ConfigError(f"Got the name {name}. {cls.__qualname__} has no such member. {nearest(name, cls.__members__)}")
+        raise ConfigError(
+            f"Got the name {name}. {cls.__qualname__} has no such member. {nearest(name, cls.__members__)}"
+        )
     return cls.__members__[name]
 
 
@@ -202,7 +206,9 @@ def _text(data: dict[str, Any], key: str) -> str:
 
 
 def _malformed(data: dict[str, Any], key: str) -> NoReturn:
-    raise ConfigError(f"Got {describe_value(data)}. The value of {key} is missing or of the wrong kind. Write what to_dict writes.")
+    raise ConfigError(
+        f"Got {describe_value(data)}. The value of {key} is missing or of the wrong kind. Write what to_dict writes."
+    )
 
 
 _DECODERS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {

@@ -8,7 +8,7 @@ import types
 from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 from titan_config.checks import Check, Mismatch, describe_value
-from titan_config.declaration import already_a_dataclass, compile_checks, declare, scope_of
+from titan_config.declaration import already_a_dataclass, annotations_of, compile_field, declare, scope_of
 from titan_config.errors import ConfigError, UnknownName, join, nearest
 from titan_config.tree import Node, children, copied, same
 
@@ -30,7 +30,6 @@ class Configurable:
             declare(cls)
             cls._owner = None
             cls._scope = scope_of(sys._getframe(1), cls.__qualname__)
-            cls._declared = cls.__dict__["__dataclass_fields__"]
 
         def validate(self) -> None:
             """Raise ConfigError or ValueError (three sentences: got, need, do) where fields do not go together.
@@ -46,14 +45,15 @@ class Configurable:
             owner = type(self)._owner
             if owner is None or owner is Configurable:
                 raise ConfigError(
-                    f"Got build() of {type(self).__qualname__}, which belongs to no class. Only a Config that a Configurable "
-                    "class holds can be built. Write it inside the class it builds, or read its fields as they are."
+                    f"Got build() of {type(self).__qualname__}, which belongs to no class. Only a Config that a "
+                    "Configurable class holds can be built. Write it inside the class it builds, or read its fields "
+                    "as they are."
                 )
             shadowed = sorted(runtime.keys() & vars(self).keys())
             if shadowed:
                 raise ConfigError(
-                    f"Got {shadowed[0]} as an argument of {type(self).__qualname__}.build(). It is a field of the config, and "
-                    f"a value has one place. Set config.{shadowed[0]} instead."
+                    f"Got {shadowed[0]} as an argument of {type(self).__qualname__}.build(). It is a field of the "
+                    f"config, and a value has one place. Set config.{shadowed[0]} instead."
                 )
             if not self._frozen:
                 check(self)
@@ -73,13 +73,15 @@ class Configurable:
                 raise _unknown(type(self), name)
 
         def __delattr__(self, name: str) -> None:
-            raise ConfigError(f"Got del of {type(self).__qualname__}.{name}. A config has all of its fields. Set it to None.")
+            raise ConfigError(
+                f"Got del of {type(self).__qualname__}.{name}. A config has all of its fields. Set it to None."
+            )
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return copied(self)
 
         def __eq__(self, other: object) -> bool:
-            return type(other) is type(self) and same(self, other)
+            return same(self, other)
 
         __hash__ = None  # type: ignore[assignment]
 
@@ -102,7 +104,9 @@ dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(Config
 
 def _inherited_config(owner: type[Configurable]) -> type[Config]:
     configs = [base.Config for base in owner.__bases__ if issubclass(base, Configurable)]
-    bases = [config for config in configs if not any(issubclass(other, config) for other in configs if other is not config)]
+    bases = [
+        config for config in configs if not any(issubclass(other, config) for other in configs if other is not config)
+    ]
     namespace = {"__module__": owner.__module__, "__qualname__": f"{owner.__qualname__}.Config"}
     return types.new_class("Config", tuple(dict.fromkeys(bases)), {}, lambda body: body.update(namespace))
 
@@ -110,10 +114,10 @@ def _inherited_config(owner: type[Configurable]) -> type[Config]:
 def _adopt(owner: type[Configurable], config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, Config)):
         raise ConfigError(
-            f"Got {owner.__qualname__}.Config = {config!r}. The Config of a Configurable derives from Configurable.Config. Write "
-            "class Config(Configurable.Config) inside the class."
+            f"Got {owner.__qualname__}.Config = {config!r}. The Config of a Configurable derives from "
+            "Configurable.Config. Write class Config(Configurable.Config) inside the class."
         )
-    if config._declared is not config.__dict__["__dataclass_fields__"]:
+    if list(config._fields.values()) != list(dataclasses.fields(config)):
         raise ConfigError(already_a_dataclass(config))
     if config._owner is not None:
         raise ConfigError(
@@ -124,15 +128,16 @@ def _adopt(owner: type[Configurable], config: Any) -> None:
     config._owner = owner
 
 
-def _checks(cls: type[Config]) -> dict[str, Check]:
-    checks = cls.__dict__.get("_checks")
+def checks_of(cls: type[Config]) -> dict[str, Check]:
+    checks: dict[str, Check] | None = cls.__dict__.get("_checks")
     if checks is None:
-        checks = cls._checks = compile_checks(cls)
+        checks = {name: compile_field(cls, name, annotation) for name, annotation in annotations_of(cls).items()}
+        cls._checks = checks
     return checks
 
 
 def _unknown(cls: type[Config], name: str) -> UnknownName:
-    return UnknownName(f"Got the name {name}. {cls.__qualname__} has no such field. {nearest(name, _checks(cls))}")
+    return UnknownName(f"Got the name {name}. {cls.__qualname__} has no such field. {nearest(name, checks_of(cls))}")
 
 
 def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
@@ -142,13 +147,13 @@ def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
 
 def _checked(config: Config, name: str, value: Any) -> Any:
     """Return `value` as it is stored in the field `name`, or raise ConfigError."""
-    check_value = _checks(type(config)).get(name)
+    check_value = checks_of(type(config)).get(name)
     if check_value is None:
         raise _unknown(type(config), name)
     if config._frozen:
         raise ConfigError(
-            f"Got {type(config).__qualname__}.{name} = {value!r} in a built config. A built config no longer changes. Make the "
-            "change before build(), or in a copy.deepcopy of the config.",
+            f"Got {type(config).__qualname__}.{name} = {value!r} in a built config. A built config no longer changes. "
+            "Make the change before build(), or in a copy.deepcopy of the config.",
             name,
         )
     try:
@@ -162,30 +167,37 @@ def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -
     if args:
         raise ConfigError(
             f"Got {describe_value(args[0])} by position. The fields of {cls.__qualname__} are given by name. Write "
-            f"{cls.__qualname__}({next(iter(_checks(cls)), 'name')}=...)."
+            f"{cls.__qualname__}({next(iter(checks_of(cls)), 'name')}=...)."
         )
-    fields = cls.__dataclass_fields__
-    for name in values:
-        if name not in _checks(cls):
-            raise _unknown(cls, name)
-    for name in _checks(cls):
-        field = fields[name]
-        if name in values:
-            value = values[name]
-        elif field.default is not dataclasses.MISSING:
-            value = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        else:
-            raise ConfigError(f"Got no {name}. {cls.__qualname__} needs it. Write {cls.__qualname__}({name}=...).", name)
-        setattr(config, name, value)
+    missing = fill(config, values)
+    if missing:
+        name = missing[0]
+        raise ConfigError(f"Got no {name}. {cls.__qualname__} needs it. Write {cls.__qualname__}({name}=...).", name)
     if hasattr(cls, "__post_init__"):
         config.__post_init__()
 
 
+def fill(config: Config, values: dict[str, Any]) -> list[str]:
+    """Set the fields of an empty config from `values` and from defaults; return the names of those that have neither."""
+    cls, missing = type(config), []
+    for name in values:
+        if name not in checks_of(cls):
+            raise _unknown(cls, name)
+    for name, field in cls._fields.items():
+        if name in values:
+            setattr(config, name, values[name])
+        elif field.default_factory is not dataclasses.MISSING:
+            setattr(config, name, field.default_factory())
+        elif field.default is not dataclasses.MISSING:
+            setattr(config, name, field.default)
+        else:
+            missing.append(name)
+    return missing
+
+
 def check(config: Config, path: str = "") -> None:
     """Check names, types and the `validate` rules of a whole tree, parts first. Errors carry the path."""
-    for name, check_value in _checks(type(config)).items():
+    for name, check_value in checks_of(type(config)).items():
         try:
             value = check_value(vars(config)[name])
         except Mismatch as wrong:

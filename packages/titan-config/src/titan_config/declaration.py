@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 import types
 import typing
 from typing import Any
@@ -31,38 +30,44 @@ def declare(cls: type[Node]) -> None:
                 setattr(cls, name, dataclasses.field(default_factory=functools.partial(copied, value)))
         elif name in inherited or not _needs_no_annotation(cls, name, value):
             raise ConfigError(
-                f"Got {cls.__qualname__}.{name} = {value!r} without an annotation. A field states its type, also where a "
-                f"subclass only gives it another default. Write {name}: <type> = ..., or ClassVar[...] for what is no field."
+                f"Got {cls.__qualname__}.{name} = {value!r} without an annotation. A field states its type, also "
+                f"where a subclass only gives it another default. Write {name}: <type> = ..., or ClassVar[...] for "
+                "what is no field."
             )
     dataclasses.dataclass(kw_only=True, init=False, repr=False, eq=False, match_args=False)(cls)
-    for field in cls.__dict__["__dataclass_fields__"].values():
-        if not field.init or type(field.type) is dataclasses.InitVar:
+    cls._fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in annotations:
+        if not _is_class_var(cls, name) and (name not in cls._fields or not cls._fields[name].init):
             raise ConfigError(
-                f"Got {cls.__qualname__}.{field.name}, which is no argument or no field. A config is finished data: what it is "
-                "given is what it holds. Remove init=False or InitVar, and derive the value where the owner is built."
+                f"Got {cls.__qualname__}.{name} as an InitVar or with init=False. A config is finished data: what it "
+                "is given is what it holds. Write a plain field, and derive the value where the owner is built."
             )
 
 
 def already_a_dataclass(cls: type) -> str:
     return (
-        f"Got @dataclass on {cls.__qualname__}. A Config class becomes a keyword-only dataclass by itself, and a second time "
-        "loses its defaults. Remove the decorator."
+        f"Got @dataclass on {cls.__qualname__}. A Config class becomes a keyword-only dataclass by itself, and a "
+        "second time loses its defaults. Remove the decorator."
     )
 
 
 def _check_field_name(cls: type, name: str) -> None:
     if name.startswith("_") and not _is_class_var(cls, name):
         raise ConfigError(
-            f"Got a field {cls.__qualname__}.{name}. Names of fields do not begin with an underscore: they are flags on the "
-            f"command line. Call it {name.lstrip('_')}, or annotate it as ClassVar."
+            f"Got a field {cls.__qualname__}.{name}. Names of fields do not begin with an underscore: they are flags "
+            f"on the command line. Call it {name.lstrip('_')}, or annotate it as ClassVar."
         )
     for base in cls.__mro__:
         shadowed = base.__dict__.get(name)
         is_field = name in base.__dict__.get("__dataclass_fields__", {})
-        if isinstance(shadowed, (types.FunctionType, *_DESCRIPTORS)) and not is_field and _is_method(base, name, shadowed):
+        if (
+            isinstance(shadowed, (types.FunctionType, *_DESCRIPTORS))
+            and not is_field
+            and _is_method(base, name, shadowed)
+        ):
             raise ConfigError(
-                f"Got a field {cls.__qualname__}.{name}. {base.__qualname__}.{name} is a method, which the field would hide. "
-                "Give the field another name."
+                f"Got a field {cls.__qualname__}.{name}. {base.__qualname__}.{name} is a method, which the field "
+                "would hide. Give the field another name."
             )
 
 
@@ -96,34 +101,35 @@ def scope_of(frame: types.FrameType, qualname: str) -> tuple[dict[str, Any], dic
     return frame.f_globals, names
 
 
-def compile_checks(cls: type[Node]) -> dict[str, Check]:
-    """Return the check of every field of `cls`, its annotations resolved where each was written."""
-    checks: dict[str, Check] = {}
+def annotations_of(cls: type[Node]) -> dict[str, Any]:
+    """Return {field: annotation} in the order of the fields, each resolved where it was written."""
+    found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        if not issubclass(base, Node) or "__dataclass_fields__" not in base.__dict__:
-            continue
-        for name, annotation in field_types(base).items():
-            try:
-                checks[name] = compile_check(annotation)
-            except TypeError as error:
-                raise ConfigError(
-                    f"Got the annotation {error} for {base.__qualname__}.{name}. A field holds what can be saved: numbers, "
-                    "strings, paths, dtypes, enums, Literals, functions, configs, and lists, tuples, dicts and sets of "
-                    "these. Choose one of them; an object enters through build(**runtime), an owner as Owner.Config."
-                ) from None
-    return checks
+        own = inspect.get_annotations(base)
+        written = {name: own[name] for name in own if name in cls._fields and not _is_class_var(base, name)}
+        if written:
+            found.update(_resolved(base, written))
+    return {name: found[name] for name in cls._fields}
 
 
-def field_types(cls: type) -> dict[str, Any]:
-    """Return {name: resolved annotation} for the fields that `cls` itself declares."""
-    own = inspect.get_annotations(cls)
-    annotations = {name: own[name] for name in cls.__dict__["__dataclass_fields__"] if name in own}
-    annotations = {name: own for name, own in annotations.items() if not _is_class_var(cls, name)}
-    global_names, local_names = cls.__dict__.get("_scope", (vars(sys.modules[cls.__module__]), {}))
+def _resolved(cls: type, annotations: dict[str, Any]) -> dict[str, Any]:
+    global_names, local_names = cls.__dict__.get("_scope", ({}, {}))
     try:
         return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), global_names, local_names)
     except NameError as error:
         raise ConfigError(
-            f"Got an annotation in {cls.__qualname__} that cannot be read: {error}. Annotations of fields are checked when the "
-            "program runs. Import the name outside of TYPE_CHECKING."
+            f"Got an annotation in {cls.__qualname__} that cannot be read: {error}. Annotations of fields are read "
+            "when the program runs. Import the name outside of TYPE_CHECKING."
         ) from error
+
+
+def compile_field(cls: type, name: str, annotation: Any) -> Check:
+    """Return the check of one field of `cls`."""
+    try:
+        return compile_check(annotation)
+    except TypeError as error:
+        raise ConfigError(
+            f"Got the annotation {error} for {cls.__qualname__}.{name}. A field holds what can be saved: numbers, "
+            "strings, paths, dtypes, enums, Literals, functions, configs, and lists, tuples, dicts and sets of "
+            "these. Choose one of them: objects enter through build(**runtime), an owner as Owner.Config."
+        ) from None

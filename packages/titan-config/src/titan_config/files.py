@@ -52,11 +52,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             return parse_json(file.read(), name)
     except OSError as error:
         raise ConfigError(
-            f"Got no text from this file: {error.strerror}. A saved config is a JSON file. Give the path of one.", file=name
+            f"Got no text from this file: {error.strerror}. A saved config is a JSON file. Give the path of one.",
+            file=name,
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"Got bytes that are not UTF-8 text ({error.reason}). A saved config is a JSON file. Give the path of one.", file=name
+            f"Got bytes that are not UTF-8 text ({error.reason}). A saved config is a JSON file. Give the path of one.",
+            file=name,
         ) from error
 
 
@@ -69,8 +71,8 @@ def parse_json(text: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         raise ConfigError(
-            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line[:80]!r}). A saved config is one JSON object. "
-            "Correct the line.",
+            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line[:80]!r}). A saved config is one "
+            "JSON object. Correct the line.",
             file=f"{name}:{error.lineno}",
         ) from error
     except _Duplicate as error:

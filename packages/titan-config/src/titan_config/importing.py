@@ -11,8 +11,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from titan_config.configurable import Config, Configurable
 from titan_config.errors import ConfigError
-from titan_config.tree import Node
 
 DEFAULT_ALLOW: tuple[str, ...] = ("titan_", "torch.nn.init", "torch.nn.functional")
 """What may be loaded unless a caller says otherwise. The script that runs as `__main__` may always be.
@@ -39,9 +39,17 @@ def path_of(value: Any) -> str | None:
 def find_class(path: str, allow: Sequence[str]) -> type:
     """Return the Config class or the enum at `path`. Raises ConfigError if it is not allowed, or not what `path` says."""
     found = _find(path, allow, _allowed(path, allow))
-    if not (isinstance(found, type) and issubclass(found, (Node, enum.Enum)) and _says(found, path)):
+    if not (isinstance(found, type) and issubclass(found, (Config, enum.Enum)) and _says(found, path)):
         raise _lie(path, found, "a Config class or an enum")
     return found
+
+
+def find_config(path: str, allow: Sequence[str]) -> type[Config]:
+    """Return the Config class at `path`, or that of the Configurable class there. Raises ConfigError as `find_class` does."""
+    found = _find(path, allow, _allowed(path, allow))
+    if isinstance(found, type) and issubclass(found, (Configurable, Config)) and _says(found, path):
+        return found.Config if issubclass(found, Configurable) else found
+    raise _lie(path, found, "a component")
 
 
 def find_function(path: str, allow: Sequence[str]) -> Any:
@@ -57,7 +65,9 @@ def find_function(path: str, allow: Sequence[str]) -> Any:
 def _find(path: str, allow: Sequence[str], allowed: bool) -> Any:
     module, _, qualname = path.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), *qualname.split(".")]):
-        raise ConfigError(f'Got the import path {path!r}. An import path is "module:name". Write it as "package.module:Class".')
+        raise ConfigError(
+            f'Got the import path {path!r}. An import path is "module:name". Write it as "package.module:Class".'
+        )
     if not allowed:
         raise ConfigError(
             f"Got the import path {path}, which the allow-list does not hold. Only what is listed may be imported: "
@@ -112,8 +122,8 @@ def _import(module: str, allow: Sequence[str]) -> types.ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"Got the module {module}, which cannot be imported: {error}. Loading needs the code that the config was made with. "
-            "Install the package, or run from where it can be found."
+            f"Got the module {module}, which cannot be imported: {error}. Loading needs the code that the config was "
+            "made with. Install the package, or run from where it can be found."
         ) from error
 
 
@@ -134,6 +144,6 @@ def _lie(path: str, found: Any, need: str) -> ConfigError:
     module, _, name = path.partition(":")
     got = f"is {getattr(found, '__module__', '')}:{getattr(found, '__qualname__', type(found).__qualname__)}"
     return ConfigError(
-        f"Got the import path {path}, which {'does not exist' if found is None else got}. It must be {need} that is defined in "
-        f"{module} under the name {name}. Correct the path."
+        f"Got the import path {path}, which {'does not exist' if found is None else got}. It must be {need} that is "
+        f"defined in {module} under the name {name}. Correct the path."
     )

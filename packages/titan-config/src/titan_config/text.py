@@ -47,7 +47,10 @@ def diff(
 ) -> list[Change]:
     """Return what changed from one config, its data or its file to another: sorted (path, old value, new value)."""
     before, after = flatten(_data(old)), flatten(_data(new))
-    pairs = ((path, before.get(path, Name(ABSENT)), after.get(path, Name(ABSENT))) for path in sorted(before.keys() | after.keys()))
+    pairs = (
+        (path, before.get(path, Name(ABSENT)), after.get(path, Name(ABSENT)))
+        for path in sorted(before.keys() | after.keys())
+    )
     return [Change(path or "$type", one, two) for path, one, two in pairs if repr(one) != repr(two)]
 
 

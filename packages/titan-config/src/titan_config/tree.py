@@ -5,16 +5,18 @@ Nodes are configs. Lists, tuples and dicts between them are part of the path: "l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from titan_config.errors import ConfigError, join, nearest
 
 
 class Node:
-    """What every Config is: its fields, in order, are its `vars`."""
+    """What every Config is: it holds the values of its fields, and nothing else, in its `vars`."""
 
+    _fields: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
     _frozen = False
 
 
@@ -70,7 +72,7 @@ def copied(value: Any, frozen: bool = False) -> Any:
         if frozen and value._frozen:
             return value
         new = object.__new__(type(value))
-        new.__dict__.update((name, copied(item, frozen)) for name, item in vars(value).items() if name != "_frozen")
+        new.__dict__.update((name, copied(item, frozen)) for name, item in children(value))
         if frozen:
             new.__dict__["_frozen"] = True
         return new
@@ -88,7 +90,8 @@ def copied(value: Any, frozen: bool = False) -> Any:
 def children(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name, part) for what a config or a container holds directly; nothing for any other value."""
     if isinstance(value, Node):
-        yield from ((name, part) for name, part in vars(value).items() if name != "_frozen")
+        held = vars(value)
+        yield from ((name, held[name]) for name in value._fields if name in held)
     elif isinstance(value, (list, tuple)):
         yield from ((str(index), part) for index, part in enumerate(value))
     elif isinstance(value, dict):
@@ -128,7 +131,7 @@ def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
     Raises ConfigError where nothing matches.
     """
     if isinstance(where, str):
-        return _replaced_at(copied(config), where, new)
+        return replaced_at(copied(config), where, copied(new))
     picked = where
     count = 0
 
@@ -144,18 +147,25 @@ def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
     result = change(copied(config))
     if not count:
         raise ConfigError(
-            "Got a predicate that picks none of the configs in the tree. A replacement that changes nothing is a mistake. Look "
-            "at what traverse(config) yields."
+            "Got a predicate that picks none of the configs in the tree. A replacement that changes nothing is a "
+            "mistake. Look at what traverse(config) yields."
         )
     return result
 
 
-def _replaced_at(value: Any, path: str, new: Any) -> Any:
-    name, _, rest = path.partition(".")
+def replaced_at(value: Any, path: str, new: Any) -> Any:
+    """Put `new` at `path`, in place where configs are on the way, and return the root (another one if it is no config)."""
     parts = dict(children(value))
-    if name not in parts:
-        raise ConfigError(f"Got the path {path}. There is no {name} in {type(value).__qualname__}. {nearest(name, parts)}")
-    return _with_parts(value, {name: _replaced_at(parts[name], rest, new) if rest else copied(new)})
+    names = value._fields if isinstance(value, Node) else parts
+    matching = [name for name in names if f"{path}.".startswith(f"{name}.")]
+    if not matching:
+        name = path.partition(".")[0]
+        raise ConfigError(
+            f"Got the path {path}. There is no {name} in {type(value).__qualname__}. {nearest(name, names)}"
+        )
+    name = max(matching, key=len)  # the keys of a dict may hold dots
+    rest = path[len(name) + 1 :]
+    return _with_parts(value, {name: replaced_at(parts[name], rest, new) if rest else new})
 
 
 def _with_parts(value: Any, parts: dict[str, Any]) -> Any:

@@ -1,0 +1,153 @@
+"""The command line of a config: `cli(config)` returns it with everything set that was asked for, and checked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from titan_config.checks import describe
+from titan_config.configurable import Config, check
+from titan_config.errors import ConfigError, join, nearest
+from titan_config.files import load, read_json
+from titan_config.importing import DEFAULT_ALLOW
+from titan_config.text import flatten
+from titan_config.tree import copied, replaced_at, traverse
+
+C = TypeVar("C", bound=Config)
+
+
+def cli(config: C | Callable[[], C], argv: Sequence[str] | None = None, allow: Sequence[str] = DEFAULT_ALLOW) -> C:
+    """Return a copy of `config` (or of the config it returns) with the flags of `argv` (default: the program's) applied.
+
+    Ends the program: with code 2 and one short message where something is wrong, with 0 after --help and --print-config.
+    `allow` says what --config and the choice of a component may import, see `titan_config.importing`.
+    """
+    try:
+        return _run(config, list(sys.argv[1:] if argv is None else argv), allow)
+    except ConfigError as error:
+        _say(f"{_program()}: {error}", sys.stderr)
+        sys.exit(2)
+
+
+def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
+    from titan_config.arguments import RESERVED, sort_words
+
+    config = copied(source if isinstance(source, Config) else source())
+    taken = [name for name in RESERVED if name in type(config)._fields]
+    if taken:
+        raise ConfigError(
+            f"Got a field {type(config).__qualname__}.{taken[0]}. --{taken[0]} means something else. Rename the field."
+        )
+    arguments = sort_words(words)
+    origins = dict.fromkeys(flatten(config), "recipe")
+    if arguments.file is not None:
+        config = _loaded(arguments.file, type(config), allow)
+        saved = flatten(read_json(arguments.file))
+        origins = {path: arguments.file if path in saved else "default" for path in flatten(config)}
+    start = flatten(config)
+    config, given = _apply(config, arguments.settings, allow, only_components=arguments.help is not None)
+    if arguments.help is not None:
+        _print_help(config, arguments.help, allow)
+    _check_complete(config)
+    check(config)
+    if arguments.print_config:
+        _print_config(config, start, origins, given)
+    return config
+
+
+def _loaded(file: str, expected: type[Config], allow: Sequence[str]) -> Config:
+    config = load(file, allow)
+    if not (isinstance(config, expected) or issubclass(expected, type(config))):
+        raise ConfigError(
+            f"Got a {type(config).__qualname__}. This program runs a {expected.__qualname__}. Give it the saved "
+            "config of one.",
+            file=file,
+        )
+    return config
+
+
+def _apply(
+    config: Config, settings: list[tuple[str, list[str]]], allow: Sequence[str], only_components: bool
+) -> tuple[Any, set[str]]:
+    """Apply settings, components before the flags they bring; return the config and the paths set."""
+    from titan_config.arguments import find_flag
+    from titan_config.components import read_components
+    from titan_config.flags import flags_of
+
+    flags = flags_of(config)
+    given: set[str] = set()
+    for name, words in settings:
+        if only_components and name.replace("-", "_") not in flags:
+            continue
+        flag = find_flag(name, flags)
+        if flag.component_types or flag.item_types:
+            config = replaced_at(config, flag.path, read_components(flag, words, allow))
+            flags = flags_of(config)
+        elif not only_components:
+            config = _with_value(config, flag, words, allow)
+        given.add(flag.path)
+    return config, given
+
+
+def _with_value(config: Config, flag: Any, words: list[str], allow: Sequence[str]) -> Config:
+    from titan_config.values import read_value, spec_of
+
+    if flag.is_switch and not words:
+        words = ["True"]
+    try:
+        return replaced_at(config, flag.path, read_value(flag.annotation, words, allow))
+    except ConfigError as error:
+        raise ConfigError(error.message, f"--{flag.path}") from error
+    except ValueError as error:
+        spec = spec_of(flag.annotation, allow)
+        got = f"Got {' '.join(words)!r} for" if words else "Got no value for"
+        advice = f"Write --{flag.path} {spec.metavar}."
+        if spec.choices and words:
+            advice = nearest(words[0], spec.choices)
+        raise ConfigError(f"{got} --{flag.path}. It must be {describe(flag.annotation)}. {advice}") from error
+
+
+def _check_complete(config: Config) -> None:
+    for path, node in traverse(config):
+        missing = [name for name in node._fields if name not in vars(node)]
+        if missing:
+            flag = f"--{join(path, missing[0])}"
+            raise ConfigError(f"Got no {flag}. {type(node).__qualname__} needs it. Add {flag} and its value.")
+
+
+def _print_help(config: Config, sections: list[str], allow: Sequence[str]) -> NoReturn:
+    from titan_config.help import print_help
+
+    if _is_first_rank():
+        print_help(config, _program(), sections, allow)
+    sys.exit(0)
+
+
+def _print_config(config: Config, start: dict[str, Any], origins: dict[str, str], given: set[str]) -> NoReturn:
+    """Print every value with its origin: a chosen component brings defaults, and what it shares with the one before."""
+    values = flatten(config)
+    lines = {f"{path or '$type'}: {value!r}": path for path, value in sorted(values.items())}
+    width = min(max(map(len, lines)), 80)
+    nodes = {path for path, _ in traverse(config)}
+    for line, path in lines.items():
+        origin = origins.get(path, "default") if repr(start.get(path)) == repr(values[path]) else "default"
+        if path in given or (path not in nodes and any(name.startswith(f"{path}.") for name in given)):
+            origin = "command line"
+        _say(f"{line:{width}}  # {origin}", sys.stdout)
+    sys.exit(0)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _is_first_rank() -> bool:
+    """Of the processes that torchrun starts with the same words, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str, stream: Any) -> None:
+    if _is_first_rank():
+        print(text, file=stream)

@@ -1,0 +1,120 @@
+"""`--help`: every flag with its type, its value now and its docstring, rendered by tyro; `--help optimizer` shows one section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from titan_config.codec import encode
+from titan_config.components import known_components, name_of
+from titan_config.configurable import Config
+from titan_config.docs import class_doc, field_doc
+from titan_config.errors import ConfigError, nearest
+from titan_config.flags import UNSET, Flag, flags_of
+from titan_config.text import readable
+from titan_config.values import spec_of
+
+DESCRIPTION = """\
+Give any flag below a value. --SECTION NAME chooses another component, whose own flags then exist. --help SECTION shows one \
+section. --config FILE starts from a saved run. --print-config shows every value and where it came from."""
+
+
+class Section:
+    """A group of flags: entries are flags or sections, by name."""
+
+    def __init__(self, doc: str = "") -> None:
+        self.doc = doc
+        self.entries: dict[str, Section | Flag] = {}
+
+
+def print_help(config: Config, program: str, sections: Sequence[str], allow: Sequence[str]) -> None:
+    """Print the flags of `config`, or those of some sections. Raises ConfigError for a section that does not exist."""
+    flags = flags_of(config)
+    names = [name.lstrip("-").replace("-", "_") for name in sections]
+    for name in names:
+        if name not in flags:
+            raise ConfigError(f"Got --help {name}. It takes a section or a flag. {nearest(name, flags)}")
+    shown = {path: flag for path, flag in flags.items() if not names or any(_is_in(path, name) for name in names)}
+    tyro.cli(  # type: ignore[call-overload]
+        Section,
+        default=_section(shown),
+        args=["--help"],
+        prog=program,
+        description=" ".join(part for part in (class_doc(type(config)._owner or type(config)), DESCRIPTION) if part),
+        use_underscores=True,
+        registry=_registry(allow),
+    )
+
+
+def _is_in(path: str, section: str) -> bool:
+    return f"{path}.".startswith(f"{section}.")
+
+
+def _section(flags: dict[str, Flag]) -> Section:
+    """Nest flags by the parts of their paths; a component or a container of them is a section of its own."""
+    root = Section()
+    for path, flag in flags.items():
+        *parents, name = path.split(".")
+        section = root
+        for parent in parents:
+            inner = section.entries.setdefault(parent, Section())
+            section = inner if isinstance(inner, Section) else root
+        is_section = any(other.startswith(f"{path}.") for other in flags)
+        section.entries[name] = Section(_component_doc(flag)) if is_section else flag
+    return root
+
+
+def _component_doc(flag: Flag) -> str:
+    doc = field_doc(flag.owner, flag.path.rpartition(".")[2])
+    if not isinstance(flag.value, Config):
+        return doc
+    others = list(known_components(flag.component_types)) + ["None"] * flag.is_optional
+    choice = f"Now {name_of(type(flag.value))}; --{flag.path} chooses one of {', '.join(others)}." if others[1:] else ""
+    return " ".join(part for part in (doc or class_doc(type(flag.value)._owner or type(flag.value)), choice) if part)
+
+
+def _registry(allow: Sequence[str]) -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not isinstance(info.default, Section):
+            return None
+        fields = tuple(_field(name, entry, allow) for name, entry in info.default.entries.items())
+        return StructConstructorSpec(instantiate=Section, fields=fields)
+
+    return registry
+
+
+def _field(name: str, entry: Section | Flag, allow: Sequence[str]) -> StructFieldSpec:
+    if isinstance(entry, Section):
+        return StructFieldSpec(name=name, type=Section, default=entry, helptext=entry.doc)
+    state = "required" if entry.value is UNSET else f"default: {readable(encode(entry.value))!r}"
+    shown = tyro.conf.arg(help=field_doc(entry.owner, name), help_behavior_hint=f"({state})")
+    written = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar(entry, allow),
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [""],
+    )
+    return StructFieldSpec(name=name, type=Annotated[Any, written, shown], default=entry)  # type: ignore[arg-type]
+
+
+def metavar(flag: Flag, allow: Sequence[str]) -> str:
+    """Return what stands for the value of a flag in help and errors: INT, {a,b}, {None,AdamW,Muon}."""
+    types = flag.component_types or flag.item_types
+    if not types:
+        return spec_of(flag.annotation, allow).metavar
+    names = [*known_components(types), *(["None"] * flag.is_optional)]
+    choice = "{" + ",".join(names) + "}" if 0 < len(names) <= 8 else "COMPONENT"
+    return f"[{choice} ...]" if flag.item_types else choice

@@ -1,0 +1,93 @@
+"""Values from the words of a command line, by the type of the field. tyro knows how; this adds what only configs hold."""
+
+from __future__ import annotations
+
+import collections.abc
+import json
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from titan_config.codec import decode, find_dtype
+from titan_config.errors import ConfigError
+from titan_config.flags import members
+from titan_config.importing import find_function
+
+
+def spec_of(annotation: Any, allow: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
+    """Return how a value of this type is written: how many words, what they are called, and the value they mean."""
+    with _registry(allow):
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(annotation, set()))
+    if isinstance(spec, PrimitiveConstructorSpec) and not any(map(_holds_lists, members(annotation))):
+        return spec
+    return _one("JSON", lambda text: _json(text, allow))
+
+
+def _holds_lists(annotation: Any) -> bool:
+    """Say whether one word a value would not tell where an inner list ends."""
+    return _is_list(annotation) and any(_is_list(part) for inner in get_args(annotation) for part in members(inner))
+
+
+def _is_list(annotation: Any) -> bool:
+    return (get_origin(annotation) or annotation) in (list, tuple, dict, set, frozenset)
+
+
+def _registry(allow: Sequence[str]) -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type_origin is collections.abc.Callable or info.type in (Callable, typing.Callable):
+            return _one("MODULE:FUNCTION", lambda text: find_function(text, allow))
+        if info.type is bool:
+            return _one("True|False", _bool)
+        if isinstance(info.type, type) and (info.type.__module__, info.type.__name__) == ("torch", "dtype"):
+            return _one("DTYPE", find_dtype)
+        return None
+
+    return registry
+
+
+def _one(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _json(text: str, allow: Sequence[str]) -> Any:
+    try:
+        return decode(json.loads(text), allow)
+    except json.JSONDecodeError:
+        return text
+
+
+def read_value(annotation: Any, words: Sequence[str], allow: Sequence[str]) -> Any:
+    """Return the value that `words` mean. Raises ValueError where they mean none."""
+    others = [member for member in members(annotation) if member is not type(None)]
+    if len(others) < len(members(annotation)) and list(words) == ["None"]:
+        return None
+    spec = spec_of(others[0] if len(others) == 1 else annotation, allow)
+    counts = (spec.nargs,) if isinstance(spec.nargs, int) else spec.nargs
+    if counts != "*" and len(words) not in counts:
+        raise ValueError(f"{len(words)} values")
+    if spec.choices is not None and any(word not in spec.choices for word in words):
+        raise ValueError(words)
+    try:
+        with _registry(allow):
+            return spec.instance_from_str(list(words))
+    except ConfigError:
+        raise
+    except (TypeError, IndexError, AssertionError) as error:  # how tyro's readers of tuples and dicts say too few words
+        raise ValueError(words) from error
