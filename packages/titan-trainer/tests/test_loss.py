@@ -48,7 +48,7 @@ def test_all_labels_ignored_give_zero():
     head, hidden, targets = example()
     targets["labels"].fill_(-100)
     total, count = CrossEntropy.Config().build()(head, hidden, targets)
-    assert (float(total), int(count)) == (0.0, 0)
+    assert (total.item(), count.item()) == (0.0, 0)
 
 
 def test_a_chunk_of_nothing_is_refused():

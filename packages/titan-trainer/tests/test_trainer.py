@@ -1,5 +1,6 @@
 """The loop through its public face, on toy parts. Ranks are forked once per test and run whole trainings."""
 
+import gzip
 import json
 import math
 import os
@@ -10,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from titan_config import ConfigError, Configurable
 from titan_parallel import ParallelDims
-from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Trainer, Validator, WarmupStableDecay
+from titan_trainer import (
+    CrossEntropy,
+    Metrics,
+    NonFiniteError,
+    Profiler,
+    SingleReplica,
+    TensorBoard,
+    Trainer,
+    Validator,
+    WarmupStableDecay,
+)
 from torch import nn
 
 
@@ -311,3 +322,25 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(run_ranks, toy_config):
 def test_the_schedule_does_not_stretch_when_a_run_goes_on(toy_config):
     assert toy_config().lr_scheduler == WarmupStableDecay.Config(warmup_steps=2, total_steps=20)
     assert math.isclose(toy_config().lr_scheduler.build(training_steps=7).factor(11), 0.5)
+
+
+def test_the_profiler_writes_a_trace_of_the_steps_asked_for(run_ranks, toy_config):
+    profiling = Profiler.Config(profile_freq=4, profiler_warmup=1, profiler_active=2)
+    config = toy_config(profiling=profiling)
+    run_ranks(2, train, config)
+    traces = sorted(path.relative_to(config.dump_folder) for path in config.dump_folder.rglob("*.json.gz"))
+    assert [str(path) for path in traces] == [
+        f"profile_traces/step-{step}/rank{rank}.json.gz" for step in (4, 8) for rank in (0, 1)
+    ]
+    events = json.loads(gzip.decompress((config.dump_folder / traces[0]).read_bytes()))["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 2
+
+
+def test_tensorboard_gets_every_number(run_ranks, toy_config):
+    config = toy_config(metrics=Metrics.Config(sinks=[TensorBoard.Config()]))
+    run_ranks(1, train, config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(config.dump_folder / "tb")).Reload()
+    written = [event.value for event in events.Scalars("loss")]
+    assert written == pytest.approx(losses(config.dump_folder), rel=1e-6)

@@ -6,6 +6,7 @@ from titan_trainer.main import main
 from titan_trainer.metrics import Metrics, TensorBoard
 from titan_trainer.optimizer import AdamW, Optimizer, ParameterGroup
 from titan_trainer.plot import draw_loss_curve
+from titan_trainer.profiling import Profiler
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
 from titan_trainer.settings import Comm, Debug, Training
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "ParameterGroup",
+    "Profiler",
     "SingleReplica",
     "StepResult",
     "TensorBoard",

@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held, in GiB: the allocator's peak on an accelerator, the resident set on a CPU."""
+    """The most memory this process has held, in GiB: the allocator's on an accelerator, the resident set on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     return torch.accelerator.max_memory_allocated(device) / GIB

@@ -126,8 +126,8 @@ def group_parameters(parameters: dict[str, nn.Parameter], config: Optimizer.Conf
         names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
         if not names:
             raise ConfigError(
-                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least one "
-                "that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
+                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least "
+                "one that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
                 f"{nearest(exception.pattern, parameters)}."
             )
         groups.append(

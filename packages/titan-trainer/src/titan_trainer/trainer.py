@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError, Configurable, diff, save
+from titan_config import ConfigError, Configurable, diff, save, to_dict
 from titan_parallel import (
     Batch,
     Compile,
+    MixedPrecision,
     ParallelDims,
     ParallelModel,
     init_distributed,
@@ -31,6 +33,7 @@ from titan_trainer.loss import CrossEntropy
 from titan_trainer.metrics import Metrics
 from titan_trainer.model_state import ModelState
 from titan_trainer.optimizer import AdamW, Optimizer
+from titan_trainer.profiling import Profiler
 from titan_trainer.protocols import Checkpointer, Loader, Loss, State, Stateful
 from titan_trainer.random_state import RandomState
 from titan_trainer.replica_group import SingleReplica
@@ -69,6 +72,7 @@ class Trainer(Configurable):
         checkpoint: Configurable.Config | None = None
         validator: Validator.Config | None = None
         metrics: Metrics.Config = Metrics.Config()
+        profiling: Profiler.Config | None = None
         comm: Comm = Comm()
         debug: Debug = Debug()
         replica_group: Configurable.Config = SingleReplica.Config()
@@ -78,6 +82,7 @@ class Trainer(Configurable):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.step = 0
+        self.data_ended = False
         self.build_mesh()
         self.build_data()
         self.build_model()
@@ -94,7 +99,7 @@ class Trainer(Configurable):
         self.dims = config.parallelism.build(world_size=dist.get_world_size(), device_type=self.device.type)
         self.replica_group = config.replica_group.build()
         set_determinism(
-            seed=config.debug.seed,
+            config.debug.seed,
             deterministic=config.debug.deterministic,
             warn_only=config.debug.deterministic_warn_only,
         )
@@ -105,9 +110,9 @@ class Trainer(Configurable):
         self.tokenizer = config.tokenizer.build() if config.tokenizer is not None else None
         if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. Every token "
-                f"id needs a row of the embedding. Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take "
-                "the model's own tokenizer."
+                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. "
+                "Every token id needs a row of the embedding. "
+                f"Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
             )
         self.loader = self.build_loader(config.dataloader)
 
@@ -137,7 +142,9 @@ class Trainer(Configurable):
             self.dims,
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
-            mixed_precision=MixedPrecision(config.training),
+            mixed_precision=MixedPrecision.Config(
+                param=config.training.mixed_precision_param, reduce=config.training.mixed_precision_reduce
+            ),
         )
         self.model = self.parallel.model
         self.model.to_empty(device=self.device)
@@ -172,25 +179,32 @@ class Trainer(Configurable):
         self.replica_group.register_state(self.healing_state, self.heal)
         self.metrics = self.build_metrics()
         self.validator = self.build_validator()
-        with StopRequest() as stop_request, CollectedGarbage(self.config.training.gc_freq) as garbage:
-            while self.step < self.config.training.steps and not self.agree(stop_request.received):
+        with StopRequest() as stop_request, ExitStack() as stack:
+            observers = [stack.enter_context(observer) for observer in self.build_observers()]
+            while self.has_next_step() and not self.agree(stop_request.received):
                 result = self.train_step()
                 if result is not None:
                     self.after_step(result)
-                    garbage.step_ended(self.step)
+                    for observer in observers:
+                        observer.step_ended(self.step)
         self.finish()
+
+    def has_next_step(self) -> bool:
+        """Whether steps and data are left."""
+        return self.step < self.config.training.steps and not self.data_ended
 
     def train_step(self) -> StepResult | None:
         """One step of the whole group: draw, forward and backward, clip, commit, update.
 
-        Returns None, with weights and data as before, if the replica group did not get through the step together.
+        Returns None, with weights and data as before, if the data has ended or the replica group did not get through.
         """
         replica, num_replicas = self.replica_group.begin_step()
-        rank, num_ranks = (
-            replica * self.dims.num_data_ranks + self.dims.data_rank,
-            num_replicas * self.dims.num_data_ranks,
-        )
-        batches = self.loader.draw(rank, num_ranks)
+        ranks_each = self.dims.num_data_ranks
+        batches = self.loader.draw(replica * ranks_each + self.dims.data_rank, num_replicas * ranks_each)
+        if not batches:
+            log.warning("The data ended after step %d.", self.step)
+            self.data_ended = True
+            return None
         count, tokens, advance = self.sum_over_data_ranks(batches)
 
         loss_sum = self.parallel.forward_backward(batches, self.loss, denominator=count)
@@ -213,7 +227,7 @@ class Trainer(Configurable):
         return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens)
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
-        """What the whole group is about to compute on: (valid targets, tokens, how far each stream moves)."""
+        """What the whole group is about to compute on: (valid targets, at least 1; tokens; how far each stream moves)."""
         count = sum(int(self.loss.count(batch.targets)) for batch in batches)
         advance = self.loader.advance()
         totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), advance.flatten()]).to(self.device)
@@ -221,7 +235,7 @@ class Trainer(Configurable):
             dist.all_reduce(totals, group=self.dims.data_group)
         self.replica_group.reduce_(totals)
         totals = totals.cpu()
-        return int(totals[0]), int(totals[1]), totals[2:].view_as(advance)
+        return max(int(totals[0]), 1), int(totals[1]), totals[2:].view_as(advance)
 
     def require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         """Raise NonFiniteError, on every rank alike, unless loss and gradient norm are finite."""
@@ -231,8 +245,9 @@ class Trainer(Configurable):
         samples = [ids for batch in batches for ids in batch.sample_ids]
         raise NonFiniteError(
             f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}, non-finite gradients in "
-            f"{len(names)} parameters{f' ({names[0]} first)' if names else ''}. Both must be finite; no weight was touched. "
-            f"Look at this rank's samples {samples[:8]}, or lower --optimizer.lr and go on from the last checkpoint."
+            f"{len(names)} parameters{f' ({names[0]} first)' if names else ''}. Both must be finite; no weight was "
+            f"touched. Look at this rank's samples {samples[:8]}, or go on from the last checkpoint with a lower "
+            "--optimizer.lr."
         )
 
     def after_step(self, result: StepResult) -> None:
@@ -313,6 +328,14 @@ class Trainer(Configurable):
             seconds_per_token_at_peak=seconds_per_token,
             is_first_rank=self.is_first_rank,
         )
+
+    def build_observers(self) -> list[CollectedGarbage | Profiler]:
+        """What is told of the end of each step: the garbage collector and the profiler."""
+        observers: list[CollectedGarbage | Profiler] = [CollectedGarbage(self.config.training.gc_freq)]
+        if self.config.profiling is not None:
+            build = self.config.profiling.build
+            observers.append(build(dump_folder=self.config.dump_folder, device=self.device, first_step=self.step))
+        return observers
 
     def build_validator(self) -> Validator | None:
         """The validation loop, with a loader of its own."""
