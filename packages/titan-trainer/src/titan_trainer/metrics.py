@@ -16,6 +16,9 @@ Record = dict[str, Any]
 class Sink(Configurable, ABC):
     """Where records go. A new kind of sink is a new class; `metrics.sinks` lists those of a run."""
 
+    class Config(Configurable.Config):
+        pass
+
     @abstractmethod
     def write(self, record: Record) -> None:
         """Take one step's record."""
@@ -28,7 +31,7 @@ class Sink(Configurable, ABC):
 class TensorBoard(Sink):
     """Scalars for TensorBoard, below `dump_folder/<folder>`. Needs `pip install titan-trainer[tensorboard]`."""
 
-    class Config(Configurable.Config):
+    class Config(Sink.Config):
         folder: str = "tb"
         """Below dump_folder."""
 

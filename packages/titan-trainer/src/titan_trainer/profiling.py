@@ -49,6 +49,7 @@ class Profiler(Configurable):
                 "Turn --profiling.enable_memory_snapshot off here."
             )
         self.config, self.device, self.step = config, device, first_step
+        self.is_over = False
         self.folder = dump_folder / config.save_traces_folder
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         wait = config.profile_freq - config.profiler_warmup - config.profiler_active
@@ -68,6 +69,7 @@ class Profiler(Configurable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.is_over = True
         self.profile.__exit__(kind, error, trace)
         if self.config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -78,6 +80,8 @@ class Profiler(Configurable):
         self.profile.step()
 
     def _write(self, finished: profile) -> None:
+        if self.is_over:  # the run ended within a trace
+            return
         folder = self.folder / f"step-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(folder / f"rank{dist.get_rank()}.json.gz"))

@@ -227,7 +227,7 @@ class Trainer(Configurable):
         return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens)
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
-        """What the whole group is about to compute on: (valid targets, at least 1; tokens; how far each stream moves)."""
+        """What the group is about to compute on: valid targets (at least 1), tokens, how far each stream moves."""
         count = sum(int(self.loss.count(batch.targets)) for batch in batches)
         advance = self.loader.advance()
         totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), advance.flatten()]).to(self.device)
