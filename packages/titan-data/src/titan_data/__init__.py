@@ -2,6 +2,7 @@
 
 from titan_data.batch import IGNORED_LABEL, Batch
 from titan_data.byte_tokenizer import ByteTokenizer
+from titan_data.entropy import unigram_entropy
 from titan_data.hf_tokenizer import HFTokenizer
 from titan_data.jsonl_source import JsonlSource
 from titan_data.loader import TokenLoader
@@ -22,4 +23,5 @@ __all__ = [
     "TiktokenTokenizer",
     "TokenLoader",
     "Tokenizer",
+    "unigram_entropy",
 ]
