@@ -16,7 +16,7 @@ from torch import Tensor
 from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
 from titan_data.order import Order
-from titan_data.packing import ENDED, Cursor, Packing, Row, RowStream
+from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, Row, RowStream
 from titan_data.source import Source
 from titan_data.tokenizer import Tokenizer
 
@@ -122,11 +122,11 @@ class TokenLoader(Configurable):
 
         Zero for streams another rank answers for: the sum over the ranks of the step moves each stream once.
         """
-        moved = torch.zeros(self._num_streams, 2, dtype=torch.int64)
+        moves = [(0, 0)] * self._num_streams
         if self._drawn is not None:
             for index in self._drawn.share.owned:
-                moved[index] = torch.tensor(self._move(index, self._drawn))
-        return moved
+                moves[index] = self._move(index, self._drawn)
+        return torch.tensor(moves)
 
     def commit(self, advance: Tensor) -> None:
         """Make the step final. `advance` is the sum of `advance()` over all ranks of the step.
@@ -272,12 +272,9 @@ def _make_step(streams: dict[int, RowStream], share: _Share) -> _Step:
 
 
 def _batch(rows: list[Row]) -> Batch:
-    tokens, positions, document_ids, labels = (
-        torch.from_numpy(np.stack(column)) for column in list(zip(*rows, strict=True))[:4]
-    )
-    inputs = {"tokens": tokens, "positions": positions, "document_ids": document_ids}
-    targets = {"labels": labels}
-    return Batch(inputs, targets, dict.fromkeys([*inputs, *targets], 1), [row.sample_ids for row in rows])
+    tensors = dict(zip(COLUMNS, torch.from_numpy(np.stack([row.columns for row in rows], axis=1)), strict=True))
+    targets = {"labels": tensors.pop("labels")}
+    return Batch(tensors, targets, dict.fromkeys(COLUMNS, 1), [row.sample_ids for row in rows])
 
 
 def _stopped(futures: deque[Future[_Step]]) -> list[Future[_Step]]:

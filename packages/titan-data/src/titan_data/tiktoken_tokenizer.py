@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,15 +20,23 @@ LLAMA3_PATTERN = (
 )
 """How Llama 3, and GPT-4 alike, cut text into words before the merges."""
 
-PART_LENGTH = 100_000
-"""Characters tiktoken surely takes at once; its regex gives up on a megabyte of spaces."""
+PART_LENGTH = 16_384
+"""Characters encoded at once, or a few more: long texts are cut before the space after a word, where ids are the same."""
+
+SAFE_LENGTH = 100_000
+"""Characters any pattern can take at once; the regex gives up on a megabyte of spaces, which is then cut anywhere."""
+
+_END_OF_WORD = re.compile(r"(?<=\S) ")
+_LEFT_OF_SPACE = ("a", "Ab", "é", "中", "12", ".", "!?", "'", "a's", "_")
+_NEVER_SAID = "\U0010ffff"
+_NO_IDS = np.empty(0, np.int64)
 
 
 class TiktokenTokenizer(Tokenizer):
     """The ranks of `path` (a line: the token's bytes in base64, a space, its id) and special tokens beside them.
 
     Raises FileNotFoundError, and ValueError for a file that is no such table (with the line) or special tokens
-    that do not fit it. Text with more than 100,000 characters of one word or one gap may be cut inside it.
+    that do not fit it. A gap that is too long for the pattern (a megabyte of spaces) is cut inside.
     """
 
     class Config(Tokenizer.Config):
@@ -55,34 +64,49 @@ class TiktokenTokenizer(Tokenizer):
         self.eos_id = _special_id(config.eos, specials)
         told = repr((config.pattern, sorted(specials.items()))).encode()
         self.fingerprint = f"TiktokenTokenizer {hashlib.sha256(content + told).hexdigest()[:16]}"
+        self._ends_words_at_spaces = _ends_words_at_spaces(config.pattern)
+        searched = specials or {_NEVER_SAID: self.vocab_size}  # with none, tiktoken looks for "" at every character
         self._encoding = tiktoken.Encoding(
-            file.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=specials
+            file.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=searched
         )
 
     def encode(self, text: str) -> Ids:
+        return np.concatenate([_NO_IDS, *self.encode_parts(text)])
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        start = 0
+        while self._ends_words_at_spaces and len(text) - start > PART_LENGTH:
+            cut = _END_OF_WORD.search(text, start + PART_LENGTH)
+            if cut is None:
+                break
+            yield self._encode(text[start : cut.start()])
+            start = cut.start()
+        yield self._encode(text[start:] if start else text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [int(i) for i in ids]
+        if not all(0 <= i < self.vocab_size for i in known):
+            raise self._unknown_id(known)
         try:
-            return self._encode(text)
+            return self._encoding.decode(known)
+        except KeyError as error:
+            raise self._unknown_id(known) from error
+
+    def _encode(self, text: str) -> Ids:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
         except UnicodeEncodeError:
-            return self.encode(well_formed(text))
+            return self._encode(well_formed(text))
         except BaseException as error:  # older tiktoken panics, which is no Exception
             if not (isinstance(error, ValueError) or type(error).__name__ == "PanicException"):
                 raise
-            if len(text) <= PART_LENGTH:
+            if len(text) <= SAFE_LENGTH:
                 raise ValueError(
                     f"Got a text of {len(text)} characters that tiktoken cannot encode ({error}). "
                     f"Text that the pattern can cut is needed. Remove the text, or use another pattern."
                 ) from error
-            return np.concatenate([self.encode(part) for part in _parts(text)])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        known = [int(i) for i in ids]
-        try:
-            return self._encoding.decode(known)
-        except (KeyError, OverflowError) as error:
-            raise self._unknown_id(known) from error
-
-    def _encode(self, text: str) -> Ids:
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+            pieces = [text[start : start + SAFE_LENGTH] for start in range(0, len(text), SAFE_LENGTH)]
+            return np.concatenate([self._encode(piece) for piece in pieces])
 
 
 def _parse_ranks(content: bytes, file: Path) -> dict[bytes, int]:
@@ -139,14 +163,11 @@ def _special_id(name: str | None, specials: dict[str, int]) -> int | None:
     return specials[name]
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Cut `text` where words of all common patterns end: between a character and the space after it."""
-    start = 0
-    while len(text) - start > PART_LENGTH:
-        end = text.rfind(" ", start + 1, start + PART_LENGTH)
-        while end > start and text[end - 1].isspace():
-            end = text.rfind(" ", start + 1, end)
-        end = end if end > start else start + PART_LENGTH
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _ends_words_at_spaces(pattern: str) -> bool:
+    """Whether a word never goes on over a space that follows a character, so that text may be cut there."""
+    import regex  # what tiktoken's patterns are written for
+
+    return all(
+        before in {word.end() for word in regex.finditer(pattern, text)}
+        for before, text in ((len(left), f"{left} {right}") for left in _LEFT_OF_SPACE for right in ("a", "1", ".", " b"))
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,10 @@ class Tokenizer(Configurable, abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`, int64 [N], without BOS and EOS. Names of special tokens in it are plain text."""
+
+    def encode_parts(self, text: str) -> Iterator[Ids]:
+        """Yield `encode(text)` piece by piece, so that the first tokens of a long text are there at once."""
+        yield self.encode(text)
 
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
