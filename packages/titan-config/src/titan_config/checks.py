@@ -1,6 +1,6 @@
-"""Checks of values against annotations, compiled once per field: `compile_check(annotation)(value)` returns what to store.
+"""Checks of values against annotations, compiled once a field: `compile_check(annotation)(value)` is what to store.
 
-A check returns the value itself, or the value it is stored as (an int given for a float becomes a float), or raises Mismatch.
+That is the value itself, or what it is stored as (an int given for a float becomes a float). Else it is a Mismatch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections.abc
 import enum
 import os
-import pathlib
 import types
 import typing
 from collections.abc import Callable
@@ -28,6 +27,11 @@ class Mismatch(Exception):
         self.value, self.need, self.do, self.path = value, need, do, path
 
 
+def is_callable(annotation: Any) -> bool:
+    """Say whether an annotation is `Callable`, with arguments or without."""
+    return get_origin(annotation) is collections.abc.Callable or annotation in (Callable, typing.Callable)
+
+
 def describe(annotation: Any) -> str:
     """Return an annotation as people write it: "list[int]", "Norm.Config or None", "one of 'full', 'none'"."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -39,7 +43,7 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(repr(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args)
-    if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
+    if is_callable(annotation):
         return "a function"
     if origin is not None:
         inner = ", ".join("..." if arg is Ellipsis else describe(arg) for arg in args)
@@ -67,7 +71,7 @@ def compile_check(annotation: Any) -> Check:
         return _literal_check(annotation, args)
     if origin in (Union, types.UnionType):
         return _union_check(annotation, [compile_check(arg) for arg in args])
-    if origin is collections.abc.Callable or annotation in (Callable, typing.Callable):
+    if is_callable(annotation):
         return _callable_check
     container = origin or annotation
     if container is dict:
@@ -80,7 +84,7 @@ def compile_check(annotation: Any) -> Check:
         raise TypeError(describe(annotation))
     if annotation in (bool, int, float, str):
         return {bool: _instance_check(bool), int: _check_int, float: _check_float, str: _check_str}[annotation]
-    if annotation is type(None) or issubclass(annotation, (enum.Enum, pathlib.PurePath)) or _is_dtype(annotation):
+    if annotation is type(None) or issubclass(annotation, (enum.Enum, os.PathLike)) or _is_dtype(annotation):
         return _instance_check(annotation)
     if issubclass(annotation, Node):
         return _instance_check(annotation)
@@ -141,7 +145,7 @@ def _instance_advice(value: Any, kind: type) -> str:
         return "Write True or False."
     if issubclass(kind, enum.Enum):
         return f"Use one of: {', '.join(str(member) for member in kind)}."
-    if issubclass(kind, pathlib.PurePath):
+    if issubclass(kind, os.PathLike):
         return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
     if _is_dtype(kind):
         return (
@@ -193,7 +197,7 @@ def _callable_check(value: Any) -> Any:
     raise Mismatch(value, "a function", "Give it the function itself or a functools.partial of it.")
 
 
-def _items_check(container: type, annotation: Any, check_item: Check) -> Check:
+def _items_check(container: Any, annotation: Any, check_item: Check) -> Check:
     def check(value: Any) -> Any:
         if not isinstance(value, container):
             raise Mismatch(value, describe(annotation), _container_advice(value, container))
@@ -238,7 +242,7 @@ def _checked_item(check: Check, item: Any, place: object) -> Any:
         raise Mismatch(mismatch.value, mismatch.need, mismatch.do, join(str(place), mismatch.path)) from None
 
 
-def _container_advice(value: Any, container: type) -> str:
+def _container_advice(value: Any, container: Any) -> str:
     kinds = (list, tuple, set, frozenset)
     if isinstance(value, kinds):
         return f"Write {container(value)!r}."

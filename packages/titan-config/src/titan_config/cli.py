@@ -19,10 +19,10 @@ C = TypeVar("C", bound=Config)
 
 
 def cli(config: C | Callable[[], C], argv: Sequence[str] | None = None, allow: Sequence[str] = DEFAULT_ALLOW) -> C:
-    """Return a copy of `config` (or of the config it returns) with the flags of `argv` (default: the program's) applied.
+    """Return a copy of `config` (or of what it returns) with the flags of `argv` (the program's by default) applied.
 
-    Ends the program: with code 2 and one short message where something is wrong, with 0 after --help and --print-config.
-    `allow` says what --config and the choice of a component may import, see `titan_config.importing`.
+    Ends the program: with code 2 and one short message where something is wrong, with 0 after --help and
+    --print-config. `allow` says what --config and the choice of a component may import, see `titan_config.importing`.
     """
     try:
         return _run(config, list(sys.argv[1:] if argv is None else argv), allow)

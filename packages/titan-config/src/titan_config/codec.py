@@ -1,8 +1,14 @@
 """Configs to plain data and back without loss: `to_dict` and `from_dict`.
 
-What JSON has is itself; anything else is an object with a tag: {"$type": "titan_models.norm:RMSNorm.Config", "dim": 64},
-{"$tuple": [1, 2]}, {"$set": []}, {"$path": "outputs"}, {"$dtype": "bfloat16"}, {"$enum": "m:Color", "name": "RED"}, {"$float": "nan"},
-{"$function": "torch.nn.init:zeros_"}, {"$partial": function, "args": [], "keywords": {}}, {"$dict": [[key, value]]} where keys are not strings.
+What JSON has is itself; anything else is an object with a tag:
+
+    {"$type": "titan_models.norm:RMSNorm.Config", "dim": 64}       a config
+    {"$tuple": [1, 2]}   {"$set": [1, 2]}   {"$frozenset": [1]}    containers
+    {"$dict": [[key, value], ...]}                                 a dict whose keys are not plain strings
+    {"$path": "outputs"}   {"$dtype": "bfloat16"}   {"$float": "nan"}
+    {"$enum": "package.module:Color", "name": "RED"}
+    {"$function": "torch.nn.init:zeros_"}
+    {"$partial": {"$function": ...}, "args": [...], "keywords": {...}}
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from titan_config.tree import children
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a config as plain JSON data, checked first (types and `validate` rules, over the whole tree)."""
     check(config)
-    return encode(config)  # type: ignore[no-any-return]
+    return encode(config)
 
 
 def from_dict(data: dict[str, Any], allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
@@ -125,7 +131,8 @@ def _decode_part(data: Any, allow: Sequence[str], name: object) -> Any:
     try:
         return decode(data, allow)
     except ConfigError as error:
-        raise error.under(str(name))
+        error.add_parent(str(name))
+        raise
 
 
 def _decode_config(data: dict[str, Any], allow: Sequence[str]) -> Config:
@@ -191,7 +198,7 @@ def _decode_dict(data: dict[str, Any], allow: Sequence[str]) -> dict[Any, Any]:
 
 
 def _decode_items(container: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-    tag = f"${container.__name__}"  # type: ignore[attr-defined]
+    tag = f"${container.__name__}"
 
     def decode_items(data: dict[str, Any], allow: Sequence[str]) -> Any:
         items = decode(data[tag], allow)

@@ -1,4 +1,4 @@
-"""Choosing components by name on the command line: `--optimizer Muon`, `--optimizer my_package.muon:Muon`, `--validator None`."""
+"""Choosing components on the command line: `--optimizer Muon`, `--optimizer package.muon:Muon`, `--validator None`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from titan_config.configurable import Config, fill
 from titan_config.errors import ConfigError, nearest
 from titan_config.flags import Flag, members
 from titan_config.importing import find_config, path_of
+from titan_config.tree import children
 
 
 def known_components(types: Sequence[type[Config]]) -> dict[str, list[type[Config]]]:
-    """Return {name: config classes} of everything imported that may stand where `types` may; abstract owners are left out."""
+    """Return {name: config classes} of all that is imported and may stand for `types`; abstract owners are left out."""
     found: dict[str, dict[str, type[Config]]] = {}
     for cls in (cls for kind in types for cls in _with_subclasses(kind)):
         if cls is not Config and not getattr(cls._owner, "__abstractmethods__", None):
@@ -62,10 +63,14 @@ def _choose(name: str, types: Sequence[type[Config]], old: Any, flag: Flag, allo
         )
     if type(old) is cls:
         return old
-    shared = next(base for base in type(old).__mro__ if issubclass(cls, base)) if isinstance(old, Config) else Config
     new = object.__new__(cls)
-    fill(new, {field: vars(old)[field] for field in shared._fields if field in vars(old)})
+    fill(new, _shared_values(old, cls) if isinstance(old, Config) else {})
     return new
+
+
+def _shared_values(old: Config, cls: type[Config]) -> dict[str, Any]:
+    shared = next(base for base in type(old).__mro__ if issubclass(base, Config) and issubclass(cls, base))
+    return {name: value for name, value in children(old) if name in shared._fields}
 
 
 def _by_name(name: str, types: Sequence[type[Config]], flag: Flag) -> type[Config]:

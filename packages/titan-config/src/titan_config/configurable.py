@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 from titan_config.checks import Check, Mismatch, describe_value
@@ -93,7 +94,7 @@ class Configurable:
         super().__init_subclass__(**kwargs)
         config = cls.__dict__.get("Config")
         if config is None:
-            config = cls.Config = _inherited_config(cls)
+            config = cls.Config = _inherited_config(cls)  # type: ignore[misc]
         _adopt(cls, config)
 
 
@@ -117,7 +118,7 @@ def _adopt(owner: type[Configurable], config: Any) -> None:
             f"Got {owner.__qualname__}.Config = {config!r}. The Config of a Configurable derives from "
             "Configurable.Config. Write class Config(Configurable.Config) inside the class."
         )
-    if list(config._fields.values()) != list(dataclasses.fields(config)):
+    if list(config._fields.values()) != list(dataclasses.fields(config)):  # type: ignore[arg-type]
         raise ConfigError(already_a_dataclass(config))
     if config._owner is not None:
         raise ConfigError(
@@ -141,8 +142,10 @@ def _unknown(cls: type[Config], name: str) -> UnknownName:
 
 
 def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
-    message = f"Got {describe_value(wrong.value)}. {cls.__qualname__}.{join(name, wrong.path)} must be {wrong.need}. {wrong.do}"
-    return ConfigError(message, join(name, wrong.path))
+    path = join(name, wrong.path)
+    return ConfigError(
+        f"Got {describe_value(wrong.value)}. {cls.__qualname__}.{path} must be {wrong.need}. {wrong.do}", path
+    )
 
 
 def _checked(config: Config, name: str, value: Any) -> Any:
@@ -173,12 +176,13 @@ def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -
     if missing:
         name = missing[0]
         raise ConfigError(f"Got no {name}. {cls.__qualname__} needs it. Write {cls.__qualname__}({name}=...).", name)
-    if hasattr(cls, "__post_init__"):
-        config.__post_init__()
+    after: Callable[[Config], None] | None = getattr(cls, "__post_init__", None)
+    if after is not None:
+        after(config)
 
 
 def fill(config: Config, values: dict[str, Any]) -> list[str]:
-    """Set the fields of an empty config from `values` and from defaults; return the names of those that have neither."""
+    """Set the fields of an empty config from `values` and defaults; return the names of those that have neither."""
     cls, missing = type(config), []
     for name in values:
         if name not in checks_of(cls):
@@ -201,7 +205,9 @@ def check(config: Config, path: str = "") -> None:
         try:
             value = check_value(vars(config)[name])
         except Mismatch as wrong:
-            raise _wrong_type(type(config), name, wrong).under(path) from None
+            error = _wrong_type(type(config), name, wrong)
+            error.add_parent(path)
+            raise error from None
         if not config._frozen:
             vars(config)[name] = value
     for name, part in children(config):
@@ -209,7 +215,8 @@ def check(config: Config, path: str = "") -> None:
     try:
         config.validate()
     except ConfigError as error:
-        raise error.under(path)
+        error.add_parent(path)
+        raise
     except ValueError as error:
         raise ConfigError(str(error), path) from error
 

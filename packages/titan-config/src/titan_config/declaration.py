@@ -1,4 +1,4 @@
-"""What happens when a Config class is made: it becomes a dataclass, and what dataclasses would ignore silently is an error."""
+"""What happens when a Config class is made: it becomes a dataclass, and what dataclasses silently ignore is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _is_class_var(cls: type, name: str) -> bool:
 
 
 def _needs_no_annotation(cls: type, name: str, value: Any) -> bool:
-    if name.startswith("__") and name.endswith("__") or isinstance(value, (*_DESCRIPTORS, type)):
+    if (name.startswith("__") and name.endswith("__")) or isinstance(value, (*_DESCRIPTORS, type)):
         return True
     return isinstance(value, types.FunctionType) and value.__module__ == cls.__module__ and value.__name__ != "<lambda>"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 class ConfigError(ValueError):
     """A config is wrong.
 
-    `message` says what was got, what is needed, what to do; `path` where in the tree ("model.layers.norm.eps", "" where that is
-    the root or not known); `file` which file, with the line where that helps ("run.json:12").
+    `message` says what was got, what is needed, what to do; `path` where in the tree ("model.norm.eps", "" for the root
+    and where it is not known); `file` which file, with the line where that helps ("run.json:12").
     """
 
     def __init__(self, message: str, path: str = "", file: str = "") -> None:
@@ -21,10 +21,9 @@ class ConfigError(ValueError):
     def __str__(self) -> str:
         return ": ".join(part for part in (self.file, self.path, self.message) if part)
 
-    def under(self, path: str) -> ConfigError:
-        """Return this error with its path as seen from a config that holds the wrong one at `path`."""
+    def add_parent(self, path: str) -> None:
+        """Make `path` the place of the config that the error has been about so far."""
         self.path = join(path, self.path)
-        return self
 
 
 class UnknownName(ConfigError, AttributeError):

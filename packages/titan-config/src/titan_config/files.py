@@ -20,7 +20,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
-    """Return the config that `to_json` wrote. Raises ConfigError with the line of bad JSON, or the path of a bad value."""
+    """Return the config that `to_json` wrote. Raises ConfigError with the line, or with the path of a bad value."""
     return from_dict(parse_json(text, "JSON"), allow)
 
 
@@ -35,7 +35,7 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
-    """Return the config that `save` wrote to `path`. Raises ConfigError with the file, and the line or the path in the tree."""
+    """Return the config that `save` wrote. Raises ConfigError with the file, and the line or the path in the tree."""
     data = read_json(path)
     try:
         return from_dict(data, allow)

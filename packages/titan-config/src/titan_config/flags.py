@@ -1,4 +1,4 @@
-"""The flags of a config: one for each field in the tree, and for each item of the lists, tuples and dicts that hold configs."""
+"""The flags of a config: one for each field in the tree, and each item of lists, tuples and dicts that hold configs."""
 
 from __future__ import annotations
 

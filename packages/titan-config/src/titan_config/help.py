@@ -1,4 +1,4 @@
-"""`--help`: every flag with its type, its value now and its docstring, rendered by tyro; `--help optimizer` shows one section."""
+"""`--help`: every flag with its type, its value and its docstring, rendered by tyro; `--help optimizer`: a section."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from titan_config.text import readable
 from titan_config.values import spec_of
 
 DESCRIPTION = """\
-Give any flag below a value. --SECTION NAME chooses another component, whose own flags then exist. --help SECTION shows one \
-section. --config FILE starts from a saved run. --print-config shows every value and where it came from."""
+Give any flag below a value. --SECTION NAME chooses another component, whose own flags then exist. \
+--help SECTION shows one section. --config FILE starts from a saved run. \
+--print-config shows every value and where it came from."""
 
 
 class Section:
@@ -44,7 +45,7 @@ def print_help(config: Config, program: str, sections: Sequence[str], allow: Seq
         if name not in flags:
             raise ConfigError(f"Got --help {name}. It takes a section or a flag. {nearest(name, flags)}")
     shown = {path: flag for path, flag in flags.items() if not names or any(_is_in(path, name) for name in names)}
-    tyro.cli(  # type: ignore[call-overload]
+    tyro.cli(
         Section,
         default=_section(shown),
         args=["--help"],

@@ -17,8 +17,9 @@ from titan_config.errors import ConfigError
 DEFAULT_ALLOW: tuple[str, ...] = ("titan_", "torch.nn.init", "torch.nn.functional")
 """What may be loaded unless a caller says otherwise. The script that runs as `__main__` may always be.
 
-"pkg" allows the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (functions of a submodule
-need it listed: "pkg.inits"); "family_" all of the packages whose names begin so; "folder/recipe.py" that file, loaded by its path.
+"pkg" allows the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (those of a
+submodule need it listed: "pkg.inits"). "family_" allows all of every package whose name begins so. "folder/recipe.py"
+allows that file, loaded by its path.
 """
 
 _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -37,7 +38,7 @@ def path_of(value: Any) -> str | None:
 
 
 def find_class(path: str, allow: Sequence[str]) -> type:
-    """Return the Config class or the enum at `path`. Raises ConfigError if it is not allowed, or not what `path` says."""
+    """Return the Config class or the enum at `path`. Raises ConfigError where it is not allowed, or another thing."""
     found = _find(path, allow, _allowed(path, allow))
     if not (isinstance(found, type) and issubclass(found, (Config, enum.Enum)) and _says(found, path)):
         raise _lie(path, found, "a Config class or an enum")
@@ -45,7 +46,7 @@ def find_class(path: str, allow: Sequence[str]) -> type:
 
 
 def find_config(path: str, allow: Sequence[str]) -> type[Config]:
-    """Return the Config class at `path`, or that of the Configurable class there. Raises ConfigError as `find_class` does."""
+    """Return the Config class at `path`, or that of the Configurable class there. Raises as `find_class` does."""
     found = _find(path, allow, _allowed(path, allow))
     if isinstance(found, type) and issubclass(found, (Configurable, Config)) and _says(found, path):
         return found.Config if issubclass(found, Configurable) else found
@@ -53,7 +54,7 @@ def find_config(path: str, allow: Sequence[str]) -> type[Config]:
 
 
 def find_function(path: str, allow: Sequence[str]) -> Any:
-    """Return the function (or the class used as one) at `path`. Raises ConfigError as `find_class` does."""
+    """Return the function (or the class used as one) at `path`. Raises as `find_class` does."""
     found = _find(path, allow, _listed(path, allow))
     module, _, name = path.partition(":")
     is_public_builtin = isinstance(found, types.BuiltinFunctionType) and path_of(found) == f"{module}:{name}"

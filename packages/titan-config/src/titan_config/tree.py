@@ -17,6 +17,8 @@ class Node:
     """What every Config is: it holds the values of its fields, and nothing else, in its `vars`."""
 
     _fields: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _scope: ClassVar[tuple[dict[str, Any], dict[str, Any]]]
+    _checks: ClassVar[dict[str, Callable[[Any], Any]]]
     _frozen = False
 
 
@@ -34,7 +36,7 @@ class FrozenList(list[Any]):
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
-        return copied(self)  # type: ignore[no-any-return]
+        return copied(self)
 
     def __reduce__(self) -> tuple[type, tuple[list[Any]]]:
         return type(self), (list(self),)
@@ -47,7 +49,7 @@ class FrozenDict(dict[Any, Any]):
     __setitem__ = __delitem__ = __ior__ = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
-        return copied(self)  # type: ignore[no-any-return]
+        return copied(self)
 
     def __reduce__(self) -> tuple[type, tuple[dict[Any, Any]]]:
         return type(self), (dict(self),)
@@ -60,14 +62,14 @@ class FrozenSet(set[Any]):
     symmetric_difference_update = update = __ior__ = __iand__ = __isub__ = __ixor__ = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> set[Any]:
-        return copied(self)  # type: ignore[no-any-return]
+        return copied(self)
 
     def __reduce__(self) -> tuple[type, tuple[set[Any]]]:
         return type(self), (set(self),)
 
 
 def copied(value: Any, frozen: bool = False) -> Any:
-    """Return a copy of a tree that shares no config, list, dict or set with it; `frozen`: one that no longer changes."""
+    """Return a copy that shares no config, list, dict or set with the tree; `frozen`: one that no longer changes."""
     if isinstance(value, Node):
         if frozen and value._frozen:
             return value
@@ -112,7 +114,7 @@ def _traverse(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def same(first: Any, second: Any) -> bool:
     """Say whether two trees hold equal values of equal types; a nan equals a nan, a partial one with equal parts."""
-    if type(first) is not type(second) and not (isinstance(first, type(second)) or isinstance(second, type(first))):
+    if _kind(first) is not _kind(second):
         return False
     if isinstance(first, functools.partial):
         return same((first.func, first.args, first.keywords), (second.func, second.args, second.keywords))
@@ -122,11 +124,15 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second) or (first != first and second != second)
 
 
+def _kind(value: Any) -> type:
+    return next((kind for kind in (list, dict, set) if isinstance(value, kind)), type(value))
+
+
 def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
     """Return a copy of `config` with the part at a path, or every config that a predicate picks, replaced.
 
-    By path `new` is the value: `replace(c, "model.norm.eps", 1e-6)`. By predicate `new` is a config, or a function from the
-    config that was there (a copy, whose own parts are done) to the new one:
+    By path, `new` is the value: `replace(c, "model.norm.eps", 1e-6)`. By predicate, `new` is a config, or a function
+    from the config that was there (a copy, whose own parts are done) to the new one:
     `replace(c, lambda node: isinstance(node, Linear.Config), lambda old: LoRA.Config(linear=old))`.
     Raises ConfigError where nothing matches.
     """
@@ -154,7 +160,7 @@ def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
 
 
 def replaced_at(value: Any, path: str, new: Any) -> Any:
-    """Put `new` at `path`, in place where configs are on the way, and return the root (another one if it is no config)."""
+    """Put `new` at `path`, in place where there are configs on the way; return the root (a new one if it is none)."""
     parts = dict(children(value))
     names = value._fields if isinstance(value, Node) else parts
     matching = [name for name in names if f"{path}.".startswith(f"{name}.")]

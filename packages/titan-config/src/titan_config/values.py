@@ -1,15 +1,14 @@
-"""Values from the words of a command line, by the type of the field. tyro knows how; this adds what only configs hold."""
+"""Values from the words of a command line, by the type of the field. tyro knows how; functions and dtypes are added."""
 
 from __future__ import annotations
 
-import collections.abc
 import json
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from titan_config.checks import is_callable
 from titan_config.codec import decode, find_dtype
 from titan_config.errors import ConfigError
 from titan_config.flags import members
@@ -39,7 +38,7 @@ def _registry(allow: Sequence[str]) -> ConstructorRegistry:
 
     @registry.primitive_rule
     def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if info.type_origin is collections.abc.Callable or info.type in (Callable, typing.Callable):
+        if is_callable(info.type):
             return _one("MODULE:FUNCTION", lambda text: find_function(text, allow))
         if info.type is bool:
             return _one("True|False", _bool)
