@@ -28,7 +28,7 @@ class HFAdapter(Protocol):
 
 @dataclass(frozen=True)
 class Translation:
-    """Hugging Face's state of a model, on the meta device; `renamed` maps its names to the model's for the same tensor."""
+    """Hugging Face's state of a model, on the meta device; `renamed` maps its names to the model's."""
 
     hf_state: Mapping[str, Tensor]
     renamed: Mapping[str, str]

@@ -98,17 +98,18 @@ class Checkpointer(Configurable):
         Raises:
             CheckpointError: when this save fails, or (in the mode "async") the one before it did.
         """
-        due = (last or step % self.config.interval == 0) and step != self._newest
-        if due:
-            self.wait()
+        if not last and step % self.config.interval:
+            return False
+        self.wait()
+        is_new = step != self._newest
+        if is_new:
             snapshot = self._ranks.together(lambda: self._take(step, parts))
-            self._newest = step
             self._pending = self._writer.submit(self._write, snapshot)
         if last or self.config.async_mode == "disabled":
             self.wait()
         if last and self.config.last_save_in_hf:
             self._ranks.together(lambda: self._export(step) if self._ranks.is_first else None)
-        return due
+        return is_new
 
     def load(self, parts: Mapping[str, Part]) -> int | None:
         """Load the newest whole checkpoint, or that of `load_step`; return its step (None: there is none).
@@ -160,6 +161,7 @@ class Checkpointer(Configurable):
     def _write(self, snapshot: Snapshot) -> None:
         self._staging.wait()
         save(snapshot, self.shelf, self._ranks, self._run_data)
+        self._newest = snapshot.step
         logger.info("Saved %s.", self.shelf.path(snapshot.step))
         if self.config.keep_latest_k is not None and self._ranks.is_first:
             self.shelf.keep(self.config.keep_latest_k)

@@ -29,8 +29,8 @@ def save_hf(
 ) -> None:
     """Write the weights of a live model, plain or sharded, as a folder that `transformers` loads.
 
-    A collective of all ranks. Rank 0 writes and holds one file's tensors at a time. Floating point numbers are rounded to `dtype` (None: as they
-    are).
+    A collective of all ranks. Rank 0 writes, and holds one file's tensors at a time. Floating point numbers are rounded
+    to `dtype` (None: as they are).
 
     Raises:
         CheckpointError: when the adapter refuses the state, or the folder is there already.

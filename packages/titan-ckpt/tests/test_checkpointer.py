@@ -1,0 +1,272 @@
+"""What a checkpoint holds comes back as it was, under the name of its step, and nothing else is loaded."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from titan_ckpt import Checkpointer, CheckpointError, check_whole, read_config
+from titan_config import ConfigError
+from torch import nn
+
+
+class Values:
+    """A part with any state."""
+
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def build(folder: Path, **settings) -> Checkpointer:
+    return Checkpointer.Config(**{"interval": 1, **settings}).build(dump_folder=folder)
+
+
+def saved_steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_tensors_and_values_come_back_bitwise(tmp_path, async_mode):
+    tensors = {str(dtype): torch.randn(5, 3).mul(9).to(dtype) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "strided": torch.randn(4, 6).t()}
+    tensors |= {"float8": torch.randn(4, 4).to(torch.float8_e4m3fn)}
+    values = {
+        "n": 3,
+        "x": 0.1,
+        "inf": math.inf,
+        "none": None,
+        "flag": True,
+        "text": "é",
+        "pair": (0.9, 0.95),
+        "empty": {},
+    }
+    original = Values(inner={"weights": tensors, "values": values}, items=[1, [2, {"a": (3,)}]])
+    checkpointer = build(tmp_path, async_mode=async_mode)
+    assert checkpointer.save(7, {"part": original})
+    checkpointer.wait()
+
+    restored = Values(
+        inner={"weights": {name: torch.zeros_like(t) for name, t in tensors.items()}, "values": {}}, items=[]
+    )
+    assert checkpointer.load({"part": restored}) == 7
+    assert restored.state["items"] == original.state["items"]
+    assert restored.state["inner"]["values"] == values
+    for name, tensor in tensors.items():
+        loaded = restored.state["inner"]["weights"][name]
+        assert loaded.dtype == tensor.dtype
+        assert torch.equal(loaded.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_a_training_that_resumes_equals_one_that_did_not_stop(tmp_path):
+    class Training:
+        def __init__(self):
+            torch.manual_seed(1)
+            self.model = nn.Linear(4, 4)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+            self.step()
+
+        def step(self):
+            self.model(torch.ones(2, 4)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        def state_dict(self):
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            return {names[p]: dict(state) for p, state in self.optimizer.state.items()}
+
+        def load_state_dict(self, state):
+            for name, parameter in self.model.named_parameters():
+                self.optimizer.state[parameter] = state[name]
+
+    straight, stopped, resumed = Training(), Training(), Training()
+    straight.step()
+    straight.step()
+    stopped.step()
+    checkpointer = build(tmp_path)
+    checkpointer.save(2, {"model": stopped.model, "optimizer": stopped})
+    assert checkpointer.load({"model": resumed.model, "optimizer": resumed}) == 2
+    resumed.step()
+    assert torch.equal(resumed.model.weight, straight.model.weight)
+
+
+def test_an_async_save_holds_the_weights_of_its_moment(tmp_path):
+    weights = Values(w=torch.zeros(1 << 20))
+    checkpointer = build(tmp_path)
+    for step in range(1, 4):
+        weights.state["w"].fill_(step)
+        checkpointer.save(step, {"part": weights})
+        weights.state["w"].fill_(-1)
+    checkpointer.close()
+    for step in range(1, 4):
+        restored = Values(w=torch.empty(1 << 20))
+        build(tmp_path, load_step=step).load({"part": restored})
+        assert restored.state["w"].eq(step).all()
+        for later in range(step + 1, 4):  # loading a step sets the later ones aside
+            (aside,) = (tmp_path / "checkpoint").glob(f"step-{later}.set-aside-*")
+            aside.rename(tmp_path / "checkpoint" / f"step-{later}")
+
+
+def test_saves_at_the_interval_and_at_the_last_step(tmp_path):
+    checkpointer = build(tmp_path, interval=3)
+    part = {"part": Values(step=0)}
+    assert [checkpointer.save(step, part, last=step == 7) for step in range(1, 8)] == [False, False, True] * 2 + [True]
+    assert saved_steps(tmp_path) == ["step-3", "step-6", "step-7"]
+
+
+def test_a_step_is_saved_once_and_never_over_another(tmp_path):
+    checkpointer = build(tmp_path)
+    assert checkpointer.save(1, {"part": Values(run="first")}, last=True)
+    assert not checkpointer.save(1, {"part": Values(run="again")}, last=True)
+    stranger = build(tmp_path, async_mode="disabled")
+    with pytest.raises(CheckpointError, match="step-1 is there already"):
+        stranger.save(1, {"part": Values(run="other")})
+    restored = Values()
+    checkpointer.load({"part": restored})
+    assert restored.state == {"run": "first"}
+
+
+def test_keeps_the_latest_k(tmp_path):
+    for keep, expected in [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])]:
+        folder = tmp_path / str(keep)
+        checkpointer = build(folder, keep_latest_k=keep)
+        for step in range(1, 6):
+            checkpointer.save(step, {"part": Values(w=torch.ones(2))})
+        checkpointer.close()
+        assert saved_steps(folder) == [f"step-{step}" for step in expected]
+
+
+def test_load_without_checkpoints_is_none(tmp_path):
+    assert build(tmp_path).load({"part": Values()}) is None
+
+
+def test_going_back_sets_newer_checkpoints_aside(tmp_path):
+    checkpointer = build(tmp_path)
+    for step in (1, 2, 3):
+        checkpointer.save(step, {"part": Values(step=step)})
+    checkpointer.close()
+    back = build(tmp_path, load_step=1)
+    assert back.load({"part": Values(step=0)}) == 1
+    back.save(2, {"part": Values(step="anew")}, last=True)
+    names = [name.partition(".set-aside-")[0] for name in saved_steps(tmp_path)]
+    assert names == ["step-1", "step-2", "step-2", "step-3"]
+    restored = Values()
+    assert build(tmp_path).load({"part": restored}) == 2
+    assert restored.state == {"step": "anew"}
+
+
+def test_the_config_and_versions_are_inside(tmp_path):
+    config = Checkpointer.Config(interval=4)
+    checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path, config=config)
+    checkpointer.save(1, {"part": Values(a=1)}, last=True)
+    folder = tmp_path / "checkpoint" / "step-1"
+    assert read_config(folder)["interval"] == 4
+    manifest = check_whole(folder)
+    assert (manifest.step, manifest.world_size) == (1, 1)
+    assert manifest.versions["torch"] == torch.__version__
+    assert "titan-ckpt" in manifest.versions
+
+
+def test_there_are_no_pickles_in_a_checkpoint(tmp_path):
+    build(tmp_path).save(1, {"model": nn.Linear(2, 2), "part": Values(a=(1, 2))}, last=True)
+    for path in (tmp_path / "checkpoint" / "step-1").iterdir():
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            assert set(load_file(path)) == {"model.weight@0,0", "model.bias@0"}
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, r"1 missing in the checkpoint: part\.b"),
+        ({}, r"1 only in the checkpoint: part\.a"),
+        ({"a": torch.zeros(3)}, r"part\.a \(saved \[2\], here \[3\]\)"),
+        ({"a": torch.zeros(2, dtype=torch.bfloat16)}, r"part\.a \(saved F32, here BF16\)"),
+    ],
+)
+def test_load_refuses_what_does_not_fit_and_touches_nothing(tmp_path, here, message):
+    checkpointer = build(tmp_path)
+    checkpointer.save(1, {"part": Values(a=torch.ones(2)), "other": Values(w=torch.ones(2))}, last=True)
+    other = Values(w=torch.zeros(2))
+    with pytest.raises(CheckpointError, match=message):
+        checkpointer.load({"other": other, "part": Values(**here)})
+    assert other.state["w"].eq(0).all()
+
+
+def test_load_refuses_other_parts(tmp_path):
+    checkpointer = build(tmp_path)
+    checkpointer.save(1, {"part": Values(a=1)}, last=True)
+    with pytest.raises(CheckpointError, match=r"missing \['more'\], unexpected \[\]"):
+        checkpointer.load({"part": Values(), "more": Values()})
+    with pytest.raises(CheckpointError, match=r"missing \['more'\], unexpected \['part'\]"):
+        checkpointer.load({"more": Values()})
+
+
+def test_a_part_that_refuses_its_values_does_so_before_a_weight_is_touched(tmp_path):
+    class Picky(Values):
+        def load_state_dict(self, state):
+            raise ValueError("Got another tokenizer.")
+
+    checkpointer = build(tmp_path)
+    checkpointer.save(1, {"model": Values(w=torch.ones(2)), "data": Values(tokenizer="a")}, last=True)
+    model = Values(w=torch.zeros(2))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        checkpointer.load({"model": model, "data": Picky(tokenizer="b")})
+    assert model.state["w"].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": {1: 2}}, "key 1 of type int in part.a"),
+        ({"a": object()}, "a object at part.a"),
+        ({"a": [{"b": {2}}]}, r"a set at part\.a\[0\]\.b"),
+        ({"a": [torch.ones(1)]}, r"a Tensor at part\.a\[0\]"),
+        ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, "two tensors named 'part.a.b'"),
+    ],
+)
+def test_a_state_that_is_not_tensors_and_json_is_refused(tmp_path, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        build(tmp_path).save(1, {"part": Values(**state)})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interval": 0}, {"interval": -5}, {"keep_latest_k": 0}, {"initial_load_in_hf": True}]
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        build(tmp_path, **wrong)
+
+
+def test_a_run_without_checkpoints_begins_with_the_model_of_another(tmp_path):
+    build(tmp_path / "old").save(5, {"model": Values(w=torch.ones(2)), "rest": Values(n=1)}, last=True)
+    new = build(tmp_path / "new", initial_load_path=tmp_path / "old" / "checkpoint" / "step-5")
+    model, rest = Values(w=torch.zeros(2)), Values(n=2)
+    assert new.load({"model": model, "rest": rest}) is None
+    assert model.state["w"].eq(1).all()
+    assert rest.state["n"] == 2
+    model.state["w"].fill_(3)
+    new.save(1, {"model": model, "rest": rest}, last=True)
+    again = build(tmp_path / "new", initial_load_path=tmp_path / "old" / "checkpoint" / "step-5")
+    assert again.load({"model": model, "rest": rest}) == 1
+    assert model.state["w"].eq(3).all()
+
+
+def test_an_initial_checkpoint_of_another_model_is_refused(tmp_path):
+    build(tmp_path / "old").save(5, {"model": Values(w=torch.ones(2))}, last=True)
+    path = tmp_path / "old" / "checkpoint" / "step-5"
+    with pytest.raises(CheckpointError, match=r"model\.w \(saved \[2\], here \[3\]\)"):
+        build(tmp_path / "new", initial_load_path=path).load({"model": Values(w=torch.ones(3))})
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint: it has no manifest\.json"):
+        build(tmp_path / "new", initial_load_path=path.parent).load({"model": Values(w=torch.ones(2))})

@@ -1,0 +1,256 @@
+"""Several ranks save one checkpoint together, and any other number of ranks on any mesh loads the same bits."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from titan_ckpt import Checkpointer, CheckpointError
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+
+def model_on(layout: str) -> nn.Module:
+    """The same odd-sized model on 1 to 4 ranks; `layout` is `plain`, `fsdp`, `hsdp`, `tp` or `fsdp_tp`."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(7, 12), nn.Linear(12, 5), nn.LayerNorm(5))
+    world = dist.get_world_size()
+    if layout == "plain":
+        return model
+    if layout in ("tp", "fsdp_tp"):
+        mesh = init_device_mesh(
+            "cpu", (world,) if layout == "tp" else (world // 2, 2), mesh_dim_names=("dp", "tp")[-1 - (layout != "tp") :]
+        )
+        shard_tensor_parallel(model, mesh["tp"])
+        return model if layout == "tp" else shard_fully(model, mesh["dp"])
+    if layout == "hsdp":
+        return shard_fully(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+    return shard_fully(model, init_device_mesh("cpu", (world,)))
+
+
+def shard_tensor_parallel(model, mesh):
+    placements = {"0.weight": Shard(0), "0.bias": Shard(0), "1.weight": Shard(1)}
+    for name, parameter in list(model.named_parameters()):
+        module = model.get_submodule(name.rpartition(".")[0])
+        sharded = distribute_tensor(parameter.detach(), mesh, [placements.get(name, Replicate())])
+        module.register_parameter(name.rpartition(".")[2], nn.Parameter(sharded))
+
+
+def shard_fully(model, mesh):
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def full(model):
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(value)
+
+
+def save_on(layout, folder):
+    model = model_on(layout)
+    checkpointer = Checkpointer.Config(interval=1).build(dump_folder=folder / layout)
+    checkpointer.save(1, {"model": model})
+    checkpointer.close()
+    return {name: tensor.clone() for name, tensor in full(model).items()}
+
+
+def load_on(layout, folder):
+    model = model_on(layout)
+    fill(model, -1)
+    checkpointer = Checkpointer.Config(interval=1).build(dump_folder=folder)
+    assert checkpointer.load({"model": model}) == 1
+    checkpointer.close()
+    return full(model)
+
+
+LAYOUTS = {1: ["plain", "fsdp"], 2: ["fsdp", "tp"], 4: ["fsdp", "hsdp", "tp", "fsdp_tp"]}
+
+
+def test_any_mesh_loads_what_any_other_saved_bitwise(run_ranks, tmp_path):
+    def save_all(folder):
+        return {layout: save_on(layout, folder) for layout in LAYOUTS[dist.get_world_size()]}
+
+    def load_all(folder):
+        return {
+            (saved, layout): load_on(layout, folder / saved)
+            for saved in sorted(path.name for path in folder.iterdir())
+            for layout in LAYOUTS[dist.get_world_size()]
+        }
+
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.Linear(7, 12), nn.Linear(12, 5), nn.LayerNorm(5)).state_dict()
+    for world in (1, 2, 4):
+        for results in run_ranks(world, save_all, tmp_path / str(world)):
+            for layout, state in results.items():
+                assert all(torch.equal(state[name], expected[name]) for name in expected), (world, layout)
+    for world in (1, 2, 4):
+        for saved_world in (1, 2, 4):
+            for results in run_ranks(world, load_all, tmp_path / str(saved_world)):
+                for case, state in results.items():
+                    assert all(torch.equal(state[name], expected[name]) for name in expected), (
+                        saved_world,
+                        world,
+                        case,
+                    )
+
+
+def test_each_value_is_written_once(run_ranks, tmp_path):
+    def save_all(folder):
+        for layout in ("hsdp", "fsdp_tp", "plain"):
+            save_on(layout, folder)
+
+    run_ranks(4, save_all, tmp_path)
+    numbers = 7 * 12 + 12 + 12 * 5 + 5 + 5 + 5
+    for layout in ("hsdp", "fsdp_tp", "plain"):
+        files = list((tmp_path / layout / "checkpoint" / "step-1").glob("*.safetensors"))
+        payload = sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+        assert payload == 4 * numbers, layout
+        assert len(files) == 4, "the ranks share the writing"
+
+
+class Values:
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def build(folder: Path, **settings) -> Checkpointer:
+    return Checkpointer.Config(**{"interval": 1, **settings}).build(dump_folder=folder)
+
+
+def message_of(action) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_values_of_ranks_are_united_and_a_disagreement_is_an_error_on_all(run_ranks, tmp_path):
+    def work(folder):
+        rank = dist.get_rank()
+        checkpointer = build(folder)
+        checkpointer.save(
+            1, {"part": Values(same=1, nan=float("nan"), ranks={str(rank): {"seed": rank * 10}})}, last=True
+        )
+        restored = Values(same=0)
+        checkpointer.load({"part": restored})
+
+        def disagree():
+            checkpointer.save(2, {"part": Values(deep={"n": [rank]})}, last=True)
+
+        message = message_of(disagree)
+        checkpointer.save(2, {"part": Values(fine=1)}, last=True)
+        checkpointer.close()
+        return restored.state, message
+
+    for state, message in run_ranks(2, work, tmp_path):
+        assert state["ranks"] == {"0": {"seed": 0}, "1": {"seed": 10}}
+        assert "part.deep.n = [0] on rank 0 and [1] on rank 1" in message
+    assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*") if "saving" not in path.name) == [
+        "step-1",
+        "step-2",
+    ]
+
+
+def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_published(run_ranks, tmp_path):
+    def work(folder):
+        rank = dist.get_rank()
+        checkpointer = build(folder)
+        bad_state = message_of(lambda: checkpointer.save(1, {"part": Values(a=object() if rank == 1 else 1)}))
+        tensor = torch.ones(4, dtype=torch.complex128) if rank == 1 else torch.ones(4)
+        checkpointer.save(2, {"part": Values(**{f"w{rank}": tensor})})  # a type that safetensors does not have
+        bad_write = message_of(checkpointer.wait)
+        shapes = message_of(lambda: checkpointer.save(3, {"part": Values(w=torch.ones(rank + 1))}, last=True))
+        checkpointer.save(4, {"part": Values(w=torch.ones(2))}, last=True)
+        missing = message_of(
+            lambda: checkpointer.load({"part": Values(**{"w": torch.ones(2), f"x{rank}": torch.ones(1)})})
+        )
+        checkpointer.close()
+        return bad_state, bad_write, shapes, missing
+
+    for bad_state, bad_write, shapes, missing in run_ranks(2, work, tmp_path):
+        assert "a object at part.a" in bad_state
+        assert "torch.complex128" in bad_write
+        assert "part.w" in shapes
+        assert "part.x0" in missing
+        assert "part.x1" in missing
+    published = [path.name for path in (tmp_path / "checkpoint").iterdir() if "." not in path.name]
+    assert published == ["step-4"]
+
+
+def test_saving_goes_on_beside_the_collectives_of_training(run_ranks, tmp_path):
+    def work(folder):
+        checkpointer = build(folder, keep_latest_k=2)
+        weights, threads = torch.ones(200_000), set()
+        for step in range(1, 9):
+            checkpointer.save(step, {"part": Values(w=weights, step=step)})
+            threads |= {thread.name for thread in threading.enumerate()}
+            for _ in range(20):
+                dist.all_reduce(weights)
+                weights /= 2
+        checkpointer.close()
+        return weights.eq(1).all().item(), any(name.startswith("titan-ckpt") for name in threads)
+
+    assert run_ranks(2, work, tmp_path) == [(True, True)] * 2
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["step-7", "step-8"]
+
+
+def test_damage_seen_by_one_rank_is_known_to_all(run_ranks, tmp_path):
+    def save_two(folder):
+        checkpointer = build(folder)
+        for step in (1, 2):
+            checkpointer.save(step, {"part": Values(**{f"w{dist.get_rank()}": torch.full((100,), step)})})
+        checkpointer.close()
+
+    def load(folder):
+        checkpointer = build(folder)
+        part = Values(**{f"w{dist.get_rank()}": torch.zeros(100, dtype=torch.int64)})
+        step = checkpointer.load({"part": part})
+        return (
+            step,
+            [broken.reason for broken in checkpointer.passed_over],
+            part.state[f"w{dist.get_rank()}"].sum().item(),
+        )
+
+    run_ranks(2, save_two, tmp_path)
+    path = tmp_path / "checkpoint" / "step-2" / "rank-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 128
+    path.write_bytes(data)
+    for step, reasons, total in run_ranks(2, load, tmp_path):
+        assert (step, total) == (1, 100)
+        assert len(reasons) == 1
+        assert "rank-00001.safetensors has the right size but other content" in reasons[0]
+
+
+def test_shards_put_at_the_wrong_place_are_noticed_by_these_tests(run_ranks, tmp_path, monkeypatch):
+    import titan_ckpt.chunks
+
+    def save(folder):
+        save_on("fsdp", folder)
+
+    run_ranks(2, save, tmp_path)
+    right = titan_ckpt.chunks.local_chunks
+
+    def shifted(tensors):
+        chunks = right(tensors)
+        return {name: titan_ckpt.chunks.Chunk(name, c.shape, (0,) * len(c.shape), c.data) for name, c in chunks.items()}
+
+    monkeypatch.setattr("titan_ckpt.loading.local_chunks", shifted)
+    torch.manual_seed(3)
+    expected = nn.Linear(7, 12).weight
+    for state in run_ranks(2, load_on, "fsdp", tmp_path / "fsdp"):
+        assert not torch.equal(state["0.weight"], expected)
