@@ -114,8 +114,8 @@ class Checkpointer(Configurable):
 
     saved: dict = {}
 
-    def __init__(self, config: Config, *, dump_folder, run_config) -> None:
-        self.interval, self.key = config.interval, str(dump_folder)
+    def __init__(self, own: Config, /, *, dump_folder, config) -> None:
+        self.interval, self.key = own.interval, str(dump_folder)
 
     def load(self, parts) -> int | None:
         if self.key not in self.saved:
@@ -125,11 +125,11 @@ class Checkpointer(Configurable):
             part.load_state_dict(copy.deepcopy(states[name]))
         return step
 
-    def due(self, step: int) -> bool:
-        return step % self.interval == 0
-
-    def save(self, step, parts) -> None:
+    def save(self, step, parts, *, last: bool = False) -> bool:
+        if not (last or step % self.interval == 0):
+            return False
         self.saved[self.key] = (step, {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+        return True
 
     def close(self) -> None: ...
 

@@ -72,12 +72,8 @@ class Checkpointer(Protocol):
         """Load the newest whole checkpoint into `parts`; its step, or None where there is none."""
         ...
 
-    def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved."""
-        ...
-
-    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        """Save the parts under `step`; may go on writing while training does."""
+    def save(self, step: int, parts: Mapping[str, Stateful], *, last: bool = False) -> bool:
+        """Save the parts if `step` is due or the `last` of the run, once; may go on writing while training does."""
         ...
 
     def close(self) -> None:
@@ -88,8 +84,10 @@ class Checkpointer(Protocol):
 class ReplicaGroup(Protocol):
     """Replicas of the whole mesh that train one model together, and may come and go between steps."""
 
-    def register_state(self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None]) -> None:
-        """What heals a newcomer: read from a live replica, written into the new one."""
+    def register_state(
+        self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None], step: int = 0
+    ) -> None:
+        """What heals a newcomer: read from a live replica, written into the new one; `step`: how far this replica is."""
         ...
 
     def begin_step(self) -> tuple[int, int]:

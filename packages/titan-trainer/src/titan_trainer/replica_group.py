@@ -19,7 +19,9 @@ class SingleReplica(Configurable):
     def __init__(self, config: Config) -> None:
         pass
 
-    def register_state(self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None]) -> None:
+    def register_state(
+        self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None], step: int = 0
+    ) -> None:
         """Nobody needs healing."""
 
     def begin_step(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError, Configurable, diff, save, to_dict
+from titan_config import ConfigError, Configurable, diff, save
 from titan_parallel import (
     Batch,
     Compile,
@@ -169,14 +169,14 @@ class Trainer(Configurable):
         }
         self.checkpointer: Checkpointer | None = None
         if config.checkpoint is not None:
-            self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, run_config=to_dict(config))
+            self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, config=config)
 
     # The run
 
     def train(self) -> None:
         """Go on from the newest checkpoint to `training.steps`, or until asked to stop; save the last step."""
         self.resume()
-        self.replica_group.register_state(self.healing_state, self.heal)
+        self.replica_group.register_state(self.healing_state, self.heal, step=self.step)
         self.metrics = self.build_metrics()
         self.validator = self.build_validator()
         with StopRequest() as stop_request, ExitStack() as stack:
@@ -258,9 +258,8 @@ class Trainer(Configurable):
             set_collective_timeout(self.dims, config.comm.train_timeout_seconds)
         if self.validator is not None and self.validator.is_due(self.step, last):
             self.metrics.record_validation(self.step, loss=self.validator.validate())
-        if self.checkpointer is not None and not last and self.checkpointer.due(self.step):
+        if self.checkpointer is not None:
             self.checkpointer.save(self.step, self.parts)
-            self.saved_step = self.step
 
     def agree(self, condition: bool) -> bool:
         """Whether `condition` holds on any rank of this replica."""
@@ -273,8 +272,7 @@ class Trainer(Configurable):
     def finish(self) -> None:
         """Save the last step, wait for what is being written, leave the group."""
         if self.checkpointer is not None:
-            if self.saved_step != self.step:
-                self.checkpointer.save(self.step, self.parts)
+            self.checkpointer.save(self.step, self.parts, last=True)
             self.checkpointer.close()
         self.metrics.close()
         self.replica_group.close()
@@ -285,7 +283,7 @@ class Trainer(Configurable):
         """Load the newest whole checkpoint, if there is one, and say what changed in the config since."""
         config_file = self.config.dump_folder / "config.json"
         loaded_step = self.checkpointer.load(self.parts) if self.checkpointer is not None else None
-        self.first_step = self.saved_step = self.step
+        self.first_step = self.step
         if self.is_first_rank:
             if loaded_step is not None:
                 print(f"going on after step {self.step} of {self.config.dump_folder}", flush=True)
