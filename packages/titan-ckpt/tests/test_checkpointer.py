@@ -233,6 +233,7 @@ def test_a_part_that_refuses_its_values_does_so_before_a_weight_is_touched(tmp_p
         ({"a": object()}, "a object at part.a"),
         ({"a": [{"b": {2}}]}, r"a set at part\.a\[0\]\.b"),
         ({"a": [torch.ones(1)]}, r"a Tensor at part\.a\[0\]"),
+        ({"a": torch.ones(1, dtype=torch.complex128)}, r"part\.a of type torch\.complex128"),
         ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, "two tensors named 'part.a.b'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment of a save leaves the checkpoints before it whole, and the next run goes on from the newest."""
+"""`kill -9` at any moment of a save leaves the checkpoints before it whole; the next run goes on from the newest."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ PUBLISHED = {("fsync", 7), ("rename", 2), ("unlink", 1), ("rmdir", 1)}
 
 
 def save_and_die(folder, function, call, async_mode):
-    """Save steps 1 and 2 in a process of its own, which kills itself at a call of `os.<function>` in the save of step 3."""
+    """Save steps 1 and 2 in a process of its own, which kills itself at a call of `os.<function>` in the third save."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]

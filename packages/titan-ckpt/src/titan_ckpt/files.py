@@ -14,8 +14,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from titan_ckpt.errors import CheckpointError
-
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -83,11 +81,6 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"Got the tensor {key} of type {tensor.dtype}. Its type must be one that safetensors knows. "
-                f"Store it as another type, such as a view as torch.uint8."
-            )
         start, end = end, end + tensor.nbytes
         header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.files import DTYPE_NAMES
 
 _TUPLE = "__tuple__"  # JSON has no tuples; {"__tuple__": [...]} is one
 
@@ -37,6 +38,7 @@ def split(state: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], dict[
         _check_key(key, path)
         name = f"{path}.{key}"
         if isinstance(value, Tensor):
+            _check_dtype(value, name)
             inner = {name: value}
         elif isinstance(value, Mapping):
             inner, values[key] = split(value, name)
@@ -92,6 +94,14 @@ def _add(merged: dict[str, Any], values: Mapping[str, Any], path: str, rank: int
                 f"one name for all ranks, so it must be equal on all. Put what belongs to one rank under a key of "
                 f"that rank."
             )
+
+
+def _check_dtype(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"Got the tensor {name} of type {tensor.dtype}. A tensor's type must be one that safetensors has. Store it as "
+            f"another, such as a view as torch.uint8."
+        )
 
 
 def _check_key(key: Any, path: str) -> None:
