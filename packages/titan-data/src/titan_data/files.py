@@ -12,7 +12,9 @@ def find_file(path: str | Path) -> Path:
     """Return `path` as a file that is there. Raises FileNotFoundError with the nearest name, IsADirectoryError."""
     file = Path(path).expanduser()
     if file.is_dir():
-        raise IsADirectoryError(f"Got {file}, a folder. A file is needed here. Name one of those in it{_examples(file)}.")
+        raise IsADirectoryError(
+            f"Got {file}, a folder. A file is needed here. Name one of those in it{_examples(file)}."
+        )
     if not file.exists():
         raise FileNotFoundError(f"Got {file}, which is not there. A file that exists is needed. {_advice(file)}")
     return file
@@ -25,7 +27,9 @@ def find_files(pattern: str | Path) -> list[Path]:
     names = glob.glob(os.path.expanduser(os.fspath(pattern)), recursive=True)
     files = sorted(Path(name) for name in names if os.path.isfile(name))
     if not files:
-        raise FileNotFoundError(f"Got {pattern}, which matches no file. At least one is needed. {_advice(Path(pattern))}")
+        raise FileNotFoundError(
+            f"Got {pattern}, which matches no file. At least one is needed. {_advice(Path(pattern))}"
+        )
     return files
 
 

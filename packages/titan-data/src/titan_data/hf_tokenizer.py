@@ -42,8 +42,8 @@ class HFTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise ValueError(
-                f"Got {file}, which cannot be read as a tokenizer ({error}). A tokenizer.json of the tokenizers library "
-                f"is needed. Give one; a file of tiktoken ranks is for TiktokenTokenizer."
+                f"Got {file}, which cannot be read as a tokenizer ({error}). A tokenizer.json of the tokenizers "
+                f"library is needed. Give one; a file of tiktoken ranks is for TiktokenTokenizer."
             ) from error
         self._tokenizer.encode_special_tokens = True  # a document that says "<eos>" does not end there
         self._tokenizer.no_truncation()

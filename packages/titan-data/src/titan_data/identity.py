@@ -16,8 +16,8 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], allow_changes
     found = list(differences(saved, current))
     if found and not allow_changes:
         raise ValueError(
-            f"Got a saved state of other data: {'; '.join(found)}. A resumed run goes on with the same rows only if these "
-            f"are as they were. Set them back, begin with another folder, or set allow_changes to go on with what is new."
+            f"Got a saved state of other data: {'; '.join(found)}. A resumed run goes on with the same rows only if "
+            f"these are as they were. Set them back, begin in another folder, or set allow_changes to go on with the new."
         )
 
 

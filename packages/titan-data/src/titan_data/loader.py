@@ -24,10 +24,11 @@ from titan_data.tokenizer import Tokenizer
 class TokenLoader(Configurable):
     """Draws the same global batch at step k, whoever draws it.
 
-    Row i of the global batch is the next row of stream i (mod the number of streams). The ranks of a step split the rows
-    into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `advance()` makes a
-    step final, `rollback` gives its rows back. Reads ahead in one thread; an error there is raised by the `draw` it
-    concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and `seed`.
+    Row i of the global batch is the next row of stream i (mod the number of streams). The ranks of a step split the
+    rows into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `advance()`
+    makes a step final, `rollback` gives its rows back. Reads ahead in one thread; an error there is raised by the
+    `draw` it concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and
+    `seed`.
     """
 
     class Config(Configurable.Config):
@@ -75,8 +76,8 @@ class TokenLoader(Configurable):
         self._num_streams = config.num_streams or global_batch_size
         if global_batch_size % self._num_streams:
             raise ValueError(
-                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives the same "
-                f"number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
+                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives the "
+                f"same number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
             )
         self._source: Source = config.source.build()
         bos_id = _special_id(tokenizer.bos_id, "bos") if config.add_bos else None
@@ -131,7 +132,7 @@ class TokenLoader(Configurable):
     def commit(self, advance: Tensor) -> None:
         """Make the step final. `advance` is the sum of `advance()` over all ranks of the step.
 
-        A rank that drew nothing may commit what the others drew. Raises ValueError where the sum is not one of all ranks.
+        A rank that drew nothing may commit what the others drew. Raises ValueError where this is not the sum of all.
         """
         moves = [(documents, tokens) for documents, tokens in advance.tolist()]
         self._check_moves(moves)
@@ -200,7 +201,7 @@ class TokenLoader(Configurable):
         return _Share(rank * size, (rank + 1) * size, self._num_rows, self._num_streams, self._micro_rows)
 
     def _take_over(self, share: _Share) -> None:
-        """Make the streams of `share` ours: those we have go on, with what was read ahead; others begin at their cursors."""
+        """Make the streams of `share` ours: those we have go on with what was read ahead, others begin anew."""
         kept = self._streams
         steps = [future.result() for future in _stopped(self._ahead)]
         for step in reversed(steps):
@@ -229,8 +230,9 @@ class TokenLoader(Configurable):
         other = [i for i in read if moves[i] != self._move(i, self._drawn)]  # type: ignore[arg-type]
         if still or other:
             raise ValueError(
-                f"Got an advance that {'does not move' if still else 'is not what was drawn for'} streams {still or other}. "
-                f"Each stream moves as far as the rank that owns it drew. Commit the sum of advance() over all data ranks."
+                f"Got an advance that {'does not move' if still else 'is not what was drawn for'} streams "
+                f"{still or other}. Each stream moves as far as the rank that owns it drew. Commit the sum of advance() "
+                f"over all data ranks."
             )
 
 

@@ -68,3 +68,8 @@ def _mask(bits: int) -> np.uint64:
 
 def _seed_key(seed: int) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return a seed of its own for an epoch, for orders that somebody else shuffles."""
+    return int(_mixed(np.array([epoch], np.uint64) ^ _seed_key(seed))[0])

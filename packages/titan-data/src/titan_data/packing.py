@@ -30,7 +30,7 @@ class Cursor(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of T tokens: int64 [4, T] in the order of COLUMNS, the documents in it, and where its stream stands after it."""
+    """One row of T tokens: int64 [4, T] in the order of COLUMNS, its documents, and where the stream stands after it."""
 
     columns: Ids
     sample_ids: list[int]
@@ -48,14 +48,21 @@ class Packing(NamedTuple):
 class RowStream:
     """The rows of stream `index` from `cursor` on.
 
-    Every token of a document is an input once, and every token but the first is a label once, wherever rows end: the
-    label at the end of a row is the first input of the next. A document that goes on in the next row keeps its id there;
-    its positions begin at 0 again, because what it continues is out of sight, and stay below `seq_len`. Empty
-    documents are passed over. After its end a finite stream gives rows of padding.
+    Every token of a document is an input once, and every token but the first is a label once, wherever rows end:
+    the label at the end of a row is the first input of the next. A document that goes on in the next row keeps its
+    id there; its positions begin at 0 again, because what it continues is out of sight, and stay below `seq_len`.
+    Empty documents are passed over. After its end a finite stream gives rows of padding.
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, packing: Packing, order: Order, index: int, num_streams: int, cursor: Cursor
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        packing: Packing,
+        order: Order,
+        index: int,
+        num_streams: int,
+        cursor: Cursor,
     ) -> None:
         self._tokenizer, self._packing = tokenizer, packing
         self._index, self._num_streams, self._cursor = index, num_streams, cursor
@@ -101,8 +108,8 @@ class RowStream:
             self._read(done + 1)
             if len(self._numbers) <= done or self._numbers[done] != number:
                 raise ValueError(
-                    f"Got stream {self._index} to resume at token {done} of a document that is shorter. The same source "
-                    f"and tokenizer as before are needed. Give it those, or begin anew."
+                    f"Got stream {self._index} to resume at token {done} of a document that is shorter. The same "
+                    f"source and tokenizer as before are needed. Give it those, or begin anew."
                 )
             self._tokens, self._numbers = self._tokens[done:], self._numbers[done:]
 

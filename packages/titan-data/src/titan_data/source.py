@@ -63,11 +63,11 @@ class MapSource(Source):
         barren = 0
         for number in self._numbers(index, num_streams, start, order):
             text = self.text(number)
-            barren = 0 if text else barren + 1
+            barren = 0 if text or order.shuffle else barren + 1  # without a shuffle, the same ones come again
             if barren > len(self):
                 raise ValueError(
-                    f"Got {barren} empty documents one after the other in stream {index} of {num_streams}. Every stream "
-                    f"needs some text. Shuffle, or choose a number of streams that does not divide {len(self)}."
+                    f"Got nothing but empty documents in stream {index} of {num_streams}. Every stream needs some text. "
+                    f"Shuffle, or choose a number of streams that shares no factor with the {len(self)} documents."
                 )
             yield Document(text, functools.partial(self.place, number))
 
@@ -85,6 +85,6 @@ class MapSource(Source):
         if not any(self.text(index) for index in range(len(self))):
             what = f"{len(self)} documents, all of them empty" if len(self) else "no document"
             raise ValueError(
-                f"Got {what}, in {self.Config.__qualname__} {self.identity()}. At least one document with text is needed. "
-                f"Check the path and the name of the text field."
+                f"Got {what}, in {self.Config.__qualname__} {self.identity()}. At least one with text is "
+                f"needed. Check the path and the name of the text field."
             )

@@ -21,7 +21,7 @@ LLAMA3_PATTERN = (
 """How Llama 3, and GPT-4 alike, cut text into words before the merges."""
 
 PART_LENGTH = 16_384
-"""Characters encoded at once, or a few more: long texts are cut before the space after a word, where ids are the same."""
+"""Characters encoded at once, or a few more: long texts are cut before the space after a word, which changes no id."""
 
 SAFE_LENGTH = 100_000
 """Characters any pattern can take at once; the regex gives up on a megabyte of spaces, which is then cut anywhere."""
@@ -44,7 +44,7 @@ class TiktokenTokenizer(Tokenizer):
         """The file of ranks."""
         pattern: str = LLAMA3_PATTERN
         """The regular expression that cuts text into words; it belongs to the ranks."""
-        special_tokens: dict[str, int] = {}  # noqa: RUF012 (a config copies it)
+        special_tokens: dict[str, int] = {}
         """Name -> id, ids that the file does not use."""
         bos: str | None = None
         """The special token that begins a document."""
@@ -148,7 +148,7 @@ def _check_specials(specials: dict[str, int], ranks: dict[bytes, int]) -> None:
     if taken or len(set(specials.values())) < len(specials):
         raise ValueError(
             f"Got special tokens {taken or list(specials)} with ids that are negative or already taken. Each needs an "
-            f"id of its own that the file does not use. The file's ids go up to {max(used)}: begin with {max(used) + 1}."
+            f"id of its own that the file does not use. The file's ids end at {max(used)}: begin with {max(used) + 1}."
         )
 
 
@@ -165,9 +165,11 @@ def _special_id(name: str | None, specials: dict[str, int]) -> int | None:
 
 def _ends_words_at_spaces(pattern: str) -> bool:
     """Whether a word never goes on over a space that follows a character, so that text may be cut there."""
-    import regex  # what tiktoken's patterns are written for
+    import regex  # type: ignore[import-untyped]  # what tiktoken's patterns are written for
 
     return all(
         before in {word.end() for word in regex.finditer(pattern, text)}
-        for before, text in ((len(left), f"{left} {right}") for left in _LEFT_OF_SPACE for right in ("a", "1", ".", " b"))
+        for before, text in (
+            (len(left), f"{left} {right}") for left in _LEFT_OF_SPACE for right in ("a", "1", ".", " b")
+        )
     )
