@@ -1,0 +1,59 @@
+"""Small models with every feature of the large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from titan_models.llama3 import Llama3
+
+
+def _shrunk(flavor: Callable[[], Llama3.Config]) -> Llama3.Config:
+    config = flavor()
+    attention = config.block.attention
+    groups = attention.num_heads // attention.num_kv_heads
+    config.vocab_size, config.dim, config.num_layers = 97, 48, 3
+    attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
+    config.block.feed_forward.hidden_dim = 80
+    config.rope.dim = 8
+    config.rope.scaling.original_max_seq_len = 32
+    config.max_seq_len = 1024
+    return config
+
+
+@pytest.fixture(scope="session")
+def shrunk() -> Callable[[Callable[[], Llama3.Config]], Llama3.Config]:
+    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 layers 48 wide, original length 32."""
+    return _shrunk
+
+
+def _made(config: Llama3.Config, dtype: torch.dtype = torch.float32) -> Llama3:
+    model = config.build()
+    model.init_weights(seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # gains of exactly 1 would hide mistakes
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[..., Llama3]:
+    """`made(config, dtype)`: the model with weights, its norms not all ones."""
+    return _made
+
+
+@pytest.fixture(scope="session")
+def packed() -> dict[str, torch.Tensor]:
+    """Two rows of 40 tokens below 97: documents of 11, 17, 12 and of 5, 35 tokens."""
+    lengths = [[11, 17, 12], [5, 35]]
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "tokens": torch.randint(97, (2, 40), generator=generator),
+        "positions": torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths]),
+        "document_ids": torch.stack(
+            [torch.cat([torch.full((n,), 10 * i + j) for j, n in enumerate(row)]) for i, row in enumerate(lengths)]
+        ),
+    }

@@ -1,0 +1,123 @@
+"""Every core computes `softmax(scale q k^T, masked) v`, judged by a loop over queries in fp64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from titan_models import Flex, Mask, Sdpa
+from torch import Tensor
+
+CORES = [Sdpa.Config(), Flex.Config(block_size=16)]
+
+
+def sees(mask: Mask, row: int, query: int, key: int) -> bool:
+    """The rules of a mask in words: causal, same document, within the window, same chunk."""
+    q, k = int(mask.query_positions[row, query]), int(mask.key_positions[row, key])
+    if k > q:
+        return False
+    if mask.query_documents is not None and mask.query_documents[row, query] != mask.key_documents[row, key]:
+        return False
+    if mask.window is not None and q - k >= mask.window:
+        return False
+    return mask.chunk is None or q // mask.chunk == k // mask.chunk
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[2] // k.shape[2]
+    output = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    for row, query, head in itertools.product(*map(range, q.shape[:3])):
+        keys = [key for key in range(k.shape[1]) if sees(mask, row, query, key)]
+        scores = torch.stack([scale * (q[row, query, head] @ k[row, key, head // group]) for key in keys])
+        output[row, query, head] = torch.softmax(scores, 0) @ v[row, keys, head // group]
+    return output
+
+
+def tensors(num_queries: int = 40, num_keys: int = 40, num_heads: int = 4, num_kv_heads: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_queries, num_heads, 16), (num_keys, num_kv_heads, 16), (num_keys, num_kv_heads, 8)]
+    return [torch.randn(2, *shape, generator=generator) for shape in shapes]
+
+
+@pytest.fixture
+def masks(packed: dict[str, Tensor]) -> dict[str, Mask]:
+    line, documents = torch.arange(40).expand(2, 40), packed["document_ids"]
+    return {
+        "causal": Mask.causal(line),
+        "documents": Mask.causal(packed["positions"], documents),
+        "window": Mask.causal(line, window=7),
+        "chunk": Mask.causal(line, chunk=9),
+        "documents, window": Mask.causal(packed["positions"], documents, window=7),
+        "documents, chunk": Mask.causal(packed["positions"], documents, chunk=9),
+        "documents, window, chunk": Mask.causal(packed["positions"], documents, window=7, chunk=9),
+    }
+
+
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_a_core_equals_naive_attention_under_every_mask(core: Any, masks: dict[str, Mask]) -> None:
+    attention, (q, k, v) = core.build(), tensors()
+    for name, mask in masks.items():
+        output = attention(q, k, v, attention.realise(mask), 0.3)
+        expected = naive(q, k, v, mask, 0.3)
+        assert (output - expected).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tensor]) -> None:
+    """As under context parallelism: the first and the last quarter of the queries, and all keys."""
+    positions, documents = packed["positions"], packed["document_ids"]
+    mine = torch.cat([torch.arange(10), torch.arange(30, 40)])
+    attention, (q, k, v) = core.build(), tensors()
+    line = torch.arange(40).expand(2, 40)
+    masks = [Mask(line[:, mine], line), Mask(positions[:, mine], positions, documents[:, mine], documents)]
+    for mask in masks:
+        output = attention(q[:, mine], k, v, attention.realise(mask), 0.3)
+        assert (output - naive(q[:, mine], k, v, mask, 0.3)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_key_value_heads_serve_groups_of_query_heads(core: Any, num_kv_heads: int, masks: dict[str, Mask]) -> None:
+    attention, (q, k, v) = core.build(), tensors(num_kv_heads=num_kv_heads)
+    mask = masks["documents"]
+    output = attention(q, k, v, attention.realise(mask), 0.25)
+    assert (output - naive(q, k, v, mask, 0.25)).abs().max() < 2e-6
+
+
+def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None:
+    attention = Sdpa.Config().build()
+    for mask in (masks["causal"], masks["documents"]):
+        ours, theirs = ([x.double().requires_grad_() for x in tensors(num_kv_heads=1)] for _ in range(2))
+        attention(*ours, attention.realise(mask), 0.3).square().sum().backward()
+        naive(*theirs, mask, 0.3).square().sum().backward()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_purely_causal_mask_is_not_realised_by_sdpa(masks: dict[str, Mask]) -> None:
+    attention = Sdpa.Config().build()
+    assert attention.realise(masks["causal"]) is None
+    assert attention.realise(masks["documents"]).dtype == torch.bool
+
+
+def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors()
+    expected = {name: naive(q, k, v, mask, 0.3) for name, mask in masks.items() if name != "causal"}
+    monkeypatch.setattr(Mask, "rule", lambda self, query, key, *documents: query >= key)
+    torch.compiler.reset()  # flex has compiled the rule
+    for core, (name, values) in itertools.product(CORES, expected.items()):
+        attention = core.build()
+        assert (attention(q, k, v, attention.realise(masks[name]), 0.3) - values).abs().max() > 1e-3, name
+
+
+def test_impossible_masks_are_refused() -> None:
+    positions = torch.arange(4)[None]
+    with pytest.raises(ValueError, match="window 0"):
+        Mask.causal(positions, window=0)
+    with pytest.raises(ValueError, match="chunk -1"):
+        Mask.causal(positions, chunk=-1)
+    with pytest.raises(ValueError, match="both or neither"):
+        Mask(positions, positions, query_documents=positions)

@@ -1,0 +1,153 @@
+"""Initial weights depend on seed, name and place alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from titan_models import Constant, Initializer, Normal, TruncatedNormal, init_weights, keyed
+from titan_models.llama3 import llama3_8b, llama3_debug
+from torch import Tensor, nn
+
+
+def drawn(initializer: Initializer.Config, *shape: int, seed: int = 0, name: str = "w") -> Tensor:
+    tensor = torch.empty(shape)
+    place = keyed.Place(keyed.key_of(seed, name), shape, (0,) * len(shape))
+    initializer.build().fill_(tensor, place)
+    return tensor
+
+
+def test_the_numbers_are_those_of_numpys_philox() -> None:
+    """The tiles are a format: number n of tile t is the n-th 32-bit word of that tile's range of the counter."""
+    tensor = torch.empty(300, 200)
+    place = keyed.Place(keyed.key_of(5, "layers.0.w"), (300, 200), (0, 0))
+    keyed.fill_with_uniform_(tensor, place, lambda uniform: uniform)
+    tiles_across, numbers = math.ceil(200 / 128), 128 * 128
+    for row, column in [(0, 0), (1, 127), (127, 128), (128, 0), (299, 199)]:
+        tile = (row // 128) * tiles_across + column // 128
+        generator = np.random.Philox(key=keyed.key_of(5, "layers.0.w"), counter=tile * numbers // 8)
+        words = generator.random_raw(numbers // 2).view("<u4")
+        word = int(words[(row % 128) * 128 + column % 128])
+        signed = word - 2**32 if word >= 2**31 else word
+        assert tensor[row, column].item() == ((signed >> 8) + 0.5) / 2**23
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (5,), (1000,), (3, 200, 150), (2, 3, 10, 130)])
+def test_any_part_can_be_drawn_by_itself(shape: tuple[int, ...]) -> None:
+    whole = drawn(Normal.Config(), *shape)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        starts = [int(torch.randint(0, n, (), generator=generator)) for n in shape]
+        sizes = [int(torch.randint(0, n - s + 1, (), generator=generator)) for n, s in zip(shape, starts, strict=True)]
+        part = torch.full(sizes, torch.nan)
+        Normal.Config().build().fill_(part, keyed.Place(keyed.key_of(0, "w"), shape, tuple(starts)))
+        assert torch.equal(part, whole[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))])
+
+
+def test_a_wrong_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drawn(Normal.Config(), 300, 200)
+    monkeypatch.setattr(keyed, "TILE", 64)
+    assert not torch.equal(drawn(Normal.Config(), 300, 200), whole)
+
+
+def test_bits_do_not_depend_on_threads_or_on_the_size_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = drawn(TruncatedNormal.Config(), 1000, 3000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        monkeypatch.setattr(keyed, "_TILES_AT_ONCE", 3)
+        assert torch.equal(drawn(TruncatedNormal.Config(), 1000, 3000), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_normal_is_normal() -> None:
+    x = drawn(Normal.Config(std=0.5), 1000, 1000).double() / 0.5
+    assert abs(x.mean()) < 0.005
+    assert abs(x.std() - 1) < 0.005
+    assert abs(x.pow(4).mean() - 3) < 0.03
+    assert abs((x < -1).double().mean() - 0.158655) < 0.002
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 0.005
+    assert abs((x[1:] * x[:-1]).mean()) < 0.005
+
+
+def test_truncated_normal_ends_at_the_cutoff_without_a_pile() -> None:
+    x = drawn(TruncatedNormal.Config(std=2.0, cutoff=1.5), 1000, 1000).double() / 2
+    assert 1.4999 < x.abs().max() <= 1.5001
+    inside = math.erf(1 / math.sqrt(2)) / math.erf(1.5 / math.sqrt(2))
+    assert abs((x.abs() < 1).double().mean() - inside) < 0.002
+    assert (x.abs() > 1.499).double().mean() < 0.001
+
+
+def test_constant_is_constant() -> None:
+    assert torch.equal(drawn(Constant.Config(value=0.0), 3, 4), torch.zeros(3, 4))
+    assert torch.equal(drawn(Constant.Config(value=1.0), 5), torch.ones(5))
+
+
+def test_seeds_and_names_give_other_numbers() -> None:
+    draws = [
+        drawn(Normal.Config(), 64, 64, seed=seed, name=name)
+        for seed, name in [(0, "a"), (1, "a"), (0, "b"), (2**32, "a"), (-1, "a")]
+    ]
+    for i, first in enumerate(draws):
+        assert not any(torch.equal(first, other) for other in draws[:i])
+
+
+def test_parameters_are_nan_until_they_are_initialised(shrunk: Any) -> None:
+    model = shrunk(llama3_8b).build()
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+    model.init_weights(seed=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_any_dtype_holds_the_same_numbers_cast(shrunk: Any) -> None:
+    models = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        models[dtype] = shrunk(llama3_8b).on_meta().to(dtype).to_empty(device="cpu")
+        models[dtype].init_weights(seed=3)
+    for name, parameter in models[torch.float32].named_parameters():
+        assert torch.equal(parameter.to(torch.bfloat16), models[torch.bfloat16].get_parameter(name))
+        assert torch.equal(parameter.double(), models[torch.float64].get_parameter(name))
+
+
+def test_fields_of_the_config_say_how_weights_are_drawn(shrunk: Any) -> None:
+    config = shrunk(llama3_8b)
+    config.block.attention.output.weight_init = Constant.Config(value=0.0)
+    config.embedding.weight_init = Normal.Config(std=1.0)
+    model = config.build()
+    model.init_weights(seed=0)
+    assert not model.layers[1].attention.o_proj.weight.any()
+    assert 0.9 < model.embedding.weight.std() < 1.1
+    assert 0.018 < model.layers[0].attention.q_proj.weight.std() < 0.022
+    assert torch.equal(model.norm.weight, torch.ones(48))
+
+
+def test_the_first_loss_of_the_debug_flavor_is_that_of_guessing() -> None:
+    model = llama3_debug().build()
+    model.init_weights(seed=0)
+    tokens = torch.randint(2048, (2, 129), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], torch.arange(128).expand(2, 128))
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss - math.log(2048)) < 0.1
+
+
+def test_a_parameter_nobody_initialises_is_an_error(shrunk: Any) -> None:
+    model = shrunk(llama3_8b).build()
+    model.layers[1].extra = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"layers\.1\.extra\.weight"):
+        model.init_weights(seed=0)
+
+
+def test_a_model_without_memory_is_an_error(shrunk: Any) -> None:
+    with pytest.raises(ValueError, match="to_empty"):
+        init_weights(shrunk(llama3_8b).on_meta(), seed=0)
+
+
+@pytest.mark.parametrize("wrong", [Normal.Config(std=0.0), TruncatedNormal.Config(cutoff=-1.0)])
+def test_impossible_distributions_are_refused(wrong: Initializer.Config) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        wrong.build()
