@@ -153,5 +153,11 @@ def plain_step(model: nn.Module, batch: TextBatch) -> tuple[Tensor, dict[str, Te
 def small():
     """The small transformer and all that belongs to it."""
     return SimpleNamespace(
-        Shape=Shape, Transformer=Transformer, ROLES=ROLES, TextBatch=TextBatch, make_batch=make_batch, make_model=make_model, plain_step=plain_step
+        Shape=Shape,
+        Transformer=Transformer,
+        ROLES=ROLES,
+        TextBatch=TextBatch,
+        make_batch=make_batch,
+        make_model=make_model,
+        plain_step=plain_step,
     )

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore as HashStore  # type: ignore[attr-defined]  # for a rank alone
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -16,13 +17,18 @@ def flatten(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._flatten()
 
 
+def default_group() -> dist.ProcessGroup:
+    """The group of all ranks."""
+    return dist.distributed_c10d._get_default_group()
+
+
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Collectives of `group` started from now on fail after `timeout`."""
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether `tensor` is a `DTensor`, without importing what makes them (half a second that a run of one rank saves)."""
+    """Whether `tensor` is a `DTensor`, without importing what makes them (half a second that one rank saves)."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -21,7 +21,7 @@ class ActivationCheckpoint(Configurable, ABC):
         pass
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        pass
 
     @abstractmethod
     def wrap(self, forward: Forward, index: int) -> Forward:
@@ -31,18 +31,12 @@ class ActivationCheckpoint(Configurable, ABC):
 class FullRecompute(ActivationCheckpoint):
     """Keeps the inputs of blocks and makes all else again: least memory, a third more compute."""
 
-    class Config(ActivationCheckpoint.Config):
-        pass
-
     def wrap(self, forward: Forward, index: int) -> Forward:
         return _checkpointed(forward, {})
 
 
 class SelectiveRecompute(ActivationCheckpoint):
     """Keeps what is dear to make (matrix products, attention, sums over ranks) and makes the rest again."""
-
-    class Config(ActivationCheckpoint.Config):
-        pass
 
     def wrap(self, forward: Forward, index: int) -> Forward:
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
@@ -59,10 +53,11 @@ class EveryNthBlock(ActivationCheckpoint):
             if self.n < 1:
                 raise ConfigError(f"Got n {self.n}. One block of n is recomputed. Set n to 1 (every block) or more.")
 
-    config: Config
+    def __init__(self, config: Config) -> None:
+        self._n = config.n
 
     def wrap(self, forward: Forward, index: int) -> Forward:
-        return _checkpointed(forward, {}) if index % self.config.n == 0 else forward
+        return _checkpointed(forward, {}) if index % self._n == 0 else forward
 
 
 def _checkpointed(forward: Forward, options: dict[str, Any]) -> Forward:

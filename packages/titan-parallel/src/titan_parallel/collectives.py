@@ -52,15 +52,15 @@ class Axis:
         return _SumScatterSequence.apply(x_BTD, self.group_name, self.size)
 
     def gather_vocabulary(self, x_BTv: Tensor, vocab_size: int) -> Tensor:
-        """`[.., v]` of each rank to `[.., V]`, on which every rank computes the same; each takes its part of the gradient."""
+        """`[.., v]` of each rank to `[.., V]`, on which all compute the same; each takes its part of the gradient."""
         return _GatherVocabulary.apply(x_BTv, self, vocab_size)
 
 
 def sequence_error(length: int, size: int) -> str:
     """What is wrong with a sequence that sequence parallel cannot split."""
     return (
-        f"Got a sequence of {length} tokens over tensor_parallel_degree {size}. Sequence parallel gives each rank an equal part. "
-        f"Make the sequence length a multiple of {size}, or set sequence_parallel to false."
+        f"Got a sequence of {length} tokens over tensor_parallel_degree {size}. Sequence parallel gives each rank an "
+        f"equal part. Make the sequence length a multiple of {size}, or set sequence_parallel to false."
     )
 
 

@@ -18,8 +18,8 @@ from titan_parallel.collectives import Axis
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """The sum of -log softmax(logits)[label] over the labels that are not `ignore_index`.
 
-    `logits [..., V]`, plain or a DTensor split over its last dim; `labels [...]` int64. Computed in fp32, or in fp64 for fp64
-    logits. Split logits are never gathered; what a rank keeps for the backward is its logits.
+    `logits [..., V]`, plain or a DTensor split over its last dim; `labels [...]` int64. Computed in fp32, or in fp64
+    for fp64 logits. Split logits are never gathered, and all that a rank keeps for the backward is its own.
     """
     labels_N = labels.flatten()
     if is_dtensor(logits):
@@ -27,7 +27,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
         local_Nv = logits.to_local().flatten(0, -2)  # type: ignore[attr-defined]
         start, _ = axis.chunk(logits.size(-1))
         return _SplitCrossEntropy.apply(local_Nv, labels_N, ignore_index, start, logits.size(-1), axis.group_name)
-    return functional.cross_entropy(_upcast(logits.flatten(0, -2)), labels_N, reduction="sum", ignore_index=ignore_index)
+    return functional.cross_entropy(
+        _upcast(logits.flatten(0, -2)), labels_N, reduction="sum", ignore_index=ignore_index
+    )
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from titan_parallel.roles import Roles
 def shard_over_data_ranks(
     model: nn.Module, roles: Roles, dims: ParallelDims, mixed_precision: MixedPrecision | None
 ) -> list[FSDPModule]:
-    """Make each block, the embedding, the head and what is left (with tied weights) a unit that is gathered and reduced at once.
+    """Make each block, the embedding, the head, and the rest with tied weights, a unit gathered and reduced at once.
 
     Gradients are summed, not averaged. Returns the units.
     """
@@ -28,7 +28,7 @@ def shard_over_data_ranks(
     for name in units:
         fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
     fully_shard(model, reshard_after_forward=_frees_weights("", roles, dims), **options)
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
@@ -36,7 +36,7 @@ def shard_over_data_ranks(
 
 
 def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
-    """Whether a unit frees its gathered weights after the forward. The backward begins with the head and ends with the root ("")."""
+    """Whether a unit ("" is the root) frees its gathered weights after the forward. The backward begins at the head."""
     choice = dims.config.fsdp_reshard_after_forward
     if dims.num_shard == 1 or choice == "never":
         return False

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_parallel._torch import flatten
 
-# The order of the axes, slowest first: ranks next to each other exchange most. A pipeline axis comes before all of them, a
-# context axis between dp_shard and tp; experts are a second view of the same ranks.
+# The order of the axes, slowest first: ranks next to each other exchange most. A pipeline axis comes before all of
+# them, a context axis between dp_shard and tp; experts are a second view of the same ranks.
 AXES = ("dp_replicate", "dp_shard", "tp")
 
 
@@ -31,13 +31,15 @@ class ParallelDims(Configurable):
         loss_parallel: bool = True
         """Under tensor parallel, take the loss on logits that stay split over the vocabulary."""
         fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-        """Whether gathered weights are freed between forward and backward; default: those of blocks, not those of the head."""
+        """Whether gathered weights are freed between forward and backward. Default: all but those of the head."""
 
         def validate(self) -> None:
             for name in ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree"):
                 degree = getattr(self, name)
                 if degree is not None and degree < 1:
-                    raise ConfigError(f"Got {name} {degree}. A degree is 1 (off) or more. Set {name} to a positive number.")
+                    raise ConfigError(
+                        f"Got {name} {degree}. A degree is 1 (off) or more. Set {name} to a positive number."
+                    )
 
     def __init__(self, config: Config, *, world_size: int, device_type: str) -> None:
         self.config = config
@@ -46,11 +48,12 @@ class ParallelDims(Configurable):
         self.num_replicate, self.num_shard, self.num_tensor = _degrees(config, world_size)
         self.sequence_parallel = config.sequence_parallel and self.num_tensor > 1
         self.loss_parallel = config.loss_parallel and self.num_tensor > 1
+        _require_group(world_size)
         self.mesh: DeviceMesh = init_device_mesh(
             device_type, (self.num_replicate, self.num_shard, self.num_tensor), mesh_dim_names=AXES
         )
         self.data_group: dist.ProcessGroup = self._data_mesh.get_group()
-        """All ranks that see other samples and the same part of each matrix; never None, also where it is this rank alone."""
+        """The ranks that see other samples and hold the same part of each matrix; never None, also for a rank alone."""
 
     @property
     def num_data_ranks(self) -> int:
@@ -91,11 +94,13 @@ def _degrees(config: ParallelDims.Config, world_size: int) -> tuple[int, int, in
     of = f"{data_ranks} data ranks ({world_size} ranks / tensor_parallel_degree {tensor})"
     _require_divides("data_parallel_replicate_degree", replicate, data_ranks, of)
     left = data_ranks // replicate
-    if shard not in (None, left):
+    if shard is not None and shard != left:
+        product = replicate * shard * tensor
         raise ConfigError(
-            f"Got data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x tensor_parallel_degree {tensor} = "
-            f"{replicate * shard * tensor} on {world_size} ranks. The product of the degrees is the number of ranks. "
-            f"Set data_parallel_shard_degree to {left} (or None: what is left), or start {replicate * shard * tensor} ranks."
+            f"Got data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
+            f"tensor_parallel_degree {tensor} = {product} on {world_size} ranks. The product of the degrees is the "
+            f"number of ranks. Set data_parallel_shard_degree to {left} (or None: what is left), or start {product} "
+            "ranks."
         )
     return replicate, left, tensor
 
@@ -106,6 +111,16 @@ def _require_divides(name: str, degree: int, number: int, of: str) -> None:
         raise ConfigError(
             f"Got {name} {degree} on {of}. The product of the degrees is the number of ranks, so each divides it. "
             f"Set {name} to {one_of(possible)}."
+        )
+
+
+def _require_group(world_size: int) -> None:
+    joined = dist.get_world_size() if dist.is_initialized() else 0
+    if joined != world_size:
+        raise RuntimeError(
+            f"Got a mesh of {world_size} ranks in a process group of {joined}. The mesh covers the whole group. "
+            "Call titan_parallel.init_distributed() first, and build with "
+            "world_size=torch.distributed.get_world_size()."
         )
 
 

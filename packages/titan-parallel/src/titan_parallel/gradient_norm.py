@@ -1,7 +1,7 @@
 """The norm of all gradients over all meshes, accumulated in fp64, and clipping by it.
 
-In fp32 the rounding of this norm depends on how gradients are split over ranks, and through clipping it is what makes the same
-run on two meshes drift apart.
+In fp32 the rounding of this norm depends on how gradients are split over ranks, and through clipping it is what makes
+the same run on two meshes drift apart.
 """
 
 from __future__ import annotations

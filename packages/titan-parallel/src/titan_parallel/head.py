@@ -1,4 +1,4 @@
-"""The head takes the loss: while a loss is set, the module that makes the logits returns the loss sum in their place."""
+"""The head takes the loss: while one is set, the module that makes the logits returns the loss sum in their place."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Taken:
 class HeadForward:
     """The forward of a model's head.
 
-    Hidden states enter the head once; the loss then makes logits of them as often as it likes (in chunks, and again in the
-    backward), all within one call of the head: its weight is gathered once, and its gradient reduced once.
+    Hidden states enter the head once; the loss then makes logits of them as often as it likes (in chunks, and again in
+    the backward), all within one call of the head: its weight is gathered once, and its gradient reduced once.
     """
 
     def __init__(
         self, logits: Head, *, logits_for_loss: Head | None = None, enter: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """`logits`: what the plain head returns; the loss may be given others. `enter`: what hidden states go through first."""
+        """`logits` makes those of the plain head; the loss may get others. Hidden states first go through `enter`."""
         self._logits = logits
         self._logits_for_loss = logits_for_loss or logits
         self._enter = enter

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class LocalView:
     """Swaps the parameters of some modules for what this rank holds of them, while a function of theirs runs.
 
-    Gradients flow back through the views into the DTensors. Where a view is already in place (compilation needs it outside
-    the compiled function, recomputation inside the recomputed one) the function just runs.
+    Gradients flow back through the views into the DTensors. Where the views are in place already, the function just
+    runs: recomputation needs the swap inside what it replays, compilation outside what it compiles.
     """
 
     def __init__(self, modules: Iterable[nn.Module], added_elsewhere: frozenset[tuple[nn.Module, str]]) -> None:

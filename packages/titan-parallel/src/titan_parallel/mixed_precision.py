@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MixedPrecision(Configurable):
-    """Weights keep the dtype they are stored in; blocks compute in `param`, gradients are summed over ranks in `reduce`."""
+    """Weights keep the dtype they are stored in; units compute in `param`, gradients are summed in `reduce`."""
 
     class Config(Configurable.Config):
         param: Literal["bfloat16", "float32"] = "bfloat16"

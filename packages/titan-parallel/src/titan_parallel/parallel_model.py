@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ParallelModel:
-    """What `parallelize` returns. `model` is the module that was given, in place; calling it returns what it always did."""
+    """What `parallelize` returns. `model` is the module it was given; called directly, it returns what it always did."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class ParallelModel:
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Set all gradients to those of loss sum / `denominator`, and return the loss sum.
 
-        `batches` are all micro-batches of this data rank for the step, as many on every rank; `denominator` is one number for
-        all of them, such as the count of valid targets over all data ranks. Gradients are summed over the mesh, never averaged,
-        and synchronised once. The sum is an fp64 scalar over the whole mesh, on every rank.
+        `batches` are all micro-batches of this data rank for the step, as many on every rank; `denominator` is one
+        number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
+        mesh, never averaged, and synchronised once. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
         self._check(batches)
         self.model.zero_grad(set_to_none=True)
@@ -64,7 +64,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[Tensor, Tensor]:
-        """Return the loss sum (fp64) and the count (int64) of these batches over the whole mesh, with the model in eval mode.
+        """Return loss sum (fp64) and count (int64) of these batches over the whole mesh, with the model in eval mode.
 
         Every data rank gives as many batches.
         """
@@ -82,9 +82,9 @@ class ParallelModel:
         return totals[0], totals[1].to(torch.int64)
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
-        """Return the norm of all gradients (fp64 scalar, the same on every rank), scaled down first to `max_norm` if above.
+        """Scale all gradients down to the norm `max_norm` if theirs is larger; None or infinity only measures.
 
-        None or infinity: measure only. The norm returned is that before scaling.
+        Returns the norm before scaling: an fp64 scalar, the same on every rank.
         """
         parameters = list(self.model.parameters())
         norm = gradient_norm(parameters, self.dims.world_size, self.dims.device_type)
@@ -95,14 +95,12 @@ class ParallelModel:
     def set_gradient_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Call `hook(tensor)` on each gradient, or bucket of gradients, once it is summed over this mesh's data ranks.
 
-        Once a step, during the backward of the last micro-batch, in the same order on every rank; the hook changes the tensor in
-        place (a sum over replicas), and everything after sees the changed one.
+        It happens once a step, during the backward of the last micro-batch, in the same order on every rank. The hook
+        changes the tensor in place (a sum over replicas), and everything after sees the changed one.
         """
         self._gradient_hook = hook
         for unit in self._units:
             unit.set_all_reduce_hook(hook)
-
-    # -- One micro-batch -------------------------------------------------------------------------------------------------
 
     def _loss(self, batch: Batch, loss: Loss) -> tuple[Tensor, Tensor]:
         inputs, targets = self._on_device(batch.inputs), self._on_device(batch.targets)
@@ -112,8 +110,8 @@ class ParallelModel:
             output = self._output(self.model(**inputs))
         if taken.sum is None or taken.count is None or output is not taken.sum:
             raise ValueError(
-                "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come after it. "
-                "Give the role head to the module whose output is the model's, pass output= to find it, or name no head."
+                "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come "
+                "after it. Give the role head to the module whose output is the model's, or to none."
             )
         return taken.sum, taken.count
 
@@ -153,7 +151,9 @@ class ParallelModel:
 
     def _check(self, batches: Sequence[Batch]) -> None:
         if not batches:
-            raise ValueError("Got no batches. A step has at least one on every rank. Give each data rank as many micro-batches.")
+            raise ValueError(
+                "Got no batches. A step has at least one on every rank. Give each data rank as many as the others."
+            )
         if not self.dims.sequence_parallel:
             return
         for batch in batches:

@@ -29,9 +29,10 @@ def parallelize(
 ) -> ParallelModel:
     """Put `model` on the mesh of `dims`, in place, by what its parts are.
 
-    The model is on meta (then call `parallel.model.to_empty(device=...)` and initialise it) or holds the same weights on every
-    rank. `output` finds the logits in what the model returns, where that is more than a tensor: `attrgetter("logits")`.
-    No parameter changes its name. Raises ConfigError for roles that do not fit the model, or a model that does not fit the mesh.
+    The model is on meta (then call `parallel.model.to_empty(device=...)` and initialise it) or on its device, with the
+    same weights on every rank. `output` finds the logits in what the model returns where that is more than a tensor:
+    `operator.attrgetter("logits")`. No parameter changes its name. Raises ConfigError for roles that do not fit the
+    model, and for a model that does not fit the mesh.
     """
     matched = Roles(model, roles)
     precision = mixed_precision.build() if mixed_precision is not None else None
@@ -44,7 +45,7 @@ def parallelize(
         tensor_parallel = TensorParallel(model, matched, dims)
     partial = tensor_parallel.partial_parameters() if tensor_parallel is not None else []
 
-    # What a module does when it is called, from the inside out. Parameters are local inside whatever is replayed or compiled.
+    # What a block does when it is called, from the inside out.
     recomputation = activation_checkpoint.build() if activation_checkpoint is not None else None
     compiler = compile.build() if compile is not None else None
     for index, name in enumerate(_blocks(matched, recomputation, compiler)):
@@ -59,7 +60,9 @@ def parallelize(
     head = None
     if matched.head is not None:
         module = model.get_submodule(matched.head)
-        head = tensor_parallel.head_forward(matched.head) if tensor_parallel is not None else HeadForward(module.forward)
+        head = (
+            tensor_parallel.head_forward(matched.head) if tensor_parallel is not None else HeadForward(module.forward)
+        )
         module.forward = head
     if tensor_parallel is not None:
         model.forward = tensor_parallel.local_view("")(model.forward)
@@ -77,8 +80,8 @@ def _blocks(roles: Roles, recomputation: ActivationCheckpoint | None, compiler: 
     blocks = roles.named("block")
     if not blocks and (recomputation is not None or compiler is not None):
         raise ConfigError(
-            "Got recomputation or compilation for roles without a block. Both work block by block. Give the role block to the "
-            "layers of the model, or turn them off."
+            "Got recomputation or compilation for roles without a block. Both work block by block. Give the role "
+            "block to the layers of the model, or turn them off."
         )
     return blocks
 

@@ -38,8 +38,8 @@ class Role:
 class Roles:
     """The roles of a model's modules, by fully qualified name.
 
-    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a module with two roles, and parts that
-    lie where they have no meaning.
+    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a module with two roles, and parts
+    that lie where they have no meaning.
     """
 
     def __init__(self, model: nn.Module, table: RoleTable) -> None:
@@ -51,8 +51,8 @@ class Roles:
             for name in _matches(pattern, names):
                 if name in patterns:
                     raise ConfigError(
-                        f"Got two roles for {name}: {self._roles[name].name} from {patterns[name]!r} and {role.name} from {pattern!r}. "
-                        "A part is one thing. Narrow one of the patterns."
+                        f"Got two roles for {name}: {self._roles[name].name} from {patterns[name]!r} and {role.name} "
+                        f"from {pattern!r}. A part is one thing. Narrow one of the patterns."
                     )
                 self._roles[name], patterns[name] = role, pattern
         self._check_nesting()
@@ -76,27 +76,30 @@ class Roles:
 
     def _check_nesting(self) -> None:
         if len(heads := self.named("head")) > 1:
-            raise ConfigError(f"Got the role head for {', '.join(heads)}. A model has one output. Give the role to one of them.")
+            raise ConfigError(
+                f"Got the role head for {', '.join(heads)}. A model has one output. Give the role to one of them."
+            )
         for role in ("block", "region"):
             for inner in self.named(role):
                 for outer in self.named(role):
                     if inner != outer and inside(inner, outer):
                         raise ConfigError(
-                            f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. Give the role to one of them."
+                            f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. "
+                            "Give the role to one of them."
                         )
         projections = self.named("colwise") + self.named("rowwise")
         for name in projections:
             if self.region_of(name) is None:
                 raise ConfigError(
-                    f"Got the {self._roles[name].name} part {name} in no region. What is split is gathered and summed at the border of "
-                    f"a region. Give the role region to the parent of {name}."
+                    f"Got the {self._roles[name].name} part {name} in no region. What is split is gathered and summed "
+                    f"at the border of a region. Give the role region to the parent of {name}."
                 )
         for region in self.named("region"):
             for role in ("colwise", "rowwise"):
                 if not any(inside(name, region) for name in self.named(role)):
                     raise ConfigError(
-                        f"Got the region {region} without a {role} part. A region splits features on entry (colwise) and sums them on exit "
-                        f"(rowwise). Name its {role} part, or take the role region away."
+                        f"Got the region {region} without a {role} part. A region splits features (colwise) and sums "
+                        f"over them (rowwise). Name its {role} part, or take the role region away."
                     )
 
 
@@ -108,7 +111,9 @@ def inside(name: str, parent: str) -> bool:
 def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]]) -> Role:
     name, options = (entry, {}) if isinstance(entry, str) else entry
     if name not in OPTIONS:
-        raise ConfigError(f"Got the unknown role {name!r} for {pattern!r}. Roles are {', '.join(OPTIONS)}. {_nearest(name, OPTIONS)}")
+        raise ConfigError(
+            f"Got the unknown role {name!r} for {pattern!r}. Roles are {', '.join(OPTIONS)}. {_nearest(name, OPTIONS)}"
+        )
     for option in options:
         if option not in OPTIONS[name]:
             takes = ", ".join(sorted(OPTIONS[name])) or "none"
@@ -124,7 +129,10 @@ def _matches(pattern: str, names: list[str]) -> list[str]:
     matched = [name for name in names if expression.fullmatch(name)]
     if not matched:
         known = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
-        raise ConfigError(f"Got the pattern {pattern!r}, which matches no module. A pattern names parts of the model. {_nearest(pattern, known)}")
+        raise ConfigError(
+            f"Got the pattern {pattern!r}, which matches no module. A pattern names parts of the model. "
+            f"{_nearest(pattern, known)}"
+        )
     return matched
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from titan_parallel._torch import set_timeout
+from titan_parallel import _torch
 from titan_parallel.dims import ParallelDims
 
 
@@ -31,14 +31,14 @@ def init_distributed(device_type: str | None = None, timeout_s: float = 300) -> 
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, timeout=timeout, store=_torch.HashStore(), rank=0, world_size=1)
     return device
 
 
 def set_determinism(seed: int, *, deterministic: bool = False, warn_only: bool = False) -> None:
-    """Seed the generators of Python and torch alike on every rank; `deterministic` also takes bitwise repeatable kernels.
+    """Seed Python's and torch's generators, alike on every rank; `deterministic` also takes bitwise repeatable kernels.
 
-    Where there is no such kernel PyTorch raises, or warns with `warn_only`.
+    Where there is no such kernel PyTorch raises, or only warns with `warn_only`.
     """
     random.seed(seed)
     torch.manual_seed(seed)
@@ -49,9 +49,9 @@ def set_determinism(seed: int, *, deterministic: bool = False, warn_only: bool =
 
 
 def set_collective_timeout(dims: ParallelDims, seconds: float) -> None:
-    """From now on wait at most `seconds` in a collective of this run: call it on all ranks after the first, slow, step."""
+    """From now on wait at most `seconds` in a collective. All ranks call it together, after the first (slow) step."""
     dist.barrier()
     if dims.device_type == "cuda":
         torch.cuda.synchronize()
-    for group in {dist.group.WORLD, dims.data_group, *dims.mesh.get_all_groups()}:
-        set_timeout(group, timedelta(seconds=seconds))
+    for group in {_torch.default_group(), dims.data_group, *dims.mesh.get_all_groups()}:
+        _torch.set_timeout(group, timedelta(seconds=seconds))

@@ -14,7 +14,7 @@ TOLERANCES = {torch.float64: (1e-10, 1e-13), torch.float32: (1e-6, 1e-8)}
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every gradient, whole, by the name of its parameter. On a mesh all ranks must call this; each gets all of them."""
+    """Every gradient, whole, by the name of its parameter. On a mesh all ranks call this, and each gets all of them."""
     return {name: _whole(p.grad).detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -23,8 +23,8 @@ def check_same_gradients(
 ) -> None:
     """Raise AssertionError naming the first parameter whose gradient is not the expected one, and by which factor.
 
-    The rule: `|g - g0| <= a |g0| + b |all g0|`, 2-norms over a parameter, with (a, b) from `TOLERANCES` for its dtype. The second
-    term is for gradients that are zero but for rounding.
+    The rule: `|g - g0| <= a |g0| + b |all g0|`, 2-norms over a parameter, with (a, b) from `TOLERANCES` for its dtype.
+    The second term is for gradients that are zero but for rounding.
     """
     if got.keys() != expected.keys():
         odd = sorted(got.keys() ^ expected.keys())
@@ -39,8 +39,9 @@ def check_same_gradients(
             factor = (got[name].double() * reference.double()).sum() / norm.square()
             rest = _norm(got[name].double() - factor * reference.double()) / norm
             raise AssertionError(
-                f"The gradient of {name} differs by {float(error / norm):.2e} of its norm ({float(norm / norm_of_all):.1e} of all). "
-                f"Best factor: x{float(factor):.4g}, which leaves {float(rest):.2e}."
+                f"The gradient of {name} differs by {float(error / norm):.2e} of its norm "
+                f"(which is {float(norm / norm_of_all):.1e} of all). Best factor: x{float(factor):.4g}, which leaves "
+                f"{float(rest):.2e}."
             )
 
 
