@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
-from titan_config.errors import join
+from titan_config.errors import join, label
 from titan_config.tree import Node
 
 Check = Callable[[Any], Any]
@@ -49,7 +49,7 @@ def describe(annotation: Any) -> str:
         inner = ", ".join("..." if arg is Ellipsis else describe(arg) for arg in args)
         return f"{describe(origin)}[{inner}]"
     if isinstance(annotation, type):
-        return "torch.dtype" if _is_dtype(annotation) else annotation.__qualname__
+        return "torch.dtype" if _is_dtype(annotation) else label(annotation)
     return str(annotation)
 
 
@@ -57,7 +57,7 @@ def describe_value(value: Any) -> str:
     """Return a value and its type on one short line."""
     text = repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
-    return text if value is None or isinstance(value, type) else f"{text} ({type(value).__qualname__})"
+    return text if value is None or isinstance(value, type) else f"{text} ({label(type(value))})"
 
 
 def compile_check(annotation: Any) -> Check:
@@ -144,7 +144,7 @@ def _instance_advice(value: Any, kind: type) -> str:
     if kind is bool:
         return "Write True or False."
     if issubclass(kind, enum.Enum):
-        return f"Use one of: {', '.join(str(member) for member in kind)}."
+        return f"Use one of: {', '.join(f'{kind.__name__}.{member.name}' for member in kind)}."
     if issubclass(kind, os.PathLike):
         return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
     if _is_dtype(kind):
@@ -154,8 +154,8 @@ def _instance_advice(value: Any, kind: type) -> str:
     if kind is type(None):
         return "Write None."
     if isinstance(value, type) and hasattr(value, "Config"):
-        return f"Write {value.__qualname__}.Config(...)."
-    return f"Write {kind.__qualname__}(...), or a config of a class derived from it."
+        return f"Write {label(value)}.Config(...)."
+    return f"Write {label(kind)}(...), or a config of a class derived from it."
 
 
 def _literal_check(annotation: Any, choices: tuple[Any, ...]) -> Check:

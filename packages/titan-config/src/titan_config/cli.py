@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from titan_config.checks import describe
 from titan_config.configurable import Config, check
-from titan_config.errors import ConfigError, join, nearest
+from titan_config.errors import ConfigError, join, label, nearest
 from titan_config.files import load, read_json
 from titan_config.importing import DEFAULT_ALLOW
 from titan_config.text import flatten
@@ -38,7 +38,7 @@ def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
     taken = [name for name in RESERVED if name in type(config)._fields]
     if taken:
         raise ConfigError(
-            f"Got a field {type(config).__qualname__}.{taken[0]}. --{taken[0]} means something else. Rename the field."
+            f"Got a field {label(type(config))}.{taken[0]}. --{taken[0]} means something else. Rename the field."
         )
     arguments = sort_words(words)
     origins = dict.fromkeys(flatten(config), "recipe")
@@ -61,8 +61,7 @@ def _loaded(file: str, expected: type[Config], allow: Sequence[str]) -> Config:
     config = load(file, allow)
     if not (isinstance(config, expected) or issubclass(expected, type(config))):
         raise ConfigError(
-            f"Got a {type(config).__qualname__}. This program runs a {expected.__qualname__}. Give it the saved "
-            "config of one.",
+            f"Got a {label(type(config))}. This program runs a {label(expected)}. Give it the saved config of one.",
             file=file,
         )
     return config
@@ -114,7 +113,7 @@ def _check_complete(config: Config) -> None:
         missing = [name for name in node._fields if name not in vars(node)]
         if missing:
             flag = f"--{join(path, missing[0])}"
-            raise ConfigError(f"Got no {flag}. {type(node).__qualname__} needs it. Add {flag} and its value.")
+            raise ConfigError(f"Got no {flag}. {label(type(node))} needs it. Add {flag} and its value.")
 
 
 def _print_help(config: Config, sections: list[str], allow: Sequence[str]) -> NoReturn:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from titan_config.checks import describe_value
 from titan_config.configurable import Config, check
-from titan_config.errors import ConfigError, join, nearest
+from titan_config.errors import ConfigError, join, label, nearest
 from titan_config.importing import DEFAULT_ALLOW, find_class, find_function, path_of
 from titan_config.tree import children
 
@@ -138,18 +138,16 @@ def _decode_part(data: Any, allow: Sequence[str], name: object) -> Any:
 def _decode_config(data: dict[str, Any], allow: Sequence[str]) -> Config:
     cls = find_class(_text(data, "$type"), allow)
     if not issubclass(cls, Config):
-        raise ConfigError(f"Got the type {cls.__qualname__}. A $type names a Config class. Use $enum for an enum.")
+        raise ConfigError(f"Got the type {label(cls)}. A $type names a Config class. Use $enum for an enum.")
     return cls(**{name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
 
 
 def _decode_enum(data: dict[str, Any], allow: Sequence[str]) -> enum.Enum:
     cls, name = find_class(_text(data, "$enum"), allow), _text(data, "name")
     if not issubclass(cls, enum.Enum):
-        raise ConfigError(f"Got the enum {cls.__qualname__}. An $enum names an enum. Use $type for a config.")
+        raise ConfigError(f"Got the enum {label(cls)}. An $enum names an enum. Use $type for a config.")
     if name not in cls.__members__:
-        raise ConfigError(
-            f"Got the name {name}. {cls.__qualname__} has no such member. {nearest(name, cls.__members__)}"
-        )
+        raise ConfigError(f"Got the name {name}. {label(cls)} has no such member. {nearest(name, cls.__members__)}")
     return cls.__members__[name]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_origin
 
 from titan_config.configurable import Config, fill
-from titan_config.errors import ConfigError, nearest
+from titan_config.errors import ConfigError, label, nearest
 from titan_config.flags import Flag, members
 from titan_config.importing import find_config, path_of
 from titan_config.tree import children
@@ -86,6 +86,6 @@ def _by_name(name: str, types: Sequence[type[Config]], flag: Flag) -> type[Confi
         )
     need = "It must name a component, or be an import path such as package.module:Class"
     if name == "None":
-        need = f"{flag.owner.__qualname__} cannot do without it"
+        need = f"{label(flag.owner)} cannot do without it"
     names = [*known, "None"] if flag.is_optional else list(known)
     raise ConfigError(f"Got {name} for --{flag.path}. {need}. {nearest(name, names)}")

@@ -6,11 +6,11 @@ import dataclasses
 import sys
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 from titan_config.checks import Check, Mismatch, describe_value
 from titan_config.declaration import already_a_dataclass, annotations_of, compile_field, declare, scope_of
-from titan_config.errors import ConfigError, UnknownName, join, nearest
+from titan_config.errors import ConfigError, UnknownName, join, label, nearest
 from titan_config.tree import Node, children, copied, same
 
 
@@ -23,8 +23,6 @@ class Configurable:
     @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
     class Config(Node):
         """Base of all configs: a keyword-only dataclass whose every assignment is checked for name and type."""
-
-        _owner: ClassVar[type[Configurable] | None] = None
 
         def __init_subclass__(cls, **kwargs: Any) -> None:
             super().__init_subclass__(**kwargs)
@@ -43,22 +41,16 @@ class Configurable:
 
             Raises ConfigError, with its path in the tree, for a value of the wrong type or a `validate` that fails.
             """
-            owner = type(self)._owner
-            if owner is None or owner is Configurable:
-                raise ConfigError(
-                    f"Got build() of {type(self).__qualname__}, which belongs to no class. Only a Config that a "
-                    "Configurable class holds can be built. Write it inside the class it builds, or read its fields "
-                    "as they are."
-                )
+            owner = _concrete_owner(type(self))
             shadowed = sorted(runtime.keys() & vars(self).keys())
             if shadowed:
                 raise ConfigError(
-                    f"Got {shadowed[0]} as an argument of {type(self).__qualname__}.build(). It is a field of the "
+                    f"Got {shadowed[0]} as an argument of {label(type(self))}.build(). It is a field of the "
                     f"config, and a value has one place. Set config.{shadowed[0]} instead."
                 )
             if not self._frozen:
                 check(self)
-            return owner(copied(self, frozen=True), **runtime)  # type: ignore[call-arg]
+            return owner(copied(self, frozen=True), **runtime)
 
         if not TYPE_CHECKING:  # a type checker sees the fields instead
 
@@ -74,9 +66,7 @@ class Configurable:
                 raise _unknown(type(self), name)
 
         def __delattr__(self, name: str) -> None:
-            raise ConfigError(
-                f"Got del of {type(self).__qualname__}.{name}. A config has all of its fields. Set it to None."
-            )
+            raise ConfigError(f"Got del of {label(type(self))}.{name}. A config has all of its fields. Set it to None.")
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return copied(self)
@@ -88,7 +78,7 @@ class Configurable:
 
         def __repr__(self) -> str:
             fields = ", ".join(f"{name}={value!r}" for name, value in children(self))
-            return f"{type(self).__qualname__}({fields})"
+            return f"{label(type(self))}({fields})"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,24 +102,40 @@ def _inherited_config(owner: type[Configurable]) -> type[Config]:
     return types.new_class("Config", tuple(dict.fromkeys(bases)), {}, lambda body: body.update(namespace))
 
 
+def _concrete_owner(config: type[Config]) -> Callable[..., Any]:
+    owner: type[Configurable] | None = config._owner
+    if owner is None or owner is Configurable:
+        raise ConfigError(
+            f"Got build() of {label(config)}, which belongs to no class. Only a Config that a Configurable class holds "
+            "can be built. Write it inside the class it builds, or read its fields as they are."
+        )
+    if getattr(owner, "__abstractmethods__", None):
+        raise ConfigError(
+            f"Got build() of {label(config)}, whose class is abstract. Only a class with all its methods can be built. "
+            f"Use the config of a class derived from {label(owner)}."
+        )
+    return owner
+
+
 def _adopt(owner: type[Configurable], config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, Config)):
         raise ConfigError(
-            f"Got {owner.__qualname__}.Config = {config!r}. The Config of a Configurable derives from "
+            f"Got {label(owner)}.Config = {config!r}. The Config of a Configurable derives from "
             "Configurable.Config. Write class Config(Configurable.Config) inside the class."
         )
     if list(config._fields.values()) != list(dataclasses.fields(config)):  # type: ignore[arg-type]
         raise ConfigError(already_a_dataclass(config))
     if config._owner is not None:
         raise ConfigError(
-            f"Got {config.__module__}.{config.__qualname__} as the Config of {owner.__qualname__}. It builds "
-            f"{config._owner.__qualname__} already, and a Config has one owner. Leave the line out, or write "
-            f"class Config({config._owner.__qualname__}.Config) inside {owner.__qualname__}."
+            f"Got {config.__module__}.{label(config)} as the Config of {label(owner)}. It builds "
+            f"{label(config._owner)} already, and a Config has one owner. Leave the line out, or write "
+            f"class Config({label(config._owner)}.Config) inside {label(owner)}."
         )
     config._owner = owner
 
 
 def checks_of(cls: type[Config]) -> dict[str, Check]:
+    """Return the compiled check of every field, in order; compiled when the class is first used."""
     checks: dict[str, Check] | None = cls.__dict__.get("_checks")
     if checks is None:
         checks = {name: compile_field(cls, name, annotation) for name, annotation in annotations_of(cls).items()}
@@ -138,14 +144,12 @@ def checks_of(cls: type[Config]) -> dict[str, Check]:
 
 
 def _unknown(cls: type[Config], name: str) -> UnknownName:
-    return UnknownName(f"Got the name {name}. {cls.__qualname__} has no such field. {nearest(name, checks_of(cls))}")
+    return UnknownName(f"Got the name {name}. {label(cls)} has no such field. {nearest(name, checks_of(cls))}")
 
 
 def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
     path = join(name, wrong.path)
-    return ConfigError(
-        f"Got {describe_value(wrong.value)}. {cls.__qualname__}.{path} must be {wrong.need}. {wrong.do}", path
-    )
+    return ConfigError(f"Got {describe_value(wrong.value)}. {label(cls)}.{path} must be {wrong.need}. {wrong.do}", path)
 
 
 def _checked(config: Config, name: str, value: Any) -> Any:
@@ -155,7 +159,7 @@ def _checked(config: Config, name: str, value: Any) -> Any:
         raise _unknown(type(config), name)
     if config._frozen:
         raise ConfigError(
-            f"Got {type(config).__qualname__}.{name} = {value!r} in a built config. A built config no longer changes. "
+            f"Got {label(type(config))}.{name} = {value!r} in a built config. A built config no longer changes. "
             "Make the change before build(), or in a copy.deepcopy of the config.",
             name,
         )
@@ -169,13 +173,13 @@ def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -
     cls = type(config)
     if args:
         raise ConfigError(
-            f"Got {describe_value(args[0])} by position. The fields of {cls.__qualname__} are given by name. Write "
-            f"{cls.__qualname__}({next(iter(checks_of(cls)), 'name')}=...)."
+            f"Got {describe_value(args[0])} by position. The fields of {label(cls)} are given by name. Write "
+            f"{label(cls)}({next(iter(checks_of(cls)), 'name')}=...)."
         )
     missing = fill(config, values)
     if missing:
         name = missing[0]
-        raise ConfigError(f"Got no {name}. {cls.__qualname__} needs it. Write {cls.__qualname__}({name}=...).", name)
+        raise ConfigError(f"Got no {name}. {label(cls)} needs it. Write {label(cls)}({name}=...).", name)
     after: Callable[[Config], None] | None = getattr(cls, "__post_init__", None)
     if after is not None:
         after(config)

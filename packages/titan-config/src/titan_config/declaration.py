@@ -10,7 +10,7 @@ import typing
 from typing import Any
 
 from titan_config.checks import Check, compile_check
-from titan_config.errors import ConfigError
+from titan_config.errors import ConfigError, label
 from titan_config.tree import Node, copied
 
 _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
@@ -21,16 +21,17 @@ def declare(cls: type[Node]) -> None:
     if "__dataclass_fields__" in cls.__dict__:
         raise ConfigError(already_a_dataclass(cls))
     annotations = inspect.get_annotations(cls)
-    inherited = getattr(cls, "__dataclass_fields__", {})
+    inherited = cls._fields
+    class_vars = getattr(cls, "__dataclass_fields__", {}).keys() - inherited.keys()
     for name in annotations:
         _check_field_name(cls, name)
     for name, value in list(cls.__dict__.items()):
         if name in annotations:
             if isinstance(value, (Node, list, dict, set)):
                 setattr(cls, name, dataclasses.field(default_factory=functools.partial(copied, value)))
-        elif name in inherited or not _needs_no_annotation(cls, name, value):
+        elif name not in class_vars and (name in inherited or not _needs_no_annotation(cls, name, value)):
             raise ConfigError(
-                f"Got {cls.__qualname__}.{name} = {value!r} without an annotation. A field states its type, also "
+                f"Got {label(cls)}.{name} = {value!r} without an annotation. A field states its type, also "
                 f"where a subclass only gives it another default. Write {name}: <type> = ..., or ClassVar[...] for "
                 "what is no field."
             )
@@ -39,14 +40,14 @@ def declare(cls: type[Node]) -> None:
     for name in annotations:
         if not _is_class_var(cls, name) and (name not in cls._fields or not cls._fields[name].init):
             raise ConfigError(
-                f"Got {cls.__qualname__}.{name} as an InitVar or with init=False. A config is finished data: what it "
+                f"Got {label(cls)}.{name} as an InitVar or with init=False. A config is finished data: what it "
                 "is given is what it holds. Write a plain field, and derive the value where the owner is built."
             )
 
 
 def already_a_dataclass(cls: type) -> str:
     return (
-        f"Got @dataclass on {cls.__qualname__}. A Config class becomes a keyword-only dataclass by itself, and a "
+        f"Got @dataclass on {label(cls)}. A Config class becomes a keyword-only dataclass by itself, and a "
         "second time loses its defaults. Remove the decorator."
     )
 
@@ -54,7 +55,7 @@ def already_a_dataclass(cls: type) -> str:
 def _check_field_name(cls: type, name: str) -> None:
     if name.startswith("_") and not _is_class_var(cls, name):
         raise ConfigError(
-            f"Got a field {cls.__qualname__}.{name}. Names of fields do not begin with an underscore: they are flags "
+            f"Got a field {label(cls)}.{name}. Names of fields do not begin with an underscore: they are flags "
             f"on the command line. Call it {name.lstrip('_')}, or annotate it as ClassVar."
         )
     for base in cls.__mro__:
@@ -66,7 +67,7 @@ def _check_field_name(cls: type, name: str) -> None:
             and _is_method(base, name, shadowed)
         ):
             raise ConfigError(
-                f"Got a field {cls.__qualname__}.{name}. {base.__qualname__}.{name} is a method, which the field "
+                f"Got a field {label(cls)}.{name}. {label(base)}.{name} is a method, which the field "
                 "would hide. Give the field another name."
             )
 
@@ -114,11 +115,13 @@ def annotations_of(cls: type[Node]) -> dict[str, Any]:
 
 def _resolved(cls: type, annotations: dict[str, Any]) -> dict[str, Any]:
     global_names, local_names = cls.__dict__.get("_scope", ({}, {}))
+    owner = getattr(cls, "_owner", None)  # in a function, its own name is not known yet when the Config is made
+    names = {owner.__name__: owner, **local_names} if owner else local_names
     try:
-        return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), global_names, local_names)
+        return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), global_names, names)
     except NameError as error:
         raise ConfigError(
-            f"Got an annotation in {cls.__qualname__} that cannot be read: {error}. Annotations of fields are read "
+            f"Got an annotation in {label(cls)} that cannot be read: {error}. Annotations of fields are read "
             "when the program runs. Import the name outside of TYPE_CHECKING."
         ) from error
 
@@ -129,7 +132,7 @@ def compile_field(cls: type, name: str, annotation: Any) -> Check:
         return compile_check(annotation)
     except TypeError as error:
         raise ConfigError(
-            f"Got the annotation {error} for {cls.__qualname__}.{name}. A field holds what can be saved: numbers, "
+            f"Got the annotation {error} for {label(cls)}.{name}. A field holds what can be saved: numbers, "
             "strings, paths, dtypes, enums, Literals, functions, configs, and lists, tuples, dicts and sets of "
             "these. Choose one of them: objects enter through build(**runtime), an owner as Owner.Config."
         ) from None

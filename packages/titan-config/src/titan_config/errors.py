@@ -30,6 +30,11 @@ class UnknownName(ConfigError, AttributeError):
     """A config was asked for, or given, a name that is none of its fields."""
 
 
+def label(cls: type) -> str:
+    """Return the qualified name of a class, without the functions that it is defined in."""
+    return cls.__qualname__.rpartition("<locals>.")[2]
+
+
 def join(path: str, name: object) -> str:
     """Return the path of the part `name` of what lies at `path` ("" is the root)."""
     return f"{path}.{name}" if path and str(name) else f"{path}{name}"

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn
 
-from titan_config.errors import ConfigError, join, nearest
+from titan_config.errors import ConfigError, join, label, nearest
 
 
 class Node:
     """What every Config is: it holds the values of its fields, and nothing else, in its `vars`."""
 
+    _owner: ClassVar[Any] = None
     _fields: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
     _scope: ClassVar[tuple[dict[str, Any], dict[str, Any]]]
     _checks: ClassVar[dict[str, Callable[[Any], Any]]]
@@ -166,9 +167,7 @@ def replaced_at(value: Any, path: str, new: Any) -> Any:
     matching = [name for name in names if f"{path}.".startswith(f"{name}.")]
     if not matching:
         name = path.partition(".")[0]
-        raise ConfigError(
-            f"Got the path {path}. There is no {name} in {type(value).__qualname__}. {nearest(name, names)}"
-        )
+        raise ConfigError(f"Got the path {path}. There is no {name} in {label(type(value))}. {nearest(name, names)}")
     name = max(matching, key=len)  # the keys of a dict may hold dots
     rest = path[len(name) + 1 :]
     return _with_parts(value, {name: replaced_at(parts[name], rest, new) if rest else new})
