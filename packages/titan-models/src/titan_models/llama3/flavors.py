@@ -70,19 +70,21 @@ def _llama3(
     rope_factor: float,
     tied: bool = False,
 ) -> Llama3.Config:
-    # Each block adds to the stream twice. These projections start smaller, so that the stream's variance does not grow
-    # with depth (GPT-2).
-    output = Linear.Config(weight_init=TruncatedNormal.Config(std=0.02 / math.sqrt(2 * num_layers)))
     return Llama3.Config(
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
         block=Block.Config(
             attention=Attention.Config(
-                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=output
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=_output(num_layers)
             ),
-            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=output),
+            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=_output(num_layers)),
         ),
         rope=Rope.Config(dim=head_dim, theta=500_000.0, scaling=Llama3Scaling.Config(factor=rope_factor)),
         head=None if tied else Linear.Config(),
     )
+
+
+def _output(num_layers: int) -> Linear.Config:
+    """What each block adds to the stream, twice, starts smaller, so that variance does not grow with depth (GPT-2)."""
+    return Linear.Config(weight_init=TruncatedNormal.Config(std=0.02 / math.sqrt(2 * num_layers)))

@@ -1,0 +1,56 @@
+"""Parameters and floating point operations, as published and as counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from titan_models import Flops
+from titan_models.counts import count_flops_per_token
+from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+PARAMETERS = {
+    llama3_debug: 6_163_712,
+    llama3_1b: 1_235_814_400,
+    llama3_3b: 3_212_749_824,
+    llama3_8b: 8_030_261_248,
+    llama3_70b: 70_553_706_496,
+    llama3_405b: 405_853_388_800,
+}
+
+
+@pytest.mark.parametrize("flavor", PARAMETERS)
+def test_flavors_have_the_published_number_of_parameters(flavor: Any) -> None:
+    assert flavor().num_parameters() == PARAMETERS[flavor]
+
+
+def test_flops_of_the_8b_model_by_hand() -> None:
+    """6 x (parameters less the table of tokens and the norms) and 6 L H (K + V) T for attention, or half of it."""
+    matmul = 8_030_261_248 - 128_256 * 4096 - (2 * 32 + 1) * 4096
+    attention = 6 * 32 * 32 * (128 + 128) * 8192
+    assert llama3_8b().flops_per_token(8192) == Flops(6 * matmul + attention, 6 * matmul + attention // 2)
+
+
+def test_a_tied_head_counts_as_a_product() -> None:
+    matmul = 1_235_814_400 - (2 * 16 + 1) * 2048  # the table is the head's matrix, used once
+    assert llama3_1b().flops_per_token(1).full == 6 * matmul + 6 * 16 * 32 * 128
+
+
+@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b])
+def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:
+    model = made(shrunk(flavor))
+    tokens = torch.randint(97, (2, 24))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, torch.arange(24).expand(2, 24)).logsumexp(-1).mean().backward()
+    assert counter.get_total_flops() == model.config.flops_per_token(24).full * tokens.numel()
+
+
+def test_a_part_that_states_nothing_is_an_error_that_names_it(shrunk: Any) -> None:
+    model = shrunk(llama3_8b).on_meta()
+    model.layers[2].feed_forward.up_proj = nn.Linear(48, 80)
+    with pytest.raises(ValueError, match=r"layers\.2\.feed_forward\.up_proj, a Linear"):
+        count_flops_per_token(model, 8)

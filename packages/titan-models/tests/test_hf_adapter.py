@@ -1,0 +1,121 @@
+"""Names map one to one, and anything that does not fit is an error naming it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from titan_models import HfAdapter, RMSNorm
+from titan_models.llama3 import llama3_1b, llama3_8b
+from torch import Tensor, nn
+
+
+@pytest.fixture
+def state(shrunk: Any, made: Any) -> dict[str, Tensor]:
+    return made(shrunk(llama3_8b)).state_dict()
+
+
+@pytest.fixture
+def adapter(shrunk: Any) -> HfAdapter:
+    return shrunk(llama3_8b).hf_adapter()
+
+
+@pytest.mark.parametrize("flavor", [llama3_1b, llama3_8b])
+def test_there_and_back_is_the_same_tensors(flavor: Any, shrunk: Any, made: Any) -> None:
+    state = made(shrunk(flavor)).state_dict()
+    adapter = shrunk(flavor).hf_adapter()
+    back = adapter.from_hf(adapter.to_hf(state))
+    assert back.keys() == state.keys()
+    assert all(back[name] is state[name] for name in state)
+
+
+def test_a_tied_checkpoint_has_no_head_or_the_same_again(shrunk: Any, made: Any) -> None:
+    adapter = shrunk(llama3_1b).hf_adapter()
+    state = adapter.to_hf(made(shrunk(llama3_1b)).state_dict())
+    assert "lm_head.weight" not in state
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    assert "embedding.weight" in adapter.from_hf(state)
+    state["lm_head.weight"][3, 3] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        adapter.from_hf(state)
+
+
+def test_a_missing_weight_is_named(adapter: HfAdapter, state: dict[str, Tensor]) -> None:
+    theirs = adapter.to_hf(state)
+    del theirs["model.layers.1.mlp.up_proj.weight"], state["norm.weight"]
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        adapter.from_hf(theirs)
+    with pytest.raises(ValueError, match=r"lacks norm\.weight"):
+        adapter.to_hf(state)
+
+
+def test_an_unexpected_weight_is_named(adapter: HfAdapter, state: dict[str, Tensor]) -> None:
+    theirs = adapter.to_hf(state)
+    theirs["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.bias"):
+        adapter.from_hf(theirs)
+    state["layers.3.attention_norm.weight"] = torch.zeros(48)
+    with pytest.raises(ValueError, match=r"layers\.3\.attention_norm\.weight"):
+        adapter.to_hf(state)
+
+
+def test_another_shape_is_named(adapter: HfAdapter, state: dict[str, Tensor]) -> None:
+    theirs = adapter.to_hf(state)
+    theirs["lm_head.weight"] = torch.zeros(96, 48)
+    with pytest.raises(ValueError, match=r"lm_head\.weight \[96, 48\] instead of \[97, 48\]"):
+        adapter.from_hf(theirs)
+
+
+def test_another_dtype_is_named(adapter: HfAdapter, state: dict[str, Tensor]) -> None:
+    state["norm.weight"] = state["norm.weight"].bfloat16()
+    with pytest.raises(ValueError, match=r"norm\.weight \(torch\.bfloat16\) among torch\.float32"):
+        adapter.to_hf(state)
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        adapter.to_hf({name: tensor.to(torch.int8) for name, tensor in state.items()})
+
+
+def test_all_in_another_dtype_is_fine(adapter: HfAdapter, state: dict[str, Tensor]) -> None:
+    half = adapter.to_hf({name: tensor.bfloat16() for name, tensor in state.items()})
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert adapter.hf_config(torch.bfloat16)["dtype"] == "bfloat16"
+
+
+def test_rules_that_are_no_bijection_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    for rules, message in [
+        ({"0.weight": "a"}, "0 rules for the parameter 1.weight"),
+        ({"*.weight": "a"}, "two parameters for a"),
+        ({"*.weight": "a.*", "0.weight": "b"}, "2 rules for the parameter 0.weight"),
+        ({"*.weight": "a.*", "*.bias": "b.*"}, r"fit no parameter: \*.bias"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            HfAdapter(model, rules=rules, repeats={}, config={})
+
+
+def test_a_model_that_llama_cannot_be_is_refused(shrunk: Any) -> None:
+    config = shrunk(llama3_8b)
+    config.norm = RMSNorm.Config(eps=1e-6)
+    with pytest.raises(ValueError, match="different eps"):
+        config.hf_adapter()
+
+
+def test_shards_are_renamed_as_they_are(run_ranks: Callable[..., list[Any]], shrunk: Any) -> None:
+    config = shrunk(llama3_1b)
+
+    def there_and_back() -> bool:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        model = config.on_meta()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        model.to_empty(device="cpu")
+        model.init_weights(seed=0)
+        state, adapter = model.state_dict(), config.hf_adapter()
+        theirs = adapter.to_hf(state)
+        theirs["lm_head.weight"] = theirs["model.embed_tokens.weight"].clone()
+        back = adapter.from_hf(theirs)
+        return list(back) == list(state) and all(back[name] is state[name] for name in state)
+
+    assert run_ranks(2, there_and_back) == [True, True]

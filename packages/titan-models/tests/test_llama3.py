@@ -1,0 +1,258 @@
+"""The model itself: its documents, its head, its tied weights, its roles, its config."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from typing import Any
+
+import pytest
+import titan_config
+import torch
+from titan_models import Flex, Llama3Scaling, Mask, Rope, Sdpa, TruncatedNormal
+from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b]
+
+
+@pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
+def test_packed_documents_equal_the_documents_one_by_one(
+    core: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+) -> None:
+    config = shrunk(llama3_8b)
+    config.block.attention.core = core
+    model = made(config)
+    with torch.no_grad():
+        logits = model(**packed)
+        for row, ids in enumerate(packed["document_ids"]):
+            for document in ids.unique():
+                where = ids == document
+                alone = model(packed["tokens"][row, where][None], packed["positions"][row, where][None])
+                torch.testing.assert_close(logits[row, where], alone[0], rtol=0, atol=1e-6)
+
+
+def test_documents_that_see_each_other_are_noticed(
+    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(shrunk(llama3_8b))
+    with torch.no_grad():
+        logits = model(**packed)
+        causal = Mask.causal
+        monkeypatch.setattr(Mask, "causal", staticmethod(lambda positions, documents: causal(positions)))
+        difference = (model(**packed) - logits).abs().amax(-1)
+    first = packed["document_ids"] == packed["document_ids"][:, :1]
+    assert difference[first].max() < 1e-6
+    assert difference[~first].max() > 1e-4
+
+
+def test_positions_shifted_in_part_of_a_document_are_noticed(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    model = made(shrunk(llama3_8b))
+    shifted = packed | {"positions": packed["positions"] + (packed["positions"] > 3)}
+    with torch.no_grad():
+        assert (model(**shifted) - model(**packed)).abs().max() > 1e-4
+
+
+def test_sdpa_and_flex_give_the_same_logits(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    config = shrunk(llama3_8b)
+    with torch.no_grad():
+        logits = made(config)(**packed)
+        config.block.attention.core = Flex.Config(block_size=16)
+        torch.testing.assert_close(made(config)(**packed), logits, rtol=0, atol=1e-6)
+
+
+def test_gradients_through_flex_equal_those_through_sdpa(
+    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch refuses flex's backward on CPUs; its eager path, forced, is exact."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda query, key, value: None)
+    gradients = []
+    for core in (Sdpa.Config(), Flex.Config(block_size=16)):
+        config = shrunk(llama3_8b)
+        config.block.attention.core = core
+        model = made(config, torch.float64)
+        functional.cross_entropy(model(**packed).flatten(0, 1), packed["tokens"].flatten()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-10 * one.norm() + 1e-13
+
+
+def test_the_model_returns_what_its_head_returns(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    """So that an engine may compute the loss in the head's place."""
+    model, result = made(shrunk(llama3_8b)), object()
+    model.head.forward = lambda hidden: result
+    assert model(**packed) is result
+
+
+def test_a_token_beyond_the_vocabulary_raises(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    with pytest.raises(IndexError):
+        made(shrunk(llama3_8b))(packed["tokens"] + 97, packed["positions"])
+
+
+def test_tied_weights_are_one_through_to_empty_copies_and_casts(shrunk: Any) -> None:
+    for model in (
+        shrunk(llama3_1b).on_meta().to_empty(device="cpu"),
+        shrunk(llama3_1b).build().to(torch.bfloat16),
+        copy.deepcopy(shrunk(llama3_1b).build()),
+        nn.Sequential(shrunk(llama3_1b).on_meta()).to_empty(device="cpu")[0],
+    ):
+        assert model.head.weight is model.embedding.weight
+        assert not model.head.weight.is_meta
+        assert [name for name, _ in model.named_parameters() if "head" in name] == []
+        assert "head.weight" not in model.state_dict()
+
+
+def test_a_tied_state_loads_and_a_head_in_it_is_refused(shrunk: Any, made: Any) -> None:
+    model, other = made(shrunk(llama3_1b)), shrunk(llama3_1b).build()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.head.weight, model.embedding.weight)
+    with pytest.raises(RuntimeError, match=r"head\.weight"):
+        other.load_state_dict(model.state_dict() | {"head.weight": torch.zeros(97, 48)})
+
+
+@pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
+def test_identical_blocks_compile_once_whatever_the_documents(
+    core: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+) -> None:
+    config = shrunk(llama3_8b)
+    config.block.attention.core = core
+    model = made(config)
+    other = packed | {"document_ids": packed["document_ids"] // 10, "positions": torch.arange(40).repeat(2, 1)}
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = [model(**packed), model(**other)]
+        torch.compiler.reset()
+        for layer in model.layers:
+            layer.compile(backend=count, fullgraph=True)
+        for batch, logits in zip((packed, other), expected, strict=True):
+            torch.testing.assert_close(model(**batch), logits, rtol=0, atol=1e-6)
+    assert len(compiled) == 1
+
+
+def test_recomputed_blocks_give_the_same_gradients(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = made(shrunk(llama3_8b))
+        for layer in model.layers if recompute else []:
+            forward = layer.forward
+            layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
+        functional.cross_entropy(model(**packed).flatten(0, 1), packed["tokens"].flatten()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_every_module_with_weights_has_one_role(flavor: Any) -> None:
+    model = flavor().on_meta()
+    roles = model.roles()
+    for name, module in model.named_modules():
+        fitting = [p for p in roles if len(p.split(".")) == len(name.split(".")) and fnmatch.fnmatch(name, p)]
+        owns = next(module.parameters(recurse=False), None) is not None
+        assert len(fitting) == 1 or (not owns and not fitting), name
+    assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_modules()) for p in roles)
+
+
+def test_roles_of_the_8b_model() -> None:
+    assert llama3_8b().on_meta().roles() == {
+        "embedding": "embedding",
+        "layers.*": "block",
+        "layers.*.attention_norm": "norm",
+        "layers.*.attention": "region",
+        "layers.*.attention.q_proj": ("colwise", {"num_heads": 32}),
+        "layers.*.attention.k_proj": ("colwise", {"num_heads": 8}),
+        "layers.*.attention.v_proj": ("colwise", {"num_heads": 8}),
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.attention.core": "attention",
+        "layers.*.feed_forward_norm": "norm",
+        "layers.*.feed_forward": "region",
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+        "norm": "norm",
+        "head": "head",
+    }
+
+
+def test_an_exception_is_its_own_block(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    config = shrunk(llama3_8b)
+    config.exceptions = {1: copy.deepcopy(config.block)}
+    config.exceptions[1].feed_forward.hidden_dim = 33
+    config.exceptions[1].attention.num_kv_heads = 1
+    model = made(titan_config.from_json(titan_config.to_json(config)))
+    assert [layer.feed_forward.down_proj.in_features for layer in model.layers] == [80, 33, 80]
+    assert model.roles()["layers.1.attention.k_proj"] == ("colwise", {"num_heads": 1})
+    assert model.roles()["layers.2.attention.k_proj"] == ("colwise", {"num_heads": 2})
+    assert model(**packed).shape == (2, 40, 97)
+    with pytest.raises(ValueError, match="different num_kv_heads"):
+        config.hf_adapter()
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_configs_go_to_json_and_back(flavor: Any) -> None:
+    assert titan_config.from_json(titan_config.to_json(flavor())) == flavor()
+
+
+def test_each_call_of_a_flavor_gives_a_config_of_its_own() -> None:
+    changed = llama3_8b()
+    changed.block.attention.output.weight_init = TruncatedNormal.Config(std=1.0)
+    changed.block.feed_forward.hidden_dim = 1
+    assert changed.block.feed_forward.output.weight_init == llama3_8b().block.attention.output.weight_init
+    assert llama3_8b().block.feed_forward.hidden_dim == 14336
+
+
+def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
+    def build(path: str, value: Any) -> None:
+        config = shrunk(llama3_8b)
+        *parents, name = path.split(".")
+        owner = config
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, value)
+        config.build()
+
+    for path, value, message in [
+        ("rope.dim", 6, r"rope.dim 6 and head_dim 8.*Set rope.dim to 8"),
+        ("rope.dim", 7, "dim 7.*pairs"),
+        ("rope.theta", 0.5, "theta 0.5"),
+        ("rope.scaling.factor", 0.5, "factor 0.5"),
+        ("rope.scaling.high_freq_factor", 1.0, "low_freq_factor 1.0 and high_freq_factor 1.0"),
+        ("rope.scaling.original_max_seq_len", 0, "original_max_seq_len 0"),
+        ("block.attention.num_kv_heads", 3, "8 heads, 3 key-value heads"),
+        ("block.attention.num_heads", 0, "0 heads"),
+        ("block.feed_forward.hidden_dim", 0, "hidden_dim 0"),
+        ("block.norm.eps", 0.0, "eps 0.0"),
+        ("num_layers", 0, "num_layers 0"),
+        ("vocab_size", -1, "vocab_size -1"),
+        ("dim", 0, "dim 0"),
+        ("max_seq_len", 0, "max_seq_len 0"),
+        ("exceptions", {3: shrunk(llama3_8b).block}, r"exceptions for the blocks \[3\]"),
+        ("block.attention.core", Flex.Config(block_size=100), "block_size 100"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build(path, value)
+
+
+def test_an_exception_with_another_core_is_refused(shrunk: Any) -> None:
+    config = shrunk(llama3_8b)
+    config.exceptions = {0: copy.deepcopy(config.block)}
+    config.exceptions[0].attention.core = Flex.Config()
+    with pytest.raises(ValueError, match="different attention cores"):
+        config.build()
+
+
+def test_angles_are_exact_in_fp32_however_narrow_the_activations() -> None:
+    rope = Rope.Config(dim=8, scaling=Llama3Scaling.Config(factor=8)).build()
+    positions = torch.tensor([[0, 1, 70_000, 131_071]])
+    cos, sin = rope(positions, torch.bfloat16)
+    angles = positions.double()[..., None] * rope.frequencies.double()
+    assert cos.dtype == sin.dtype == torch.bfloat16
+    assert cos.shape == (1, 4, 1, 4)
+    assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-8
+    assert (sin[:, :, 0].double() - angles.sin()).abs().max() < 2**-8
