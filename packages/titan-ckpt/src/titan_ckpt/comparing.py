@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titan_config import diff
+
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError, listed
 from titan_ckpt.files import DTYPE_NAMES
@@ -40,13 +42,10 @@ def describe_misfit(index: Index, chunks: Mapping[str, Chunk], names_of_all_rank
 
 
 def describe_config(saved: Any, current: Any) -> list[str]:
-    """Return how the two runs' model configs differ, one line a setting; empty when either is unknown."""
-    saved_model, model = _model_of(saved), _model_of(current)
-    if saved_model is None or model is None:
+    """Return how the models of two runs' configs differ, one line a setting; empty when either is unknown."""
+    if not (saved and current and "model" in saved and "model" in current):
         return []
-    old, new = _flat(saved_model), _flat(model)
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, "nothing") != new.get(key, "nothing")]
-    return [f"model{key}: saved {old.get(key, 'nothing')!r}, here {new.get(key, 'nothing')!r}" for key in changed]
+    return [f"model.{change}" for change in diff(saved["model"], current["model"])]
 
 
 def check_parts(saved: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
@@ -75,20 +74,6 @@ def raise_misfit(folder: Path, problems: list[str], differences: list[str]) -> N
         f"Got {folder}, which does not fit this run. Its tensors must have the names, shapes and types of those here, "
         f"and nothing was loaded:\n"
         + "\n".join(f"  {problem}" for problem in problems)
-        + (f"\nThe models' settings differ:{configs}" if configs else "")
+        + (f"\nThe models' settings differ (saved -> here):{configs}" if configs else "")
         + "\nUse the settings it was saved with, or another folder."
     )
-
-
-def _model_of(config: Any) -> Any:
-    return config.get("model") if isinstance(config, Mapping) else None
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        items: list[tuple[str, Any]] = [(f"{path}.{key}", item) for key, item in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{path}[{place}]", item) for place, item in enumerate(value)]
-    else:
-        return {path: value}
-    return {key: leaf for name, item in items for key, leaf in _flat(item, name).items()}

@@ -14,6 +14,12 @@ from titan_ckpt.chunks import local_chunks
 from titan_ckpt.errors import CheckpointError, listed
 from titan_ckpt.hf_files import HFReader
 
+_WIDER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+
 
 def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> None:
     """Fill the tensors of a live model, plain or sharded, from a folder of Hugging Face weights.
@@ -26,23 +32,20 @@ def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> No
         CheckpointError: naming what is missing, unexpected, of another shape, or of a type that would be rounded.
     """
     translation = translate(adapter, state)
+    keys = {name: key for key, name in translation.renamed.items()}
     with HFReader(folder) as reader, torch.no_grad():
-        stored = reader.stand_ins()
-        _check_fit(folder, translation.hf_state, stored)
-        if set(stored) != set(translation.hf_state):  # repeated weights: the adapter judges them by their values
-            _fill_computed(state, asked(adapter.from_hf, {key: reader.read(key) for key in stored}))
-            return
+        _check_fit(folder, translation.hf_state, reader)
         _check_complete(folder, state, asked(adapter.from_hf, translation.hf_state))
-        renamed = {name: key for key, name in translation.renamed.items()}
-        for name, chunk in local_chunks({name: state[name] for name in renamed}).items():
-            chunk.data.copy_(reader.read_box(renamed[name], chunk.slices))
-        if set(state) - set(renamed):
-            mixed = {k: state[translation.renamed[k]] if k in translation.renamed else reader.read(k) for k in stored}
-            computed = asked(adapter.from_hf, mixed)
-            _fill_computed({name: state[name] for name in state if name not in renamed}, computed)
+        for name, chunk in local_chunks({name: state[name] for name in keys}).items():
+            chunk.data.copy_(reader.read_box(keys[name], chunk.slices))
+        computed = {name: tensor for name, tensor in state.items() if name not in keys}
+        if computed:
+            own = {key: state[name] for key, name in translation.renamed.items()}
+            hf_state = {key: own[key] if key in own else reader.read(key) for key in translation.hf_state}
+            _copy(asked(adapter.from_hf, hf_state), computed)
 
 
-def _fill_computed(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _copy(values: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, chunk in local_chunks(state).items():
         value = values[name]
         if isinstance(value, DTensor):
@@ -51,7 +54,15 @@ def _fill_computed(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) ->
             chunk.data.copy_(value[chunk.slices])
 
 
-def _check_fit(folder: Path, expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+def _is_repeat(key: str, reader: HFReader, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor that nobody expects only repeats one that is, as tied weights do."""
+    alike = [other for other in expected if other in stored and stored[other].shape == stored[key].shape]
+    return any(torch.equal(reader.read(key), reader.read(other)) for other in alike)
+
+
+def _check_fit(folder: Path, expected: Mapping[str, Tensor], reader: HFReader) -> None:
+    stored = reader.stand_ins()
+    extra = [key for key in stored if key not in expected and not _is_repeat(key, reader, stored, expected)]
     missing = [key for key in expected if key not in stored]
     both = [key for key in expected if key in stored]
     shapes = [
@@ -62,9 +73,14 @@ def _check_fit(folder: Path, expected: Mapping[str, Tensor], stored: Mapping[str
     rounded = [
         f"{key} (there {stored[key].dtype}, here {expected[key].dtype})"
         for key in both
-        if torch.promote_types(stored[key].dtype, expected[key].dtype) != expected[key].dtype
+        if expected[key].dtype not in (stored[key].dtype, *_WIDER.get(stored[key].dtype, ()))
     ]
-    problems = {"missing": missing, "of another shape": shapes, "of a type that would be rounded": rounded}
+    problems = {
+        "missing": missing,
+        "unexpected": extra,
+        "of another shape": shapes,
+        "of a type that would be rounded": rounded,
+    }
     if any(problems.values()):
         lines = "\n".join(f"  {len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(

@@ -99,8 +99,8 @@ def _add(merged: dict[str, Any], values: Mapping[str, Any], path: str, rank: int
 def _check_dtype(tensor: Tensor, name: str) -> None:
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
-            f"Got the tensor {name} of type {tensor.dtype}. A tensor's type must be one that safetensors has. Store it as "
-            f"another, such as a view as torch.uint8."
+            f"Got the tensor {name} of type {tensor.dtype}. A tensor's type must be one that safetensors has. Store "
+            f"it as another, such as a view as torch.uint8."
         )
 
 

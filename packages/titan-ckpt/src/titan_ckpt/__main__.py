@@ -1,0 +1,60 @@
+"""Look at checkpoints from a shell: `python -m titan_ckpt list|verify|export-hf PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from titan_ckpt.errors import CheckpointError
+from titan_ckpt.hf_export import export_hf
+from titan_ckpt.manifest import check_whole, read_manifest
+from titan_ckpt.shelf import Shelf
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return 0, or 1 when a checkpoint is broken or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m titan_ckpt", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="name the checkpoints in a folder")
+    listing.add_argument("path", type=Path, help="folder that holds step-N folders")
+    listing.set_defaults(run=_list)
+    verify = commands.add_parser("verify", help="check every file of a checkpoint against its checksum")
+    verify.add_argument("path", type=Path, help="a folder step-N")
+    verify.set_defaults(run=_verify)
+    export = commands.add_parser("export-hf", help="write a checkpoint's model for Hugging Face transformers")
+    export.add_argument("path", type=Path, help="a folder step-N")
+    export.add_argument("folder", type=Path, help="a new folder")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="round the weights to this type")
+    export.set_defaults(run=_export)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _list(options: argparse.Namespace) -> None:
+    shelf = Shelf(options.path)
+    for step in shelf.steps():
+        manifest = read_manifest(shelf.path(step))
+        gibibytes = sum(record.size for record in manifest.files.values()) / 2**30
+        print(f"{shelf.path(step)}  {gibibytes:.3f} GiB, saved by {manifest.world_size} ranks")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    manifest = check_whole(options.path)
+    print(f"{options.path} is whole: step {manifest.step}, {len(manifest.files)} files")
+
+
+def _export(options: argparse.Namespace) -> None:
+    export_hf(options.path, options.folder, options.dtype and getattr(torch, options.dtype))
+    print(f"{options.folder} holds the model of {options.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

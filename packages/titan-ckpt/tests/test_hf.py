@@ -1,0 +1,259 @@
+"""Weights go to Hugging Face's format and come back bitwise, sharded or not; `transformers` loads them as they are."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from titan_ckpt import Checkpointer, CheckpointError, export_hf, load_hf, save_hf
+from titan_ckpt.__main__ import main
+from titan_config import Configurable
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Renames:
+    """Names of `Toy` to others, one tensor turned (`flip`), two stacked into one (`pair`)."""
+
+    def to_hf(self, state):
+        return {
+            "hf.first": state["first.weight"],
+            "hf.turned": state["second.weight"].t().contiguous(),
+            "hf.both": torch.stack([state["a"], state["b"]]),
+        }
+
+    def from_hf(self, state):
+        return {
+            "first.weight": state["hf.first"],
+            "second.weight": state["hf.turned"].t(),
+            "a": state["hf.both"][0],
+            "b": state["hf.both"][1],
+        }
+
+    def hf_config(self):
+        return {"model_type": "toy"}
+
+
+class Toy(Configurable, nn.Module):
+    class Config(Configurable.Config):
+        dim: int = 6
+
+        def hf_adapter(self):
+            return Renames()
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.first = nn.Linear(config.dim, 5, bias=False)
+        self.second = nn.Linear(5, config.dim, bias=False)
+        self.a = nn.Parameter(torch.randn(3, 2))
+        self.b = nn.Parameter(torch.randn(3, 2))
+
+
+class Run(Configurable):
+    class Config(Configurable.Config):
+        model: Toy.Config = Toy.Config()
+
+
+def toy(seed=1, dim=6):
+    torch.manual_seed(seed)
+    return Toy.Config(dim=dim).build()
+
+
+def assert_equal(model, other):
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_live_model_goes_out_and_comes_back(tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf", max_file_bytes=120)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 3, "a file holds at most max_file_bytes"
+    assert index["metadata"]["total_size"] == 4 * (30 + 30 + 12)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == {"model_type": "toy", "dtype": "float32"}
+    model = toy(seed=2)
+    load_hf(tmp_path / "hf", model.state_dict(), Renames())
+    assert_equal(model, toy())
+
+
+def test_bfloat16_weights_widen_and_are_never_rounded(tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf", dtype=torch.bfloat16)
+    model = toy(seed=2)
+    load_hf(tmp_path / "hf", model.state_dict(), Renames())
+    assert torch.equal(model.first.weight, toy().first.weight.bfloat16().float())
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf32")
+    with pytest.raises(CheckpointError, match=r"3 of a type that would be rounded: hf\.first"):
+        load_hf(tmp_path / "hf32", toy().bfloat16().state_dict(), Renames())
+
+
+def change(tmp_path, edit):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    state = load_file(path)
+    edit(state)
+    save_file(state, path)
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state.pop("hf.both"), r"1 missing: hf\.both"),
+        (
+            lambda state: state.update({"hf.both": torch.zeros(2, 2, 2)}),
+            r"hf\.both \(there \[2, 2, 2\], here \[2, 3, 2\]\)",
+        ),
+        (lambda state: state.update({"hf.more": torch.zeros(1)}), r"1 unexpected: hf\.more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_touched(tmp_path, edit, message):
+    model = toy(seed=2)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(change(tmp_path, edit), model.state_dict(), Renames())
+    assert_equal(model, toy(seed=2))
+
+
+def test_a_repeat_of_an_expected_tensor_is_no_surprise(tmp_path):
+    def repeat(state):
+        state["hf.tied"] = state["hf.first"].clone()
+
+    model = toy(seed=2)
+    load_hf(change(tmp_path, repeat), model.state_dict(), Renames())
+    assert_equal(model, toy())
+
+
+def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path):
+    class Forgets(Renames):
+        def from_hf(self, state):
+            return {name: tensor for name, tensor in super().from_hf(state).items() if name != "b"}
+
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"must be a bijection: b"):
+        load_hf(tmp_path / "hf", toy().state_dict(), Forgets())
+
+
+def test_an_export_never_writes_over_a_folder(tmp_path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(CheckpointError, match="there already"):
+        save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+
+
+def test_a_folder_without_or_with_broken_weights_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="has no safetensors files"):
+        load_hf(tmp_path, toy().state_dict(), Renames())
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors, which cannot be read"):
+        load_hf(tmp_path, toy().state_dict(), Renames())
+
+
+def checkpoint(folder, config=None, **settings):
+    checkpointer = Checkpointer.Config(interval=1, **settings).build(dump_folder=folder, config=config)
+    checkpointer.save(4, {"model": toy()}, last=True)
+    checkpointer.close()
+    return folder / "checkpoint" / "step-4"
+
+
+def test_a_checkpoint_is_exported_without_the_model(tmp_path, capsys):
+    export_hf(checkpoint(tmp_path), tmp_path / "hf", adapter=Renames())
+    model = toy(seed=2)
+    load_hf(tmp_path / "hf", model.state_dict(), Renames())
+    assert_equal(model, toy())
+    with pytest.raises(CheckpointError, match="saved without a config"):
+        export_hf(checkpoint(tmp_path / "b"), tmp_path / "other")
+
+
+def test_the_last_save_writes_the_weights_for_hugging_face_too(tmp_path):
+    checkpoint(tmp_path, Run.Config(), last_save_in_hf=True, export_dtype="bfloat16")
+    model = toy(seed=2)
+    load_hf(tmp_path / "checkpoint" / "step-4-hf", model.state_dict(), Renames())
+    assert torch.equal(model.a, toy().a.bfloat16().float())
+
+
+def test_a_run_begins_with_hugging_face_weights(tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+    settings = Checkpointer.Config(initial_load_path=tmp_path / "hf", initial_load_in_hf=True)
+    model = toy(seed=2)
+    assert settings.build(dump_folder=tmp_path / "run", config=Run.Config()).load({"model": model}) is None
+    assert_equal(model, toy())
+
+
+def test_a_checkpoint_of_another_model_says_which_settings_differ(tmp_path):
+    checkpoint(tmp_path, Run.Config())
+    other = Run.Config(model=Toy.Config(dim=8))
+    checkpointer = Checkpointer.Config().build(dump_folder=tmp_path, config=other)
+    with pytest.raises(CheckpointError, match=r"model\.dim: 6 -> 8") as error:
+        checkpointer.load({"model": toy(dim=8)})
+    assert "model.first.weight (saved [5, 6], here [5, 8])" in str(error.value)
+
+
+def test_the_command_line_lists_verifies_and_tells_damage(tmp_path, capsys):
+    path = checkpoint(tmp_path)
+    assert main(["list", str(tmp_path / "checkpoint")]) == 0
+    assert main(["verify", str(path)]) == 0
+    assert "step-4 is whole" in capsys.readouterr().out
+    (path / "state.json").write_text("")
+    assert main(["verify", str(path)]) == 1
+    assert main(["export-hf", str(path), str(tmp_path / "hf")]) == 1
+    assert "state.json" in capsys.readouterr().err
+
+
+def test_sharded_models_go_out_and_come_in_each_rank_its_part(run_ranks, tmp_path):
+    def work(folder):
+        model = toy()
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model.first, model.second):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        save_hf(model.state_dict(), Renames(), folder / "hf", max_file_bytes=120)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().zero_()
+        load_hf(folder / "hf", model.state_dict(), Renames())
+        return {name: tensor.full_tensor().tolist() for name, tensor in model.state_dict().items()}
+
+    expected = {name: tensor.tolist() for name, tensor in toy().state_dict().items()}
+    assert run_ranks(2, work, tmp_path) == [expected] * 2
+    model = toy(seed=2)
+    load_hf(tmp_path / "hf", model.state_dict(), Renames())
+    assert_equal(model, toy())
+
+
+class LlamaNames:
+    """transformers' own names, but for a prefix: what an adapter of a model without transformers looks like."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def to_hf(self, state):
+        return {name.removeprefix("my."): tensor for name, tensor in state.items()}
+
+    def from_hf(self, state):
+        return {f"my.{name}": tensor for name, tensor in state.items()}
+
+    def hf_config(self):
+        return self.config
+
+
+def test_transformers_loads_an_export_and_gives_the_same_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, architectures=["LlamaForCausalLM"]
+    )
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    state = {f"my.{name}": tensor for name, tensor in reference.state_dict().items()}
+    adapter = LlamaNames(config.to_dict())
+    save_hf(state, adapter, tmp_path / "hf", max_file_bytes=20_000)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
+
+    reference.save_pretrained(tmp_path / "theirs")
+    emptied = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    load_hf(tmp_path / "theirs", emptied, adapter)
+    assert all(torch.equal(emptied[name], state[name]) for name in state)
