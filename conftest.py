@@ -1,10 +1,11 @@
-"""Shared by every test of the repository: `run_ranks` forks ranks that share a gloo group and returns what each computed."""
+"""Shared by all tests of the repository: `run_ranks` forks ranks of a gloo group and returns what each computed."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,18 +17,24 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forking is only safe while OpenMP has no pool of threads
 
 
-def _rank_main(rank: int, world_size: int, rendezvous: Path, function: Callable[..., Any], args: tuple, pipe: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, rendezvous: Path, function: Callable[..., Any], args: tuple, pipe: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(rendezvous), world_size), rank=rank, world_size=world_size)
-        pipe.send((True, function(*args)))
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(rendezvous), world_size), rank=rank, world_size=world_size
+        )
+        pipe.send_bytes(pickle.dumps((True, function(*args))))  # copies: shared tensors would end with the process
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
         os._exit(0)  # no exit handlers of the parent's libraries
@@ -36,8 +43,8 @@ def _rank_main(rank: int, world_size: int, rendezvous: Path, function: Callable[
 def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
     """Call `function(*args)` on `world_size` forked ranks; return their results in order of rank.
 
-    Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError with the
-    traceback of the first rank that failed; the others are ended.
+    Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError with
+    the traceback of the first rank that failed; the others are ended.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,11 +63,13 @@ def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeou
                 waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
                 ready = multiprocessing.connection.wait(waiting, timeout_s)
                 if not ready:
-                    raise RuntimeError(f"Got no answer from ranks {sorted(set(range(world_size)) - set(results))} in {timeout_s} s.")
+                    raise RuntimeError(
+                        f"Got no answer from ranks {sorted(set(range(world_size)) - set(results))} in {timeout_s} s."
+                    )
                 for pipe in ready:
                     rank = pipes.index(pipe)
                     try:
-                        succeeded, value = pipe.recv()
+                        succeeded, value = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         processes[rank].join()
                         succeeded, value = False, f"The process ended with code {processes[rank].exitcode}."

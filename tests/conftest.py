@@ -1,0 +1,64 @@
+"""What the composition tests share: the debug recipe, made small enough for seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from titan_config import Configurable
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """`recipe("llama3_debug")` imports a recipe by its file name."""
+
+    def load(name: str) -> ModuleType:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, REPO / "recipes" / f"{name}.py")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return load
+
+
+def change(config: Configurable.Config, changes: dict) -> None:
+    """Set fields by their path: `{"training.steps": 5}`."""
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        node = config
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, name, value)
+
+
+@pytest.fixture
+def small_run(recipe, tmp_path):
+    """`small_run("name", {"training.steps": 5})`: llama3_debug with two narrow layers and 8 rows of 64 tokens."""
+
+    def config(name: str = "run", changes: dict | None = None):
+        run = recipe("llama3_debug").llama3_debug()
+        small = {
+            "model.num_layers": 2,
+            "model.dim": 64,
+            "model.block.attention.num_heads": 4,
+            "model.block.attention.num_kv_heads": 2,
+            "model.block.feed_forward.hidden_dim": 128,
+            "training.seq_len": 64,
+            "training.global_batch_size": 8,
+            "training.local_batch_size": 2,
+            "training.steps": 20,
+            "lr_scheduler.total_steps": 20,
+            "validator": None,
+            "checkpoint": None,
+            "dump_folder": tmp_path / name,
+        }
+        change(run, small | (changes or {}))
+        return run
+
+    return config

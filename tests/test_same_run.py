@@ -1,0 +1,230 @@
+"""Promise 2: the same run on any mesh. Initial weights bit for bit, gradients by the rule, losses of twenty steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute
+from torch.distributed.tensor import DTensor
+
+MESHES = {
+    "1 rank": (1, {}),
+    "FSDP 2": (2, {}),
+    "DDP 2": (2, {"data_parallel_replicate_degree": 2}),
+    "TP 2": (2, {"tensor_parallel_degree": 2}),
+    "TP 2 without sequence parallel": (2, {"tensor_parallel_degree": 2, "sequence_parallel": False}),
+    "TP 2 without loss parallel": (2, {"tensor_parallel_degree": 2, "loss_parallel": False}),
+    "FSDP 4": (4, {}),
+    "HSDP 2x2": (4, {"data_parallel_replicate_degree": 2}),
+    "FSDP 2 x TP 2": (4, {"tensor_parallel_degree": 2}),
+}
+RECOMPUTATIONS = {
+    "none": None,
+    "full": FullRecompute.Config(),
+    "selective": SelectiveRecompute.Config(),
+    "every second": EveryNthBlock.Config(n=2),
+}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class FlatLoop:
+    """The run with no trainer and no engine: plain model, the whole global batch, torch's cross-entropy and AdamW."""
+
+    def __init__(self, config) -> None:
+        training = config.training
+        self.model = config.model.build()
+        self.model.init_weights(config.debug.seed)
+        self.loader = config.dataloader.build(
+            tokenizer=config.tokenizer.build(),
+            seq_len=training.seq_len,
+            global_batch_size=training.global_batch_size,
+            local_batch_size=training.global_batch_size,
+            seed=config.debug.seed,
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def backward(self) -> float:
+        (batch,) = self.loader.draw(0, 1)
+        self.loader.commit(self.loader.advance())
+        logits = self.model(**batch.inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets["labels"].flatten())
+        loss.backward()
+        return loss.item()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def losses(self, steps: int) -> list[float]:
+        found = []
+        for step in range(steps):
+            found.append(self.backward())
+            norm = sum(p.grad.double().square().sum() for p in self.model.parameters()).sqrt()
+            for p in self.model.parameters():
+                p.grad.mul_(float((1.0 / (norm + 1e-6)).clamp(max=1)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = 3e-3 * ((step + 1) / 6 if step < 5 else 1 - (step - 5) / 15)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return found
+
+
+@pytest.fixture(scope="module")
+def references() -> dict:
+    return {}
+
+
+@pytest.fixture
+def reference(references, small_run, run_ranks):
+    """Initial weights, gradients of step 1 and losses of 20 steps of the flat loop."""
+
+    def compute():
+        loop = FlatLoop(small_run())
+        weights = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+        loop.backward()
+        gradients = loop.gradients()
+        return weights, gradients, FlatLoop(small_run()).losses(20)
+
+    if not references:
+        references["found"] = run_ranks(1, compute)[0]
+    return references["found"]
+
+
+def gradient_errors(found: dict, wanted: dict) -> dict[str, float]:
+    """By how many times each gradient misses the rule `|g - g0| <= 1e-6 |g0| + 1e-8 |all|`; none within it."""
+    norm_of_all = sum(g.double().square().sum() for g in wanted.values()).sqrt()
+    errors = {}
+    for name, g0 in wanted.items():
+        error = (found[name].double() - g0.double()).norm()
+        ratio = float(error / (1e-6 * g0.double().norm() + 1e-8 * norm_of_all))
+        if not ratio <= 1:
+            errors[name] = ratio
+    return errors
+
+
+def first_step(config) -> tuple[dict, dict]:
+    """The initial weights and the gradients of step 1, whole, as this rank sees them."""
+    trainer = config.build()
+    weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    batches = trainer.loader.draw(trainer.dims.data_rank, trainer.dims.num_data_ranks)
+    count, _, _ = trainer.sum_over_data_ranks(batches)
+    trainer.parallel.forward_backward(batches, trainer.loss, count)
+    return weights, {name: whole(p.grad).clone() for name, p in trainer.model.named_parameters()}
+
+
+def judge_first_step(config, weights: dict, gradients: dict) -> tuple[list[str], dict[str, float]]:
+    found_weights, found_gradients = first_step(config)
+    different = [name for name, weight in weights.items() if not torch.equal(found_weights[name], weight)]
+    return different, gradient_errors(found_gradients, gradients)
+
+
+def changes(parallelism: dict, recomputation=None, **more) -> dict:
+    fields = {f"parallelism.{name}": value for name, value in parallelism.items()}
+    return {**fields, "activation_checkpoint": recomputation, **more}
+
+
+def cases(full: bool) -> list:
+    """Every mesh with one recomputation or another; with all of them in the full set."""
+    return [
+        pytest.param(
+            mesh, recomputation, id=f"{mesh}, recompute {recomputation}", marks=[pytest.mark.full] * (not chosen)
+        )
+        for (i, mesh), (j, recomputation) in itertools.product(enumerate(MESHES), enumerate(RECOMPUTATIONS))
+        if (chosen := i % len(RECOMPUTATIONS) == j) or full
+    ]
+
+
+@pytest.mark.parametrize(("mesh", "recomputation"), cases(full=True))
+def test_weights_gradients_and_losses_are_those_of_the_flat_loop(small_run, run_ranks, reference, mesh, recomputation):
+    world_size, parallelism = MESHES[mesh]
+    config = small_run(changes=changes(parallelism, RECOMPUTATIONS[recomputation]))
+    weights, gradients, losses = reference
+
+    def run():
+        judged = judge_first_step(config, weights, gradients)
+        config.build().train()
+        return judged
+
+    assert run_ranks(world_size, run) == [([], {})] * world_size
+    assert losses_of(config) == pytest.approx(losses, rel=3e-6)
+
+
+def losses_of(config) -> list[float]:
+    return [json.loads(line)["loss"] for line in (config.dump_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("local_batch_size", [1, 4, 8])
+def test_accumulation_changes_nothing(small_run, run_ranks, reference, local_batch_size):
+    config = small_run(changes={"training.local_batch_size": local_batch_size})
+
+    def run():
+        judged = judge_first_step(config, *reference[:2])
+        config.build().train()
+        return judged
+
+    assert run_ranks(1, run) == [([], {})]
+    assert losses_of(config) == pytest.approx(reference[2], rel=3e-6)
+
+
+@pytest.mark.parametrize("mesh", ["FSDP 2", "TP 2", "HSDP 2x2", "FSDP 2 x TP 2"])
+def test_bf16_mixed_precision_gives_the_same_losses_on_any_mesh(small_run, run_ranks, mesh):
+    precision = {"training.mixed_precision_param": "bfloat16"}
+    world_size, parallelism = MESHES[mesh]
+    one, many = small_run("one", precision), small_run("many", changes(parallelism, **precision))
+    run_ranks(1, lambda: one.build().train())
+    run_ranks(world_size, lambda: many.build().train())
+    assert losses_of(many) == pytest.approx(losses_of(one), rel=5e-3)
+
+
+def drop_the_sum_of_partial_gradients(monkeypatch) -> None:
+    monkeypatch.setattr("titan_parallel.parallel_model.ParallelModel._sum_partial_gradients", lambda self: None)
+
+
+def shift_positions(monkeypatch) -> None:
+    from titan_data import TokenLoader
+
+    draw = TokenLoader.draw
+
+    def shifted(self, *args):
+        batches = draw(self, *args)
+        if dist.get_rank() == 1:
+            for batch in batches:
+                batch.inputs["positions"] += 1 + torch.arange(batch.inputs["positions"].shape[1])  # no mere translation
+        return batches
+
+    monkeypatch.setattr(TokenLoader, "draw", shifted)
+
+
+def count_own_targets_only(monkeypatch) -> None:
+    from titan_trainer import Trainer
+
+    summed = Trainer.sum_over_data_ranks
+
+    def own(self, batches):
+        _, *rest = summed(self, batches)
+        return sum(int(self.loss.count(batch.targets)) for batch in batches), *rest
+
+    monkeypatch.setattr(Trainer, "sum_over_data_ranks", own)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sabotage"),
+    [
+        ("TP 2", drop_the_sum_of_partial_gradients),
+        ("FSDP 2", shift_positions),
+        ("FSDP 2", count_own_targets_only),
+    ],
+)
+def test_a_broken_run_is_seen(small_run, run_ranks, reference, monkeypatch, mesh, sabotage):
+    sabotage(monkeypatch)
+    world_size, parallelism = MESHES[mesh]
+    config = small_run(changes=changes(parallelism))
+    judged = run_ranks(world_size, lambda: judge_first_step(config, *reference[:2]))
+    assert all(errors for _, errors in judged)
