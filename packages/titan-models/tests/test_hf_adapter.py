@@ -37,6 +37,10 @@ def test_a_tied_checkpoint_has_no_head_or_the_same_again(shrunk: Any, made: Any)
     assert "lm_head.weight" not in state
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     assert "embedding.weight" in adapter.from_hf(state)
+    assert (
+        adapter.from_hf({name: tensor.to("meta") for name, tensor in state.items()}).keys()
+        == adapter.from_hf(state).keys()
+    )
     state["lm_head.weight"][3, 3] += 1
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         adapter.from_hf(state)

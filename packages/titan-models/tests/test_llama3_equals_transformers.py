@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from titan_models import Rope
 from titan_models.llama3 import Llama3, llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-
-transformers = pytest.importorskip("transformers")
 
 FLAVORS = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b]
 LENGTH = 96  # three times the shrunk original length
