@@ -6,9 +6,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from titan_config import Configurable
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
 from titan_data.order import Order
-from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, Row, RowStream
+from titan_data.packing import ENDED, Cursor, Packing, RowStream
 from titan_data.source import Source
+from titan_data.step import Share, Step, make_step
 from titan_data.tokenizer import Tokenizer
 
 
@@ -76,8 +76,8 @@ class TokenLoader(Configurable):
         self._num_streams = config.num_streams or global_batch_size
         if global_batch_size % self._num_streams:
             raise ValueError(
-                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives the "
-                f"same number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
+                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives "
+                f"the same number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
             )
         self._source: Source = config.source.build()
         bos_id = _special_id(tokenizer.bos_id, "bos") if config.add_bos else None
@@ -85,10 +85,10 @@ class TokenLoader(Configurable):
         self._packing = Packing(seq_len, bos_id, eos_id)
         self._order = Order(seed, config.shuffle, config.infinite)
         self._cursors = [Cursor(0, 0)] * self._num_streams
-        self._share: _Share | None = None
+        self._share: Share | None = None
         self._streams: dict[int, RowStream] = {}
-        self._ahead: deque[Future[_Step]] = deque()
-        self._drawn: _Step | None = None
+        self._ahead: deque[Future[Step]] = deque()
+        self._drawn: Step | None = None
         self._pool = ThreadPoolExecutor(1, "titan-data") if config.prefetch else _InThisThread()
         self._end_thread = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
@@ -107,11 +107,11 @@ class TokenLoader(Configurable):
         share = self._new_share(rank, num_ranks)
         if all(cursor.tokens == ENDED for cursor in self._cursors):
             return []
-        if share != self._share:
-            self._take_over(share)
         try:
+            if share != self._share:
+                self._take_over(share)
             while len(self._ahead) <= self._config.prefetch:
-                self._ahead.append(self._pool.submit(_make_step, self._streams, share))
+                self._ahead.append(self._pool.submit(make_step, self._streams, share))
             self._drawn = self._ahead[0].result()
         except BaseException:
             self._forget()  # what was read ahead is lost; the next draw begins where the last commit was
@@ -123,11 +123,9 @@ class TokenLoader(Configurable):
 
         Zero for streams another rank answers for: the sum over the ranks of the step moves each stream once.
         """
-        moves = [(0, 0)] * self._num_streams
-        if self._drawn is not None:
-            for index in self._drawn.share.owned:
-                moves[index] = self._move(index, self._drawn)
-        return torch.tensor(moves)
+        drawn = self._moves_drawn()
+        owned = [] if self._drawn is None else self._drawn.share.owned
+        return torch.tensor([drawn[index] if index in owned else (0, 0) for index in range(self._num_streams)])
 
     def commit(self, advance: Tensor) -> None:
         """Make the step final. `advance` is the sum of `advance()` over all ranks of the step.
@@ -188,7 +186,7 @@ class TokenLoader(Configurable):
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._forget()
 
-    def _new_share(self, rank: int, num_ranks: int) -> _Share:
+    def _new_share(self, rank: int, num_ranks: int) -> Share:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"Got rank {rank} of {num_ranks}. Ranks count from 0. Set rank to 0 to {num_ranks - 1}.")
         if self._num_rows % num_ranks or self._num_rows // num_ranks % self._micro_rows:
@@ -198,9 +196,9 @@ class TokenLoader(Configurable):
                 f"multiple of {num_ranks} x {self._micro_rows} = {num_ranks * self._micro_rows}."
             )
         size = self._num_rows // num_ranks
-        return _Share(rank * size, (rank + 1) * size, self._num_rows, self._num_streams, self._micro_rows)
+        return Share(rank * size, (rank + 1) * size, self._num_rows, self._num_streams, self._micro_rows)
 
-    def _take_over(self, share: _Share) -> None:
+    def _take_over(self, share: Share) -> None:
         """Make the streams of `share` ours: those we have go on with what was read ahead, others begin anew."""
         kept = self._streams
         steps = [future.result() for future in _stopped(self._ahead)]
@@ -220,66 +218,26 @@ class TokenLoader(Configurable):
             future.cancel()
         self._share, self._streams, self._ahead, self._drawn = None, {}, deque(), None
 
-    def _move(self, index: int, step: _Step) -> tuple[int, int]:
-        before, after = self._cursors[index], step.rows[index][-1].after
-        return after.documents - before.documents, after.tokens - before.tokens
+    def _moves_drawn(self) -> dict[int, tuple[int, int]]:
+        """How far the step that was drawn moves each stream it read."""
+        moves = {}
+        for index, rows in ({} if self._drawn is None else self._drawn.rows).items():
+            before, after = self._cursors[index], rows[-1].after
+            moves[index] = (after.documents - before.documents, after.tokens - before.tokens)
+        return moves
 
     def _check_moves(self, moves: list[tuple[int, int]]) -> None:
         still = [i for i, cursor in enumerate(self._cursors) if cursor.tokens != ENDED and not any(moves[i])]
-        read = self._drawn.rows if self._drawn is not None else {}
-        other = [i for i in read if moves[i] != self._move(i, self._drawn)]  # type: ignore[arg-type]
+        other = [i for i, move in self._moves_drawn().items() if moves[i] != move]
         if still or other:
             raise ValueError(
                 f"Got an advance that {'does not move' if still else 'is not what was drawn for'} streams "
-                f"{still or other}. Each stream moves as far as the rank that owns it drew. Commit the sum of advance() "
-                f"over all data ranks."
+                f"{still or other}. Each stream moves as far as the rank that owns it drew. Commit the sum of "
+                f"advance() over all data ranks."
             )
 
 
-class _Share(NamedTuple):
-    """The rows `begin` to `end` of a global batch, one rank's."""
-
-    begin: int
-    end: int
-    num_rows: int
-    num_streams: int
-    micro_rows: int
-
-    @property
-    def read(self) -> list[int]:
-        """The streams these rows are from."""
-        return sorted({row % self.num_streams for row in range(self.begin, self.end)})
-
-    @property
-    def owned(self) -> list[int]:
-        """The streams this rank answers for: those whose first row of the step is here."""
-        return list(range(self.begin, min(self.end, self.num_streams)))
-
-
-class _Step(NamedTuple):
-    """A step made ready: its micro-batches, and all rows read for it, by stream."""
-
-    share: _Share
-    batches: list[Batch]
-    rows: dict[int, list[Row]]
-
-
-def _make_step(streams: dict[int, RowStream], share: _Share) -> _Step:
-    """Read the step's rows of each stream, also those another rank keeps: a stream has one order."""
-    num_rows = share.num_rows // share.num_streams
-    rows = {index: [stream.next_row() for _ in range(num_rows)] for index, stream in streams.items()}
-    mine = [rows[row % share.num_streams][row // share.num_streams] for row in range(share.begin, share.end)]
-    size = share.micro_rows
-    return _Step(share, [_batch(mine[first : first + size]) for first in range(0, len(mine), size)], rows)
-
-
-def _batch(rows: list[Row]) -> Batch:
-    tensors = dict(zip(COLUMNS, torch.from_numpy(np.stack([row.columns for row in rows], axis=1)), strict=True))
-    targets = {"labels": tensors.pop("labels")}
-    return Batch(tensors, targets, dict.fromkeys(COLUMNS, 1), [row.sample_ids for row in rows])
-
-
-def _stopped(futures: deque[Future[_Step]]) -> list[Future[_Step]]:
+def _stopped(futures: deque[Future[Step]]) -> list[Future[Step]]:
     """Cancel what has not begun, the last first; return the rest."""
     begun = [future for future in reversed(futures) if not future.cancel()]
     futures.clear()

@@ -30,7 +30,7 @@ class Cursor(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of T tokens: int64 [4, T] in the order of COLUMNS, its documents, and where the stream stands after it."""
+    """One row of T tokens: int64 [4, T] in the order of COLUMNS, its documents, where the stream stands after it."""
 
     columns: Ids
     sample_ids: list[int]

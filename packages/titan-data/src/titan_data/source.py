@@ -66,8 +66,8 @@ class MapSource(Source):
             barren = 0 if text or order.shuffle else barren + 1  # without a shuffle, the same ones come again
             if barren > len(self):
                 raise ValueError(
-                    f"Got nothing but empty documents in stream {index} of {num_streams}. Every stream needs some text. "
-                    f"Shuffle, or choose a number of streams that shares no factor with the {len(self)} documents."
+                    f"Got nothing but empty documents in stream {index} of {num_streams}. Every stream needs some "
+                    f"text. Shuffle, or choose a number of streams without a factor in common with {len(self)}."
                 )
             yield Document(text, functools.partial(self.place, number))
 

@@ -37,7 +37,7 @@ class StreamedTexts(Source):
             if barren and order.infinite:
                 raise ValueError(
                     f"Got an epoch without any text for stream {index} of {num_streams} in {self._name}. Every stream "
-                    f"needs some. Give it more text, or set num_streams to at most {self._dataset.num_shards}, the shards."
+                    f"needs some. Give it more text, or at most as many streams as shards ({self._dataset.num_shards})."
                 )
 
     def _epoch(self, index: int, num_streams: int, epoch: int, order: Order) -> Iterator[str]:
