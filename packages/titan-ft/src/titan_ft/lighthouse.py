@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from titan_ft.logs import calm_torchft
+
 
 @contextmanager
 def local_lighthouse(
@@ -13,10 +15,11 @@ def local_lighthouse(
 ) -> Iterator[str]:
     """Run a torchft lighthouse on a free port of 127.0.0.1 and give its address, until the context ends.
 
-    A replica that was not heard of for `heartbeat_timeout_ms` counts as dead. A step starts with at least `min_replicas`;
-    it waits up to `join_timeout_ms` for replicas that are alive and not ready. Across machines, run the program
+    A replica that was not heard of for `heartbeat_timeout_ms` counts as dead. A step starts with `min_replicas` or
+    more, and waits up to `join_timeout_ms` for those that are alive and not ready. Across machines, run the program
     `torchft_lighthouse` instead, where it outlives every replica.
     """
+    calm_torchft()
     from torchft.coordination import LighthouseServer
 
     server = LighthouseServer(

@@ -1,7 +1,7 @@
 """What travels from a live replica to a newcomer: plain CPU tensors and JSON values, and how each tensor lay.
 
-Rank r of the newcomer takes what rank r of a live replica keeps. Both have a mesh of the same shape, made of other processes:
-so a `DTensor` travels as its local part, and is put together again on the newcomer's own mesh.
+Rank r of the newcomer takes what rank r of a live replica keeps. Both have a mesh of the same shape, made of other
+processes: so a `DTensor` travels as its local part, and is put together again on the newcomer's own mesh.
 """
 
 from __future__ import annotations
@@ -46,23 +46,28 @@ class Snapshot:
     layouts: dict[Path, Layout]
 
 
-def take(state: State) -> Snapshot:
-    """Copy `state`, so that it may change while the copy travels.
+def check_leaves(state: State) -> None:
+    """Raise TypeError for a leaf of `state` that is neither a tensor nor a JSON value."""
 
-    Raises TypeError for a leaf that is neither a tensor nor a JSON value.
-    """
+    def check(path: Path, leaf: Any) -> None:
+        if leaf is not None and not isinstance(leaf, Tensor | bool | int | float | str):
+            raise TypeError(
+                f"Got {type(leaf).__name__} at {_name(path)} of the state that heals replicas. It may hold tensors and "
+                "JSON values. Return the parts of that object instead."
+            )
+
+    _map_leaves(check, state)
+
+
+def take(state: State) -> Snapshot:
+    """Copy `state`, so that it may change while the copy travels."""
     layouts: dict[Path, Layout] = {}
 
     def copied(path: Path, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            layouts[path] = _layout(leaf)
-            return _local(leaf).to("cpu", copy=True)
-        if leaf is None or isinstance(leaf, bool | int | float | str):
+        if not isinstance(leaf, Tensor):
             return leaf
-        raise TypeError(
-            f"Got {type(leaf).__name__} at {'.'.join(map(str, path))} of the state that heals replicas. It may hold tensors and "
-            "JSON values. Return the parts of that object from state_dict() instead."
-        )
+        layouts[path] = _layout(leaf)
+        return _local(leaf).to("cpu", copy=True)
 
     return Snapshot(_map_leaves(copied, state), layouts)
 
@@ -83,13 +88,11 @@ def put_together(snapshot: Snapshot, meshes: dict[MeshKey, DeviceMesh]) -> State
         split = layout.split
         if split.mesh not in meshes:
             raise ValueError(
-                f"Got {'.'.join(map(str, path))} split over a mesh {split.mesh}, and have {sorted(map(str, meshes))} here. All replicas "
-                "need the same mesh inside. Start them with the same number of ranks and the same degrees of parallelism."
+                f"Got {_name(path)} split over the mesh {split.mesh}; here there are {list(meshes)}. All replicas need "
+                "the same mesh inside. Start them with the same number of ranks and the same degrees of parallelism."
             )
         mesh = meshes[split.mesh]
-        return DTensor.from_local(
-            local, mesh, split.placements, run_check=False, shape=split.shape, stride=split.stride
-        )
+        return DTensor.from_local(local, mesh, split.placements, shape=split.shape, stride=split.stride)
 
     return dict(_map_leaves(placed, snapshot.values))
 
@@ -102,6 +105,10 @@ def meshes_of(state: State) -> dict[MeshKey, DeviceMesh]:
 def _mesh_key(mesh: DeviceMesh) -> MeshKey:
     names = mesh.mesh_dim_names
     return (tuple(names) if names is not None else None, tuple(mesh.shape))
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _local(tensor: Tensor) -> Tensor:

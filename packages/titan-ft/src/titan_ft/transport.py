@@ -22,10 +22,10 @@ class SnapshotTransport(HTTPTransport[dict[str, Snapshot]]):
         super().__init__(timeout=timeout, num_chunks=0)
 
     def address(self) -> str:
-        """The address of the snapshots (torchft's own names the machine, which the others may not be able to look up)."""
+        """Where snapshots are served (torchft would name the machine, which others may not be able to look up)."""
         return f"http://{in_url(self._host)}:{urlsplit(super().address()).port}/checkpoint/"
 
     def disallow_checkpoint(self) -> None:
-        """Wait for the newcomers that are still reading, then let the snapshot go (torchft's own keeps the last one)."""
+        """Wait for newcomers that are still reading, then let the snapshot go (torchft would keep it)."""
         super().disallow_checkpoint()
         self._state_dict = None
