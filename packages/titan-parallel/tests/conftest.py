@@ -1,18 +1,28 @@
 """A small transformer for tests, batches for it, and the plain loop that every mesh is judged against.
 
-B batch, T tokens, D width, H heads, G key-value heads, K head dim, V vocabulary.
+B batch, T tokens, D width, H heads, G key-value heads, K head dim, N tokens of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from titan_parallel import ParallelDims, ParallelModel, cross_entropy, init_distributed, parallelize
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# full_tensor() of the judge gathers one mesh axis after the other, and says each time that this is slow
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -24,22 +34,22 @@ class Shape:
     hidden: int = 48
     vocab: int = 64
     tied: bool = False
-    bias: bool = True
-    qk_norm: bool = True
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with biases, and a norm that only queries have."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.head_dim = shape.width // shape.heads
-        self.q = nn.Linear(shape.width, shape.heads * self.head_dim, bias=shape.bias)
-        self.k = nn.Linear(shape.width, shape.kv_heads * self.head_dim, bias=shape.bias)
-        self.v = nn.Linear(shape.width, shape.kv_heads * self.head_dim, bias=shape.bias)
-        self.out = nn.Linear(shape.heads * self.head_dim, shape.width, bias=shape.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if shape.qk_norm else nn.Identity()
+        self.q = nn.Linear(shape.width, shape.heads * self.head_dim)
+        self.k = nn.Linear(shape.width, shape.kv_heads * self.head_dim)
+        self.v = nn.Linear(shape.width, shape.kv_heads * self.head_dim)
+        self.out = nn.Linear(shape.heads * self.head_dim, shape.width)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        q, k, v = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
+        q, k, v = (projection(x_BTD).unflatten(-1, (-1, self.head_dim)) for projection in (self.q, self.k, self.v))
         q = self.q_norm(q) * torch.cos(positions_BT * 0.1).to(q.dtype)[..., None, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -49,9 +59,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.up = nn.Linear(shape.width, shape.hidden, bias=shape.bias)
-        self.gate = nn.Linear(shape.width, shape.hidden, bias=shape.bias)
-        self.down = nn.Linear(shape.hidden, shape.width, bias=shape.bias)
+        self.up = nn.Linear(shape.width, shape.hidden)
+        self.gate = nn.Linear(shape.width, shape.hidden)
+        self.down = nn.Linear(shape.hidden, shape.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -75,7 +85,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=1e-6)
-        self.head = nn.Linear(shape.width, shape.vocab, bias=shape.bias)
+        self.head = nn.Linear(shape.width, shape.vocab)
         if shape.tied:
             self.head.weight = self.embedding.weight
 
@@ -102,6 +112,22 @@ ROLES = {
     "head": "head",
 }
 
+TENSOR_2 = {"tensor_parallel_degree": 2}
+MESHES = {
+    "one": (1, {}),
+    "fsdp2": (2, {}),
+    "ddp2": (2, {"data_parallel_replicate_degree": 2}),
+    "tp2": (2, {**TENSOR_2, "sequence_parallel": False, "loss_parallel": False}),
+    "tp2_loss": (2, {**TENSOR_2, "sequence_parallel": False}),
+    "tp2_sequence": (2, {**TENSOR_2, "loss_parallel": False}),
+    "tp2_both": (2, TENSOR_2),
+    "fsdp4": (4, {}),
+    "hsdp2x2": (4, {"data_parallel_replicate_degree": 2}),
+    "fsdp2_tp2": (4, TENSOR_2),
+    "ddp2_tp2": (4, {**TENSOR_2, "data_parallel_replicate_degree": 2}),
+}
+"""name -> (ranks, degrees)"""
+
 
 @dataclass
 class TextBatch:
@@ -110,10 +136,8 @@ class TextBatch:
     sequence_dims: dict[str, int] = field(default_factory=lambda: {"tokens": 1, "positions": 1, "labels": 1})
 
     def rows(self, start: int, stop: int) -> TextBatch:
-        return TextBatch(
-            {name: tensor[start:stop] for name, tensor in self.inputs.items()},
-            {name: tensor[start:stop] for name, tensor in self.targets.items()},
-        )
+        parts = ({name: tensor[start:stop] for name, tensor in part.items()} for part in (self.inputs, self.targets))
+        return TextBatch(*parts)
 
 
 def make_batch(rows: int = 8, length: int = 12, vocab: int = 64, seed: int = 1) -> TextBatch:
@@ -127,10 +151,10 @@ def make_batch(rows: int = 8, length: int = 12, vocab: int = 64, seed: int = 1) 
     return TextBatch({"tokens": tokens, "positions": positions}, {"labels": labels})
 
 
-def make_model(shape: Shape, dtype: torch.dtype = torch.float64) -> Transformer:
+def make_model(shape: Shape | None = None, dtype: torch.dtype = torch.float64) -> Transformer:
     """The same weights on every call, drawn in fp64; norms and biases away from their trivial values."""
     generator = torch.Generator().manual_seed(0)
-    model = Transformer(shape).double()
+    model = Transformer(shape or Shape()).double()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
@@ -138,8 +162,24 @@ def make_model(shape: Shape, dtype: torch.dtype = torch.float64) -> Transformer:
     return model.to(dtype)
 
 
+def make_dims(mesh: str) -> ParallelDims:
+    world_size, degrees = MESHES[mesh]
+    return ParallelDims.Config(**degrees).build(world_size=world_size, device_type="cpu")
+
+
+def put_on(mesh: str, model: nn.Module, **options) -> ParallelModel:
+    return parallelize(model, ROLES, make_dims(mesh), **options)
+
+
+def micro_batches(batch: TextBatch, dims: ParallelDims, number: int = 1) -> list[TextBatch]:
+    """This data rank's rows of a global batch, in `number` parts."""
+    rows = len(batch.targets["labels"]) // dims.num_data_ranks
+    first, step = dims.data_rank * rows, rows // number
+    return [batch.rows(first + i * step, first + (i + 1) * step) for i in range(number)]
+
+
 def plain_step(model: nn.Module, batch: TextBatch) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Loss sum, gradients of the mean loss, and count, in one process without any of this package."""
+    """Loss sum, gradients of the mean loss, and count of labels, without any of this package."""
     model = copy.deepcopy(model)
     labels = batch.targets["labels"]
     count = int((labels != -100).sum())
@@ -149,15 +189,39 @@ def plain_step(model: nn.Module, batch: TextBatch) -> tuple[Tensor, dict[str, Te
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, count
 
 
+def chunked_loss(head, hidden: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits in two chunks, each made again in the backward."""
+
+    def chunk_loss(hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        return cross_entropy(head(hidden_ND), labels_N)
+
+    labels = targets["labels"].flatten()
+    chunks = zip(hidden.flatten(0, -2).chunk(2), labels.chunk(2), strict=True)
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), (labels != -100).sum()
+
+
 @pytest.fixture(scope="session")
-def small():
+def small() -> SimpleNamespace:
     """The small transformer and all that belongs to it."""
     return SimpleNamespace(
         Shape=Shape,
         Transformer=Transformer,
         ROLES=ROLES,
+        MESHES=MESHES,
         TextBatch=TextBatch,
         make_batch=make_batch,
         make_model=make_model,
+        make_dims=make_dims,
+        put_on=put_on,
+        micro_batches=micro_batches,
         plain_step=plain_step,
+        chunked_loss=chunked_loss,
     )
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    init_distributed("cpu")
+    yield
+    dist.destroy_process_group()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ParallelModel:
-    """What `parallelize` returns. `model` is the module it was given; called directly, it returns what it always did."""
+    """What `parallelize` returns. `model` is the module it was given; called directly it returns what it always did."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class ParallelModel:
         head: HeadForward | None,
         units: Sequence[FSDPModule],
         partial_parameters: Sequence[str],
-        output: Callable[[Any], Tensor],
+        output: Callable[[Any], Tensor] | None,
     ) -> None:
         self.model = model
         self.dims = dims
         self._head = head
         self._units = units
         self._partial_parameters = partial_parameters
-        self._output = output
+        self._output = output or (lambda logits: logits)
         self._gradient_hook: Callable[[Tensor], None] | None = None
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titan_config import ConfigError
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from titan_parallel.head import HeadForward
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.roles import Roles, RoleTable
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+    from titan_parallel.tensor_parallel import TensorParallel
 
 
 def parallelize(
@@ -35,56 +40,72 @@ def parallelize(
     model, and for a model that does not fit the mesh.
     """
     matched = Roles(model, roles)
-    precision = mixed_precision.build() if mixed_precision is not None else None
-    if precision is not None and not precision.changes(model):
-        precision = None
-    tensor_parallel = None
-    if dims.num_tensor > 1:
-        from titan_parallel.tensor_parallel import TensorParallel
-
-        tensor_parallel = TensorParallel(model, matched, dims)
-    partial = tensor_parallel.partial_parameters() if tensor_parallel is not None else []
-
-    # What a block does when it is called, from the inside out.
     recomputation = activation_checkpoint.build() if activation_checkpoint is not None else None
     compiler = compile.build() if compile is not None else None
-    for index, name in enumerate(_blocks(matched, recomputation, compiler)):
-        block = model.get_submodule(name)
-        local = tensor_parallel.local_view(name) if tensor_parallel is not None else _as_it_is
-        if tensor_parallel is not None:
-            block.forward = local(block.forward)
-        if recomputation is not None:
-            block.forward = recomputation.wrap(block.forward, index)
-        if compiler is not None:
-            block.forward = local(compiler.wrap(block.forward))
-    head = None
-    if matched.head is not None:
-        module = model.get_submodule(matched.head)
-        head = (
-            tensor_parallel.head_forward(matched.head) if tensor_parallel is not None else HeadForward(module.forward)
-        )
-        module.forward = head
+    precision = mixed_precision.build() if mixed_precision is not None else None
+
+    # The order: tensor and sequence parallel, then recomputation and compilation of blocks, then data parallel.
+    tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
+    _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
+    head = _let_head_take_loss(model, matched, tensor_parallel)
     if tensor_parallel is not None:
         model.forward = tensor_parallel.local_view("")(model.forward)
+    units = _shard_over_data_ranks(model, matched, dims, precision)
 
-    # One rank that computes in the dtype it stores needs no more: it runs at the speed of the plain model.
-    units: list[Any] = []
-    if dims.world_size > 1 or precision is not None:
-        from titan_parallel.data_parallel import shard_over_data_ranks
-
-        units = shard_over_data_ranks(model, matched, dims, precision)
-    return ParallelModel(model, dims, head=head, units=units, partial_parameters=partial, output=output or _as_it_is)
+    partial = tensor_parallel.partial_parameters() if tensor_parallel is not None else []
+    return ParallelModel(model, dims, head=head, units=units, partial_parameters=partial, output=output)
 
 
-def _blocks(roles: Roles, recomputation: ActivationCheckpoint | None, compiler: Compile | None) -> list[str]:
+def _split_over_tensor_ranks(model: nn.Module, roles: Roles, dims: ParallelDims) -> TensorParallel | None:
+    if dims.num_tensor == 1:
+        return None
+    from titan_parallel.tensor_parallel import TensorParallel
+
+    return TensorParallel(model, roles, dims)
+
+
+def _wrap_blocks(
+    model: nn.Module,
+    roles: Roles,
+    tensor_parallel: TensorParallel | None,
+    recomputation: ActivationCheckpoint | None,
+    compiler: Compile | None,
+) -> None:
+    """From the inside out: local parameters inside what is replayed, recomputation, compilation, local parameters."""
     blocks = roles.named("block")
     if not blocks and (recomputation is not None or compiler is not None):
         raise ConfigError(
-            "Got recomputation or compilation for roles without a block. Both work block by block. Give the role "
-            "block to the layers of the model, or turn them off."
+            "Got recomputation or compilation for roles without a block. Both work block by block. Give the role block "
+            "to the layers of the model, or turn them off."
         )
-    return blocks
+    for index, name in enumerate(blocks):
+        block = model.get_submodule(name)
+        view = tensor_parallel.local_view(name) if tensor_parallel is not None else None
+        if view is not None:
+            block.forward = view(block.forward)
+        if recomputation is not None:
+            block.forward = recomputation.wrap(block.forward, index)
+        if compiler is not None:
+            block.forward = compiler.wrap(block.forward)
+            if view is not None:
+                block.forward = view(block.forward)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+def _let_head_take_loss(model: nn.Module, roles: Roles, tensor_parallel: TensorParallel | None) -> HeadForward | None:
+    if roles.head is None:
+        return None
+    head = model.get_submodule(roles.head)
+    forward = HeadForward(head.forward) if tensor_parallel is None else tensor_parallel.head_forward(roles.head)
+    head.forward = forward
+    return forward
+
+
+def _shard_over_data_ranks(
+    model: nn.Module, roles: Roles, dims: ParallelDims, precision: MixedPrecision | None
+) -> list[FSDPModule]:
+    """One rank that computes in the dtype it stores needs no units: it runs as fast as the plain model."""
+    if dims.world_size == 1 and (precision is None or not precision.changes(model)):
+        return []
+    from titan_parallel.data_parallel import shard_over_data_ranks
+
+    return shard_over_data_ranks(model, roles, dims, precision)

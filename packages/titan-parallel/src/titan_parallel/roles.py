@@ -55,6 +55,7 @@ class Roles:
                         f"from {pattern!r}. A part is one thing. Narrow one of the patterns."
                     )
                 self._roles[name], patterns[name] = role, pattern
+        self._roles = {name: self._roles[name] for name in names if name in self._roles}  # in the model's order
         self._check_nesting()
 
     def named(self, role: str) -> list[str]:
