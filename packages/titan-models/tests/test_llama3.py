@@ -256,3 +256,35 @@ def test_angles_are_exact_in_fp32_however_narrow_the_activations() -> None:
     assert cos.shape == (1, 4, 1, 4)
     assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-8
     assert (sin[:, :, 0].double() - angles.sin()).abs().max() < 2**-8
+
+
+def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str, Tensor]) -> None:
+    models = [shrunk(llama3_1b).build(), shrunk(llama3_1b).on_meta().to_empty(device="cpu")]
+    for model in models:
+        model.init_weights(seed=5)
+    with torch.no_grad():
+        assert torch.equal(models[0](**packed), models[1](**packed))
+
+
+def test_heads_can_be_split_without_telling_the_model(shrunk: Any, made: Any) -> None:
+    """Half of the heads each, by weights alone: the two outputs add up to the whole, as under tensor parallelism."""
+    model = made(shrunk(llama3_8b))
+    x, positions = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0)), torch.arange(10).expand(2, 10)
+    whole = model.layers[0].attention
+    inputs = (x, *model.rope(positions, x.dtype), whole.core.realise(Mask.causal(positions)))
+    halves = []
+    for half in (0, 1):
+        part = copy.deepcopy(whole)
+        for projection, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
+            linear = getattr(part, projection)
+            linear.weight = nn.Parameter(linear.weight.chunk(2, dim)[half])
+        halves.append(part(*inputs))
+    torch.testing.assert_close(halves[0] + halves[1], whole(*inputs), rtol=0, atol=1e-6)
+
+
+def test_positions_come_with_the_batch_and_are_made_nowhere(
+    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(shrunk(llama3_8b))
+    monkeypatch.setattr(torch, "arange", None)
+    assert model(**packed).shape == (2, 40, 97)
