@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import pytest
-from titan_config import Configurable, ConfigError, to_dict
+from titan_config import ConfigError, Configurable, to_dict
 
 
 class Color(enum.Enum):
@@ -18,7 +18,7 @@ class Color(enum.Enum):
     BLUE = 2
 
 
-class Mode(str, enum.Enum):
+class Mode(enum.StrEnum):
     FULL = "full"
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import titan_config.configurable
-from titan_config import Configurable, ConfigError
+from titan_config import ConfigError, Configurable
 
 
 class Module:
@@ -22,7 +22,7 @@ class Module:
         object.__setattr__(self, "_parameters", {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._parameters
+        assert self._parameters is not None
         object.__setattr__(self, name, value)
 
 
@@ -98,7 +98,7 @@ def test_the_private_copy_test_notices_a_shared_config(monkeypatch):
 )
 def test_a_built_config_refuses_every_change(change):
     config = Stack.Config().build().config
-    with pytest.raises(ConfigError, match="A built config no longer changes. Make the change before build()"):
+    with pytest.raises(ConfigError, match=r"A built config no longer changes. Make the change before build\(\)"):
         change(config)
     assert config == Stack.Config()
 
@@ -209,7 +209,7 @@ def test_a_config_has_one_owner():
 
 
 def test_a_config_of_another_kind_is_refused():
-    with pytest.raises(ConfigError, match="derives from Configurable.Config"):
+    with pytest.raises(ConfigError, match=r"derives from Configurable.Config"):
 
         class Wrong(Configurable):
             class Config:
@@ -238,9 +238,7 @@ def test_defaults_are_copied_for_each_config():
     first.layers[0].dim = 100
     first.names["a"].append(5)
     first.tags.add("z")
-    assert second == Stack.Config(
-        norm=Norm.Config(dim=4), layers=[Norm.Config(dim=8)], names={"a": [1]}, tags={"x"}
-    )
+    assert second == Stack.Config(norm=Norm.Config(dim=4), layers=[Norm.Config(dim=8)], names={"a": [1]}, tags={"x"})
 
 
 def test_configs_are_dataclasses():

@@ -1,7 +1,7 @@
 """A typed config that builds the object that owns it: JSON, diff and a command line included."""
 
-from titan_config.cli import cli
 from titan_config.codec import from_dict, to_dict
+from titan_config.command_line import cli
 from titan_config.configurable import Configurable
 from titan_config.errors import ConfigError
 from titan_config.files import from_json, load, save, to_json

@@ -46,49 +46,54 @@ def from_dict(data: dict[str, Any], allow: Sequence[str] = DEFAULT_ALLOW) -> Any
     return decode(data, allow)
 
 
-def encode(value: Any, path: str = "") -> Any:
-    """Return any value that a config can hold as JSON data."""
+def encode(value: Any, path: str = "", strict: bool = True) -> Any:
+    """Return any value that a config can hold as JSON data.
+
+    Raises ConfigError for what could not be read back; with `strict` off that becomes text, good for reading only.
+    """
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Config):
-        fields = {name: encode(item, join(path, name)) for name, item in children(value)}
-        return {"$type": _saved_path(type(value), path), **fields}
+        fields = {name: encode(item, join(path, name), strict) for name, item in children(value)}
+        return {"$type": _saved_path(type(value), path, strict), **fields}
     if isinstance(value, list):
-        return _encode_items(value, path)
+        return _encode_items(value, path, strict)
     if isinstance(value, (set, frozenset)):
         tag = "$set" if isinstance(value, set) else "$frozenset"
-        return {tag: _encode_items(sorted(value, key=repr), path)}
+        return {tag: _encode_items(sorted(value, key=repr), path, strict)}
     if type(value) is tuple:
-        return {"$tuple": _encode_items(value, path)}
+        return {"$tuple": _encode_items(value, path, strict)}
     if isinstance(value, dict):
-        return _encode_dict(value, path)
-    return _encode_other(value, path)
+        return _encode_dict(value, path, strict)
+    return _encode_other(value, path, strict)
 
 
-def _encode_items(items: Sequence[Any], path: str) -> list[Any]:
-    return [encode(item, join(path, index)) for index, item in enumerate(items)]
+def _encode_items(items: Sequence[Any], path: str, strict: bool) -> list[Any]:
+    return [encode(item, join(path, index), strict) for index, item in enumerate(items)]
 
 
-def _encode_dict(value: dict[Any, Any], path: str) -> dict[str, Any]:
+def _encode_dict(value: dict[Any, Any], path: str, strict: bool) -> dict[str, Any]:
     if all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: encode(item, join(path, key)) for key, item in value.items()}
-    return {"$dict": [[encode(key, path), encode(item, join(path, key))] for key, item in value.items()]}
+        return {key: encode(item, join(path, key), strict) for key, item in value.items()}
+    pairs = [[encode(key, path, strict), encode(item, join(path, key), strict)] for key, item in value.items()]
+    return {"$dict": pairs}
 
 
-def _encode_other(value: Any, path: str) -> dict[str, Any]:
+def _encode_other(value: Any, path: str, strict: bool) -> dict[str, Any]:
     if isinstance(value, enum.Enum) and value.name in type(value).__members__:
-        return {"$enum": _saved_path(type(value), path), "name": value.name}
+        return {"$enum": _saved_path(type(value), path, strict), "name": value.name}
     if isinstance(value, functools.partial):
-        keywords = {name: encode(item, join(path, name)) for name, item in value.keywords.items()}
-        return {"$partial": encode(value.func, path), "args": _encode_items(value.args, path), "keywords": keywords}
+        keywords = {name: encode(item, join(path, name), strict) for name, item in value.keywords.items()}
+        args = _encode_items(value.args, path, strict)
+        return {"$partial": encode(value.func, path, strict), "args": args, "keywords": keywords}
     if hasattr(value, "__fspath__"):
         return {"$path": str(value)}
     if _is_dtype(value):
         return {"$dtype": str(value).removeprefix("torch.")}
-    if callable(value):
-        return {"$function": _saved_path(value, path)}
+    if callable(value) or not strict:
+        return {"$function": _saved_path(value, path, strict)}
     raise ConfigError(
         f"Got {describe_value(value)}, which cannot be saved. A config holds numbers, strings, paths, dtypes, enums, "
         "functions, configs, and lists, tuples, dicts and sets of these. Use one of them, or hand the object to "
@@ -101,16 +106,17 @@ def _is_dtype(value: Any) -> bool:
     return "torch" in sys.modules and isinstance(value, sys.modules["torch"].dtype)
 
 
-def _saved_path(value: Any, path: str) -> str:
+def _saved_path(value: Any, path: str, strict: bool) -> str:
     found = path_of(value)
-    if found is None:
-        raise ConfigError(
-            f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must "
-            "stand at the top of a module or in a class. Define it there (no lambda, no method of an object, not "
-            "inside a function).",
-            path,
-        )
-    return found
+    if found is not None:
+        return found
+    if not strict:
+        return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+    raise ConfigError(
+        f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must stand "
+        "at the top of a module or in a class. Define it there: no lambda, no method of an object, nothing local.",
+        path,
+    )
 
 
 def decode(data: Any, allow: Sequence[str]) -> Any:
@@ -192,7 +198,7 @@ def _decode_dict(data: dict[str, Any], allow: Sequence[str]) -> dict[Any, Any]:
     pairs = decode(data["$dict"], allow)
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         _malformed(data, "$dict")
-    return dict(pairs)
+    return _collected(dict, pairs, data, "$dict")
 
 
 def _decode_items(container: Callable[[list[Any]], Any]) -> Callable[..., Any]:
@@ -200,9 +206,16 @@ def _decode_items(container: Callable[[list[Any]], Any]) -> Callable[..., Any]:
 
     def decode_items(data: dict[str, Any], allow: Sequence[str]) -> Any:
         items = decode(data[tag], allow)
-        return container(items) if isinstance(items, list) else _malformed(data, tag)
+        return _collected(container, items, data, tag) if isinstance(items, list) else _malformed(data, tag)
 
     return decode_items
+
+
+def _collected(container: Callable[[list[Any]], Any], items: list[Any], data: dict[str, Any], tag: str) -> Any:
+    try:
+        return container(items)
+    except TypeError:  # a key of a dict or an item of a set that cannot be one
+        _malformed(data, tag)
 
 
 def _text(data: dict[str, Any], key: str) -> str:

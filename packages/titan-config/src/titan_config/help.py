@@ -99,7 +99,7 @@ def _registry(allow: Sequence[str]) -> ConstructorRegistry:
 def _field(name: str, entry: Section | Flag, allow: Sequence[str]) -> StructFieldSpec:
     if isinstance(entry, Section):
         return StructFieldSpec(name=name, type=Section, default=entry, helptext=entry.doc)
-    state = "required" if entry.value is UNSET else f"default: {readable(encode(entry.value))!r}"
+    state = "required" if entry.value is UNSET else f"default: {readable(encode(entry.value, strict=False))!r}"
     shown = tyro.conf.arg(help=field_doc(entry.owner, name), help_behavior_hint=f"({state})")
     written = PrimitiveConstructorSpec(
         nargs=1,

@@ -65,7 +65,8 @@ def find_function(path: str, allow: Sequence[str]) -> Any:
 
 def _find(path: str, allow: Sequence[str], allowed: bool) -> Any:
     module, _, qualname = path.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *qualname.split(".")]):
+    plain = module.replace("-", "_")  # scripts and folders may have names with a dash
+    if not all(part.isidentifier() for part in [*plain.split("."), *qualname.split(".")]):
         raise ConfigError(
             f'Got the import path {path!r}. An import path is "module:name". Write it as "package.module:Class".'
         )

@@ -60,7 +60,7 @@ def _data(source: Config | dict[str, Any] | str | os.PathLike[str]) -> Any:
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     """Return {path: value} of a config or its data: the class of each config as a Name, each field in readable form."""
-    return dict(_flatten(encode(config) if isinstance(config, Config) else config, ""))
+    return dict(_flatten(encode(config, strict=False) if isinstance(config, Config) else config, ""))
 
 
 def _flatten(data: Any, path: str) -> Iterator[tuple[str, Any]]:

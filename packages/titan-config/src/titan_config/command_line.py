@@ -41,19 +41,16 @@ def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
             f"Got a field {label(type(config))}.{taken[0]}. --{taken[0]} means something else. Rename the field."
         )
     arguments = sort_words(words)
-    origins = dict.fromkeys(flatten(config), "recipe")
     if arguments.file is not None:
         config = _loaded(arguments.file, type(config), allow)
-        saved = flatten(read_json(arguments.file))
-        origins = {path: arguments.file if path in saved else "default" for path in flatten(config)}
-    start = flatten(config)
+    start = copied(config)
     config, given = _apply(config, arguments.settings, allow, only_components=arguments.help is not None)
     if arguments.help is not None:
         _print_help(config, arguments.help, allow)
     _check_complete(config)
     check(config)
     if arguments.print_config:
-        _print_config(config, start, origins, given)
+        _print_config(config, start, arguments.file, given)
     return config
 
 
@@ -124,16 +121,19 @@ def _print_help(config: Config, sections: list[str], allow: Sequence[str]) -> No
     sys.exit(0)
 
 
-def _print_config(config: Config, start: dict[str, Any], origins: dict[str, str], given: set[str]) -> NoReturn:
-    """Print every value with its origin: a chosen component brings defaults, and what it shares with the one before."""
-    values = flatten(config)
-    lines = {f"{path or '$type'}: {value!r}": path for path, value in sorted(values.items())}
-    width = min(max(map(len, lines)), 80)
+def _print_config(config: Config, start: Config, file: str | None, given: set[str]) -> NoReturn:
+    """Print every value and where it came from. A chosen component brings defaults, and what it shares with the old."""
+    before, values = flatten(start), flatten(config)
+    saved = flatten(read_json(file)) if file else before
     nodes = {path for path, _ in traverse(config)}
-    for line, path in lines.items():
-        origin = origins.get(path, "default") if repr(start.get(path)) == repr(values[path]) else "default"
+    lines = {path: f"{path or '$type'}: {value!r}" for path, value in sorted(values.items())}
+    width = min(max(map(len, lines.values())), 80)
+    for path, line in lines.items():
+        origin = "default"
         if path in given or (path not in nodes and any(name.startswith(f"{path}.") for name in given)):
             origin = "command line"
+        elif path in saved and repr(before.get(path)) == repr(values[path]):
+            origin = file or "recipe"
         _say(f"{line:{width}}  # {origin}", sys.stdout)
     sys.exit(0)
 
