@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def train(address: str, replica_id: int, life: int, dies_with: int, report: Call
 
 
 def train_together(address: str, replica_id: int, steps: int, report: Callable[[Any], None]) -> dict[str, Any]:
-    replica = Replica(address, replica_id, life=0)
+    replica = Replica(address, replica_id, life=replica_id)  # other weights in each: all start with the first one's
     while replica.step < steps:
         replica.train_step(dies_with=-1)
     replica.group.close()
@@ -159,22 +160,28 @@ def test_a_killed_replica_costs_a_step_and_heals_when_it_comes_back(start_replic
     lost = next(event for event in events if not event["committed"] and event["num_replicas"] == 2)
     again = next(event for event in events if event["committed"] and event["step"] == lost["step"])
     assert again["num_replicas"] == 1  # the survivor took the whole batch of the lost step
-    first_healed = second[0]["events"][0]
-    assert first_healed["step"] > lost["step"]  # it healed before it drew its first batch
-    assert first_healed["num_replicas"] == 2
+    joined = next(event for event in second[0]["events"] if event["num_replicas"] == 2)
+    assert joined["step"] > lost["step"]  # it healed before it drew the batch
 
 
-def test_the_check_sees_a_reduction_that_was_left_out(start_replica, lighthouse, monkeypatch):
-    whole = TorchftReplicaGroup.reduce_
+def without_matrices(group: TorchftReplicaGroup, tensor: Tensor) -> None:
+    if tensor.ndim < 2:
+        whole_reduce_(group, tensor)
 
-    def without_matrices(group: TorchftReplicaGroup, tensor: Tensor) -> None:
-        if tensor.ndim < 2:
-            whole(group, tensor)
 
+whole_reduce_ = TorchftReplicaGroup.reduce_
+BREAKS = {
+    "none": lambda monkeypatch: None,
+    "reduction": lambda monkeypatch: monkeypatch.setattr(TorchftReplicaGroup, "reduce_", without_matrices),
+    "healing": lambda monkeypatch: monkeypatch.setattr(Replica, "load_state_dict", lambda replica, state: None),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_check_sees_a_reduction_or_a_healing_that_was_left_out(start_replica, lighthouse, monkeypatch, broken):
+    BREAKS[broken](monkeypatch)
     address = lighthouse(min_replicas=2)
-    assert_one_model([r.results()[0] for r in [start_replica(train_together, address, i, 3) for i in range(2)]])
-    monkeypatch.setattr(TorchftReplicaGroup, "reduce_", without_matrices)
-    address = lighthouse(min_replicas=2)
-    results = [r.results()[0] for r in [start_replica(train_together, address, i, 3) for i in range(2)]]
-    with pytest.raises(AssertionError):
+    replicas = [start_replica(train_together, address, i, 3) for i in range(2)]
+    results = [replica.results()[0] for replica in replicas]
+    with pytest.raises(AssertionError) if broken != "none" else nullcontext():
         assert_one_model(results)
