@@ -56,7 +56,7 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> Ids:
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except UnicodeEncodeError:
+        except TypeError:  # what tokenizers raises for half a surrogate pair
             encoding = self._tokenizer.encode(well_formed(text), add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -30,28 +31,27 @@ def shuffled(positions: Uint64s, count: int, seed: int) -> Uint64s:
     """Return the document (0 to `count` - 1) at each position of the endless order, uint64 as `positions`.
 
     Epoch e holds positions e * count to (e + 1) * count - 1 and every document once. A Feistel network, keyed by
-    (seed, epoch), permutes the next power of two; what lands outside is sent through again until it is inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
+    (seed, epoch), permutes a rectangle just large enough; what lands outside is sent through again until it is inside
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalised Feistel, cycle walking).
     """
     epochs, documents = positions // np.uint64(count), positions % np.uint64(count)
     keys = _mixed(epochs ^ _seed_key(seed))
-    bits = (count - 1).bit_length()
+    width = math.isqrt(count - 1) + 1
+    height = -(-count // width)
     outside = np.arange(len(documents))
     while len(outside):
-        documents[outside] = _feistel(documents[outside], keys[outside], bits)
+        documents[outside] = _feistel(documents[outside], keys[outside], np.uint64(width), np.uint64(height))
         outside = outside[documents[outside] >= count]
     return documents
 
 
-def _feistel(values: Uint64s, keys: Uint64s, bits: int) -> Uint64s:
-    """Permute 0 .. 2**bits - 1: two halves, each changed in turn by a hash of the other."""
-    low_bits = np.uint64(bits // 2)
-    low_mask, high_mask = _mask(bits // 2), _mask(bits - bits // 2)
-    low, high = values & low_mask, values >> low_bits
-    for number in range(NUM_ROUNDS):
-        low = low ^ (_mixed(high + keys + np.uint64(2 * number)) & low_mask)
-        high = high ^ (_mixed(low + keys + np.uint64(2 * number + 1)) & high_mask)
-    return (high << low_bits) | low
+def _feistel(values: Uint64s, keys: Uint64s, width: np.uint64, height: np.uint64) -> Uint64s:
+    """Permute 0 .. width * height - 1: column and row, each shifted in turn by a hash of the other."""
+    column, row = values % width, values // width
+    for number in range(1, 2 * NUM_ROUNDS, 2):  # hashes of their own for each round, or small domains come out skewed
+        column = (column + _mixed(row + keys * np.uint64(number)) % width) % width
+        row = (row + _mixed(column - keys * np.uint64(number)) % height) % height
+    return row * width + column
 
 
 def _mixed(values: Uint64s) -> Uint64s:
@@ -60,10 +60,6 @@ def _mixed(values: Uint64s) -> Uint64s:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _mask(bits: int) -> np.uint64:
-    return np.uint64((1 << bits) - 1)
 
 
 def _seed_key(seed: int) -> np.uint64:

@@ -166,7 +166,9 @@ def _check_documents(
         number, whole = next((number, whole) for number in expected if (whole := list(document(number))))
         assert ids[begin] == number, f"Document {ids[begin]} comes where document {number} should."
         found, complete = tokens[begin:end], end < len(ids)
-        assert found == (whole if complete else whole[: len(found)]), f"Document {number} has other tokens than it should."
+        assert found == (whole if complete else whole[: len(found)]), (
+            f"Document {number} has other tokens than its own."
+        )
         label = [*whole, IGNORED_LABEL][len(found)]
         assert labels[end - 1] == label, f"Document {number} has the label {labels[end - 1]} where {label} should be."
 

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from titan_data import ByteTokenizer, HuggingFaceSource, JsonlSource, TextSource, TokenLoader, loader, packing, step
+from titan_data.testing import check_loader, commit, global_batch
+
+TOKENIZER = ByteTokenizer.Config().build()
+SIZES = {"seq_len": 24, "global_batch_size": 8, "local_batch_size": 1, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are made two at a time, so that a short test passes from one lot to the next."""
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 50)
+
+
+@pytest.fixture
+def source(texts: list[str], write_jsonl: Callable[..., Path]) -> JsonlSource.Config:
+    return JsonlSource.Config(path=write_jsonl(texts))
+
+
+def build(source: Any, tokenizer: Any = TOKENIZER, sizes: dict[str, int] = SIZES, **settings: Any) -> TokenLoader:
+    return TokenLoader.Config(source=source, **settings).build(tokenizer=tokenizer, **sizes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prefetch": 0},
+        {"prefetch": 5, "add_bos": True, "add_eos": True},
+        {"shuffle": False},
+        {"infinite": False},
+        {"num_streams": 4},
+        {"num_streams": 1, "prefetch": 0},
+    ],
+    ids=str,
+)
+def test_the_loader_keeps_its_promises(source: JsonlSource.Config, texts: list[str], settings: dict[str, Any]) -> None:
+    loaders = []
+
+    def make() -> TokenLoader:
+        loaders.append(build(source, **settings))
+        return loaders[-1]
+
+    def document(number: int) -> list[int]:
+        ids = list(texts[number % len(texts)].encode())
+        return [256, *ids, 257] if ids and settings.get("add_bos") else ids
+
+    straight = settings.get("shuffle") is False
+    check_loader(
+        make, steps=12, num_streams=settings.get("num_streams"), document=document if straight else None
+    )  # 12 steps are more than an epoch
+    for each in loaders:
+        each.close()
+
+
+@pytest.mark.parametrize("num_files", [1, 3, 8])
+def test_a_streamed_source_keeps_them_too(
+    texts: list[str], write_jsonl: Callable[..., Path], tmp_path: Path, num_files: int
+) -> None:
+    for number in range(num_files):
+        write_jsonl([f"{number} {text}" for text in texts], f"part-{number}.jsonl")
+    source = HuggingFaceSource.Config(path="json", data_files=str(tmp_path / "part-*.jsonl"), shuffle_buffer=5)
+    check_loader(lambda: build(source, sizes={**SIZES, "global_batch_size": 4}, prefetch=1), steps=6)
+
+
+def shift_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = step.make_step
+
+    def shifted(*args: Any) -> Any:
+        made = make(*args)
+        for batch in made.batches:
+            batch.targets["labels"] = batch.targets["labels"].roll(1, dims=1)
+        return made
+
+    monkeypatch.setattr(loader, "make_step", shifted)
+
+
+def skip_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    owned = step.Share.read.fget
+
+    def read(share: step.Share) -> list[int]:
+        streams = owned(share)
+        return streams if share.end - share.begin > 4 else streams[:1] + streams[:1] + streams[2:]
+
+    def make_step(streams: dict[int, Any], share: step.Share) -> step.Step:
+        streams = {index: streams.get(index) or next(iter(streams.values())) for index in owned(share)}
+        return step.make_step(streams, share)
+
+    monkeypatch.setattr(step.Share, "read", property(read))
+    monkeypatch.setattr(loader, "make_step", make_step)
+
+
+def lose_a_token_at_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = packing.RowStream._pack
+
+    def losing(stream: packing.RowStream) -> list[packing.Row]:
+        rows = pack(stream)
+        stream._tokens, stream._numbers = stream._tokens[1:], stream._numbers[1:]
+        return rows
+
+    monkeypatch.setattr(packing.RowStream, "_pack", losing)
+
+
+def lose_the_last_label_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = step.make_step
+
+    def losing(*args: Any) -> Any:
+        made = make(*args)
+        for batch in made.batches:
+            batch.targets["labels"][:, -1] = -100
+        return made
+
+    monkeypatch.setattr(loader, "make_step", losing)
+
+
+def continue_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = step.make_step
+
+    def without_restart(*args: Any) -> Any:
+        made = make(*args)
+        for batch in made.batches:
+            batch.inputs["positions"] = torch.arange(24).expand_as(batch.inputs["positions"])
+        return made
+
+    monkeypatch.setattr(loader, "make_step", without_restart)
+
+
+def forget_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rollback(self: TokenLoader) -> None:
+        self._ahead.popleft()
+        self._drawn = None
+
+    monkeypatch.setattr(TokenLoader, "rollback", rollback)
+
+
+def save_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    state_dict = TokenLoader.state_dict
+    monkeypatch.setattr(TokenLoader, "state_dict", lambda self: {**state_dict(self), "tokens": [0] * 8})
+
+
+def keep_what_was_read_for_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing.RowStream, "give_back", lambda self, rows: None)
+
+
+BREAKS = {
+    shift_labels: "labels of document",
+    skip_a_stream: "on .* ranks: .* differ",
+    lose_a_token_at_the_border: "labels of document",
+    lose_the_last_label_of_a_row: "labels of document",
+    continue_positions: "positions do not begin at 0",
+    forget_a_rollback: "after a rollback",
+    save_no_tokens: "resumed on .* ranks",
+    keep_what_was_read_for_other_rows: r"on \[1, 2, 4\] ranks|advance",
+}
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
+def test_the_check_sees_what_is_broken(
+    source: JsonlSource.Config, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    def check() -> None:
+        check_loader(lambda: build(source, shuffle=False, prefetch=1), steps=6)
+
+    check()
+    break_it(monkeypatch)
+    with pytest.raises((AssertionError, ValueError), match=BREAKS[break_it]):
+        check()
+
+
+@pytest.mark.parametrize("change", ["text", "skipped"])
+def test_the_check_compares_with_the_documents(
+    source: JsonlSource.Config, texts: list[str], write_jsonl: Callable[..., Path], change: str
+) -> None:
+    other = [text[:-1] + "?" for text in texts] if change == "text" else [*texts[:5], "", *texts[6:]]
+    broken = JsonlSource.Config(path=write_jsonl(other, "other.jsonl"))
+    with pytest.raises(
+        AssertionError, match="other tokens than its own" if change == "text" else "comes where document 5"
+    ):
+        check_loader(
+            lambda: build(broken, shuffle=False),
+            steps=3,
+            document=lambda number: list(texts[number % len(texts)].encode()),
+        )
+
+
+def test_owners_may_change_at_every_step_and_rollback_between(source: JsonlSource.Config) -> None:
+    draw = np.random.default_rng(0)
+    alone, loaders = build(source), [build(source) for _ in range(8)]
+    for _ in range(30):
+        expected = global_batch([alone], 1)
+        commit([alone])
+        for committed in (False, True):
+            num_ranks = int(draw.choice([1, 2, 4, 8]))
+            order = [loaders[index] for index in draw.permutation(8)]  # any loader may be any rank
+            found = global_batch(order, num_ranks)
+            assert found["sample_ids"] == expected["sample_ids"]
+            for name in ("tokens", "positions", "document_ids", "labels"):
+                assert torch.equal(found[name], expected[name])
+            if committed:
+                commit(order)
+            else:
+                for each in order:
+                    each.rollback()
+        assert loaders[3].state_dict() == alone.state_dict()
+
+
+def test_the_state_is_two_integers_a_stream(source: JsonlSource.Config) -> None:
+    loader = build(source)
+    global_batch([loader], 1)
+    before = loader.state_dict()
+    assert (before["documents"], before["tokens"]) == ([0] * 8, [0] * 8)  # nothing is committed yet
+    advance = loader.advance()
+    assert (advance.shape, advance.dtype) == ((8, 2), torch.int64)
+    loader.commit(advance)
+    state = loader.state_dict()
+    assert [state["documents"], state["tokens"]] == advance.T.tolist()
+    assert set(state) == {"documents", "tokens", "identity"}
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_a_stream_others_own_does_not_move(source: JsonlSource.Config) -> None:
+    loader = build(source)
+    loader.draw(1, 4)
+    assert loader.advance().any(1).tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_a_draw_twice_or_a_commit_of_one_rank_alone_is_an_error(source: JsonlSource.Config) -> None:
+    loader = build(source)
+    loader.draw(0, 2)
+    with pytest.raises(RuntimeError, match="second draw of one step"):
+        loader.draw(0, 2)
+    with pytest.raises(ValueError, match=r"does not move streams \[4, 5, 6, 7\].*sum of advance"):
+        loader.commit(loader.advance())
+    with pytest.raises(ValueError, match=r"not what was drawn for streams \[0, 1, 2, 3\]"):
+        loader.commit(torch.full((8, 2), 1000))
+    loader.rollback()
+    assert len(loader.draw(0, 2)) == 4
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "seq_len": ({"sizes": {**SIZES, "seq_len": 32}}, "seq_len: 24 -> 32"),
+    "global batch": ({"sizes": {**SIZES, "global_batch_size": 16}, "num_streams": 8}, "global_batch_size: 8 -> 16"),
+    "streams": ({"num_streams": 4}, "num_streams: 8 -> 4"),
+    "seed": ({"sizes": {**SIZES, "seed": 1}}, "seed: 0 -> 1"),
+    "shuffle": ({"shuffle": False}, "shuffle: True -> False"),
+    "end": ({"infinite": False}, "infinite: True -> False"),
+    "eos": ({"add_eos": True}, "eos_id: None -> 257"),
+    "source": ({"source": "other"}, r"source\.bytes: \d+ -> \d+; source\.checksum: \w+ -> \w+"),
+    "tokenizer": ({"tokenizer": "other"}, "tokenizer: ByteTokenizer -> Other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_of_other_settings_is_refused_unless_asked_for(
+    change: str, source: JsonlSource.Config, texts: list[str], write_jsonl: Callable[..., Path]
+) -> None:
+    settings, message = dict(CHANGES[change][0]), CHANGES[change][1]
+    if "source" in settings:
+        settings["source"] = JsonlSource.Config(path=write_jsonl([f"{text} " for text in texts], "other.jsonl"))
+    if "tokenizer" in settings:
+        settings["tokenizer"] = ByteTokenizer.Config().build()
+        settings["tokenizer"].fingerprint = "Other"
+    saved = build(source)
+    for _ in range(3):
+        global_batch([saved], 1)
+        commit([saved])
+    state = saved.state_dict()
+    with pytest.raises(ValueError, match=f"{message}.*allow_changes"):
+        build(**{"source": source, **settings}).load_state_dict(state)
+    changed = build(**{"source": source, **settings, "allow_changes": True})
+    changed.load_state_dict(state)
+    drawn = global_batch([changed], 1)
+    assert min(ids[0] for ids in drawn["sample_ids"] if ids) >= min(
+        index + documents * 8 for index, documents in enumerate(state["documents"])
+    )
+
+
+def test_another_row_length_or_batch_goes_on_at_the_same_token(source: JsonlSource.Config) -> None:
+    saved = build(source)
+    global_batch([saved], 1)
+    commit([saved])
+    state = saved.state_dict()
+    following = global_batch([saved], 1)
+    sizes = {**SIZES, "global_batch_size": 16, "seq_len": 12}
+    changed = build(source, sizes=sizes, num_streams=8, allow_changes=True)
+    changed.load_state_dict(state)
+    rows = global_batch([changed], 1)["tokens"]  # 16 rows of half the length: two of each stream
+    assert torch.equal(torch.cat([rows[:8], rows[8:]], dim=1), following["tokens"])
+
+
+def test_another_number_of_streams_begins_after_all_that_was_begun(source: JsonlSource.Config) -> None:
+    saved = build(source)
+    seen: set[int] = set()
+    for _ in range(4):
+        seen.update(number for ids in global_batch([saved], 1)["sample_ids"] for number in ids)
+        commit([saved])
+    for rows in (4, 16):
+        changed = build(source, sizes={**SIZES, "global_batch_size": rows}, allow_changes=True)
+        changed.load_state_dict(saved.state_dict())
+        first = [ids[0] for ids in global_batch([changed], 1)["sample_ids"]]
+        assert min(first) > max(seen)
+        assert max(seen) < min(first) <= max(seen) + 4  # the next that is not empty
+
+
+def test_batch_sizes_that_do_not_fit_are_errors(source: JsonlSource.Config) -> None:
+    with pytest.raises(ValueError, match=r"8 rows for 3 data ranks .* micro-batches of 1\..*multiple of 3 x 1 = 3"):
+        build(source).draw(0, 3)
+    with pytest.raises(ValueError, match="micro-batches of 8"):
+        build(source, sizes={**SIZES, "local_batch_size": 8}).draw(0, 2)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        build(source).draw(2, 2)
+    with pytest.raises(ValueError, match=r"3 streams for a global batch of 8 rows.*1, 2, 4, 8"):
+        build(source, num_streams=3)
+    for name in ("seq_len", "global_batch_size", "local_batch_size"):
+        with pytest.raises(ValueError, match=f"Got {name} 0"):
+            build(source, sizes={**SIZES, name: 0})
+    with pytest.raises(ValueError, match="num_streams 0"):
+        build(source, num_streams=0)
+    with pytest.raises(ValueError, match="prefetch -1"):
+        build(source, prefetch=-1)
+
+
+def test_bos_and_eos_must_be_there_to_be_added(source: JsonlSource.Config) -> None:
+    class Bare(ByteTokenizer):
+        bos_id = None
+        eos_id = None
+
+    for name in ("bos", "eos"):
+        with pytest.raises(ValueError, match=f"add_{name} with a tokenizer that has no {name}"):
+            build(source, tokenizer=Bare.Config().build(), **{f"add_{name}": True})
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_an_error_while_reading_ahead_is_raised_by_draw(tmp_path: Path, prefetch: int) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "fine"}\n{"text"\n')
+    loader = build(JsonlSource.Config(path=path, check=False), prefetch=prefetch)
+    for _ in range(2):  # again and again: the step cannot be drawn
+        with pytest.raises(ValueError, match=r"not JSON in .*line 2"):
+            loader.draw(0, 1)
+    loader.close()
+
+
+def test_steps_before_a_bad_document_are_drawn(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_jsonl(["a" * 3000, "b"])
+    path.write_text(path.read_text() + "no json\n")
+    sizes = {"seq_len": 1024, "global_batch_size": 1, "local_batch_size": 1, "seed": 0}
+    loader = build(JsonlSource.Config(path=path, check=False), sizes=sizes, shuffle=False, prefetch=1)
+    assert loader.draw(0, 1)[0].inputs["tokens"].tolist() == [[97] * 1024]
+
+
+@pytest.mark.parametrize("end", ["close", "garbage collection"])
+def test_no_thread_is_left_behind(source: JsonlSource.Config, end: str) -> None:
+    before = set(threading.enumerate())
+    loader = build(source)
+    loader.draw(0, 1)
+    (thread,) = set(threading.enumerate()) - before
+    if end == "close":
+        loader.close()
+    del loader
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_prefetch_makes_steps_ahead_and_none_does_not(
+    source: JsonlSource.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    make = step.make_step
+    monkeypatch.setattr(loader, "make_step", lambda *args: made.append(threading.current_thread().name) or make(*args))
+    ahead = build(source, prefetch=3)
+    ahead.draw(0, 1)
+    ahead.close()  # waits for the thread
+    assert 1 <= len(made) <= 4
+    assert all(name.startswith("titan-data") for name in made)
+    made.clear()
+    build(source, prefetch=0).draw(0, 1)
+    assert made == [threading.current_thread().name]
+
+
+def test_a_document_larger_than_a_step_is_read_piece_by_piece(tmp_path: Path) -> None:
+    words = [f"word{number} " for number in range(30_000)]
+    (tmp_path / "one.txt").write_text("".join(words))
+    config = TextSource.Config(path=tmp_path / "one.txt")
+    sizes = {"seq_len": 1000, "global_batch_size": 1, "local_batch_size": 1, "seed": 0}
+    loader = build(config, sizes=sizes, infinite=False)
+    tokens = []
+    while batches := loader.draw(0, 1):
+        tokens += batches[0].inputs["tokens"][batches[0].inputs["document_ids"] == 0].tolist()
+        assert int(batches[0].inputs["positions"].max()) < 1000
+        loader.commit(loader.advance())
+    assert TOKENIZER.decode(tokens) == "".join(words)

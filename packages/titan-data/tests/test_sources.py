@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from titan_data import HuggingFaceSource, JsonlSource, ParquetSource, Source, TextSource
+from titan_data.order import Order
+
+STRAIGHT = Order(seed=0, shuffle=False, infinite=False)
+
+
+def read(source: Source, order: Order = STRAIGHT, index: int = 0, num_streams: int = 1, start: int = 0) -> list[str]:
+    return [document.text for document in source.stream(index, num_streams, start, order)]
+
+
+@pytest.fixture(params=["jsonl", "parquet", "text", "hf map", "hf stream", "hf stream of 3 shards"])
+def source(
+    request: pytest.FixtureRequest, texts: list[str], tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> Source:
+    """One of all kinds of sources over `texts`."""
+    kind: str = request.param
+    if kind == "jsonl":
+        return JsonlSource.Config(path=write_jsonl(texts)).build()
+    if kind == "text":
+        (tmp_path / "texts.txt").write_text("\n--\n".join(texts), encoding="utf-8")
+        return TextSource.Config(path=tmp_path / "texts.txt", separator="\n--\n").build()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(
+            pyarrow.table({"n": list(range(len(texts))), "text": texts}), tmp_path / "texts.parquet"
+        )
+        return ParquetSource.Config(path=tmp_path / "texts.parquet", cache_dir=tmp_path / "cache").build()
+    num_files = 3 if "shards" in kind else 1
+    size = -(-len(texts) // num_files)
+    for number in range(num_files):
+        write_jsonl(texts[number * size : (number + 1) * size], f"part-{number}.jsonl")
+    files, streaming = str(tmp_path / "part-*.jsonl"), "stream" in kind
+    config = HuggingFaceSource.Config(path="json", data_files=files, streaming=streaming, cache_dir=tmp_path / "cache")
+    return config.build()
+
+
+def test_every_source_reads_the_texts_in_order(source: Source, texts: list[str]) -> None:
+    assert read(source) == texts
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_streams", [2, 3, 8, 30])
+def test_streams_share_out_an_epoch(source: Source, texts: list[str], num_streams: int, shuffle: bool) -> None:
+    order = Order(seed=1, shuffle=shuffle, infinite=False)
+    streams = [read(source, order, index, num_streams) for index in range(num_streams)]
+    assert sorted(itertools.chain(*streams)) == sorted(texts)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_stream_opened_later_goes_on_as_if_read_on(source: Source, shuffle: bool) -> None:
+    def begin(start: int, count: int) -> list[str]:
+        stream = source.stream(1, 2, start, Order(seed=1, shuffle=shuffle, infinite=True))
+        return [document.text for document in itertools.islice(stream, count)]
+
+    whole = begin(0, 40)  # two epochs and more
+    for start in (1, 9, 10, 25):
+        assert begin(start, 40 - start) == whole[start:]
+
+
+def test_epochs_are_shuffled_anew(source: Source, texts: list[str]) -> None:
+    stream = source.stream(0, 1, 0, Order(seed=1, shuffle=True, infinite=True))
+    epochs = [[document.text for document in itertools.islice(stream, len(texts))] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, texts]}) == 4
+    assert read(source, Order(seed=2, shuffle=True, infinite=False)) not in epochs
+
+
+def test_a_place_names_the_file(source: Source) -> None:
+    document = next(iter(source.stream(0, 1, 0, STRAIGHT)))
+    assert any(name in document.place() for name in ("texts.", "json train"))
+
+
+def test_streams_of_shards_read_their_own_shards_only(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    for number in range(4):
+        write_jsonl([f"{number} {line}" for line in range(5)], f"part-{number}.jsonl")
+    source = HuggingFaceSource.Config(path="json", data_files=str(tmp_path / "part-*.jsonl")).build()
+    order = Order(seed=0, shuffle=True, infinite=False)
+    assert [{text[0] for text in read(source, order, index, 4)} for index in range(4)] == [{"0"}, {"1"}, {"2"}, {"3"}]
+
+
+def test_a_shuffle_buffer_of_one_keeps_the_order_within_a_shard(write_jsonl: Callable[..., Path]) -> None:
+    lines, order = [f"line {number}" for number in range(50)], Order(seed=0, shuffle=True, infinite=False)
+    config = HuggingFaceSource.Config(path="json", data_files=str(write_jsonl(lines)), shuffle_buffer=1)
+    assert read(config.build(), order) == lines
+    config.shuffle_buffer = 50
+    assert read(config.build(), order) != lines
+
+
+def test_patterns_read_files_in_order_of_name(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    write_jsonl(["c"], "2.jsonl")
+    write_jsonl(["a", "b"], "1.jsonl")
+    (tmp_path / "x.txt").write_text("one file, one document\n\nof two paragraphs")
+    assert read(JsonlSource.Config(path=tmp_path / "*.jsonl").build()) == ["a", "b", "c"]
+    assert read(TextSource.Config(path=str(tmp_path / "*.txt")).build()) == [
+        "one file, one document\n\nof two paragraphs"
+    ]
+    assert read(TextSource.Config(path=tmp_path / "x.txt", separator="\n\n").build())[1] == "of two paragraphs"
+
+
+def test_empty_lines_and_a_missing_line_feed_at_the_end_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'{"text": "a"}\r\n\n   \n{"body": 1, "text": "b"}\n\n{"text": "c"}')
+    source = JsonlSource.Config(path=path).build()
+    assert read(source) == ["a", "b", "c"]
+    assert source.place(1) == f"{path}, line 4"
+
+
+def test_identities_tell_texts_apart_and_not_their_folder(source: Source, tmp_path: Path, texts: list[str]) -> None:
+    def identity(folder: str, texts: list[str]) -> dict[str, Any]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return JsonlSource.Config(path=tmp_path / folder / "texts.jsonl").build().identity()
+
+    assert json.loads(json.dumps(source.identity())) == source.identity()
+    assert identity("one", texts) == identity("two", texts)
+    assert identity("three", [*texts[:-1], texts[-1][:-1] + "?"]) != identity("four", texts)
+
+
+JSONL_ERRORS = {
+    "bad JSON": ('{"text": "a"}\n{"text": "b"\n', r"not JSON in .*texts\.jsonl, line 2: Expecting ',' delimiter"),
+    "bad JSON after an empty line": ('{"text": "a"}\n\n\n{text}\n', r"texts\.jsonl, line 4"),
+    "no field": ('{"title": "x", "body": "a"}\n', r"'text' in .*texts\.jsonl, line 1; it has title, body"),
+    "a null": ('{"text": "a"}\n{"text": null}\n', r"'text' of type NoneType in .*texts\.jsonl, line 2"),
+    "a list": ('["text"]\n', r"Got a list in .*texts\.jsonl, line 1"),
+    "a string": ('"text"\n', r"Got a str in .*texts\.jsonl, line 1"),
+    "not UTF-8": (b'{"text": "\xff"}\n', r"not JSON in .*texts\.jsonl, line 1: 'utf-8' codec"),
+    "an empty file": ("", r"texts\.jsonl, which holds no line"),
+    "only empty lines": ("\n\n", r"texts\.jsonl, which holds no line"),
+    "only empty texts": ('{"text": ""}\n{"text": ""}\n', "2 documents, all of them empty"),
+}
+
+
+@pytest.mark.parametrize("case", JSONL_ERRORS)
+def test_a_bad_record_is_an_error_on_opening_that_says_file_and_line(case: str, tmp_path: Path) -> None:
+    content, message = JSONL_ERRORS[case]
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        JsonlSource.Config(path=path).build()
+
+
+def test_without_check_a_bad_record_is_an_error_when_its_turn_comes(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n{"text"\n')
+    stream = JsonlSource.Config(path=path, check=False).build().stream(0, 1, 0, STRAIGHT)
+    assert next(stream).text == "a"
+    with pytest.raises(ValueError, match=r"line 2"):
+        next(stream)
+
+
+def test_text_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine\nnot \xff fine")
+    with pytest.raises(ValueError, match=r"not UTF-8 in .*a\.txt, line 2"):
+        TextSource.Config(path=path).build()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="1 documents, all of them empty"):
+        TextSource.Config(path=path).build()
+    with pytest.raises(ValueError, match='separator ""'):
+        TextSource.Config(path=path, separator="").build()
+
+
+def test_parquet_errors(tmp_path: Path) -> None:
+    def build(column: dict[str, Any]) -> None:
+        pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+        ParquetSource.Config(path=tmp_path / "a.parquet", cache_dir=tmp_path / "cache").build()
+
+    with pytest.raises(ValueError, match=r"'text' in .*a\.parquet; it has body"):
+        build({"body": ["a"]})
+    with pytest.raises(ValueError, match="'text' of type int64"):
+        build({"text": [1]})
+    with pytest.raises(ValueError, match=r"1 records without text in .*a\.parquet, row 2"):
+        build({"text": ["a", None]})
+    with pytest.raises(ValueError, match="2 documents, all of them empty"):
+        build({"text": ["", ""]})
+    (tmp_path / "a.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, which cannot be read as Parquet"):
+        ParquetSource.Config(path=tmp_path / "a.parquet").build()
+
+
+def test_streamed_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    config = HuggingFaceSource.Config(path="json", data_files=str(path), cache_dir=tmp_path / "cache")
+    path.write_text('{"body": "a"}\n')
+    with pytest.raises(ValueError, match="'text' in json train; it has body"):
+        read(config.build())
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match="'text' of type int"):
+        read(config.build())
+    path.write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(ValueError, match="cannot be read in json train"):
+        read(config.build())
+    path.write_text('{"text": "only one document"}\n')
+    with pytest.raises(ValueError, match=r"without any text for stream 1 of 2.*than shards|as shards \(1\)"):
+        read(config.build(), Order(seed=0, shuffle=False, infinite=True), index=1, num_streams=2)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_that_is_not_there_says_what_was_asked_for(streaming: bool, tmp_path: Path) -> None:
+    config = HuggingFaceSource.Config(path="json", data_files=str(tmp_path / "no.jsonl"), streaming=streaming)
+    with pytest.raises(FileNotFoundError, match="Got the dataset json, split train, which cannot be loaded"):
+        config.build()
+    config = HuggingFaceSource.Config(path="nobody/nothing", name="en", streaming=streaming)
+    with pytest.raises(
+        (FileNotFoundError, ConnectionError), match=r"Got the dataset nobody/nothing \(en\), split train"
+    ):
+        config.build()
+    with pytest.raises(ValueError, match="shuffle_buffer 0"):
+        HuggingFaceSource.Config(path="json", shuffle_buffer=0).build()
+
+
+def test_a_missing_file_names_the_nearest(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    write_jsonl(["a"], "train.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"nearest name is .*train\.jsonl"):
+        JsonlSource.Config(path=tmp_path / "trian.jsonl").build()
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        TextSource.Config(path=tmp_path / "no" / "folder" / "x.txt").build()
+    with pytest.raises(FileNotFoundError, match=r"matches no file"):
+        ParquetSource.Config(path=tmp_path / "*.parquet").build()
+    with pytest.raises(IsADirectoryError, match=r"train\.jsonl"):
+        JsonlSource.Config(path=tmp_path).build()
+
+
+def test_a_stream_that_would_only_ever_see_empty_documents_is_an_error(write_jsonl: Callable[..., Path]) -> None:
+    source = JsonlSource.Config(path=write_jsonl(["a", ""])).build()
+    with pytest.raises(ValueError, match="nothing but empty documents in stream 1 of 2"):
+        list(itertools.islice(source.stream(1, 2, 0, Order(0, False, True)), 10))
+    assert "a" in [d.text for d in itertools.islice(source.stream(1, 2, 0, Order(0, True, True)), 50)]
