@@ -6,7 +6,7 @@
 # ///
 """Llama 3.1 8B on C4, from scratch: 8 GPUs of 80 GiB or more.
 
-    torchrun --nproc-per-node 8 recipes/llama3_8b.py --tokenizer.path /path/to/tokenizer.model
+torchrun --nproc-per-node 8 recipes/llama3_8b.py --tokenizer.path /path/to/tokenizer.model
 """
 
 from pathlib import Path
@@ -41,7 +41,9 @@ def llama3_run(model: Configurable.Config, *, global_batch_size: int, lr: float)
         dataloader=TokenLoader.Config(source=c4("train"), add_bos=True, add_eos=True, shuffle=False),
         training=Training(global_batch_size=global_batch_size, local_batch_size=1, seq_len=8192, steps=100_000),
         optimizer=AdamW.Config(lr=lr),
-        lr_scheduler=WarmupStableDecay.Config(warmup_steps=2000, total_steps=100_000, decay_type="cosine", min_lr_factor=0.1),
+        lr_scheduler=WarmupStableDecay.Config(
+            warmup_steps=2000, total_steps=100_000, decay_type="cosine", min_lr_factor=0.1
+        ),
         activation_checkpoint=SelectiveRecompute.Config(),
         compile=Compile.Config(),
         validator=Validator.Config(

@@ -6,7 +6,7 @@
 # ///
 """A Llama 3 of 6 million parameters learns Jane Austen's English on a CPU in about a minute.
 
-    torchrun --nproc-per-node 2 recipes/llama3_debug.py [--training.steps 200] [--help]
+torchrun --nproc-per-node 2 recipes/llama3_debug.py [--training.steps 200] [--help]
 """
 
 from pathlib import Path
@@ -27,7 +27,9 @@ def llama3_debug() -> Trainer.Config:
             path=ASSETS / "austen.tiktoken", special_tokens={"<|end_of_text|>": 2047}, eos="<|end_of_text|>"
         ),
         dataloader=TokenLoader.Config(source=JsonlSource.Config(path=ASSETS / "austen/train.jsonl"), add_eos=True),
-        training=Training(global_batch_size=16, local_batch_size=8, seq_len=256, steps=60, mixed_precision_param="float32"),
+        training=Training(
+            global_batch_size=16, local_batch_size=8, seq_len=256, steps=60, mixed_precision_param="float32"
+        ),
         optimizer=AdamW.Config(lr=3e-3),
         lr_scheduler=WarmupStableDecay.Config(warmup_steps=5, total_steps=60),
         validator=Validator.Config(

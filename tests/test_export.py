@@ -1,0 +1,61 @@
+"""A checkpoint leaves Titan: exported for Hugging Face it gives the logits that training left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from titan_ckpt import Checkpointer, export_hf, load_hf
+from torch.distributed.tensor import DTensor
+
+
+def whole_logits(trainer, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of a plain model with the trainer's weights."""
+    plain = trainer.config.model.build()
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    plain.load_state_dict(
+        {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights.items()}, strict=False
+    )
+    with torch.no_grad():
+        return plain(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "parallelism", [{}, {"parallelism.tensor_parallel_degree": 2}], ids=["saved by FSDP 2", "saved by TP 2"]
+)
+def test_transformers_loads_an_exported_checkpoint_and_gives_its_logits(
+    run_ranks, small_run, tmp_path, parallelism, tied
+):
+    config = small_run(changes={**parallelism, "training.steps": 3})
+    config.checkpoint = Checkpointer.Config(async_mode="disabled")
+    config.model.max_seq_len = 512
+    if tied:
+        config.model.head = None
+    tokens = torch.randint(0, 2048, (2, 300), generator=torch.Generator().manual_seed(0))
+
+    def train() -> torch.Tensor:
+        trainer = config.build()
+        trainer.train()
+        return whole_logits(trainer, tokens)
+
+    expected = run_ranks(2, train)[0]
+    export_hf(config.dump_folder / "checkpoint" / "step-3", tmp_path / "hf")
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        found = model(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    config = small_run()
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.model.hf_adapter().hf_config()))
+    hf.save_pretrained(tmp_path / "hf")
+    model = config.model.build()
+    load_hf(tmp_path / "hf", dict(model.named_parameters()), config.model.hf_adapter())
+    tokens = torch.randint(0, 2048, (2, 64))
+    with torch.no_grad():
+        found, expected = model(tokens, torch.arange(64).expand_as(tokens)), hf(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,115 @@
+"""Promise 3: resume is exact. The losses and the documents of every step, on the same ranks and on others."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from titan_ckpt import Checkpointer
+from titan_data import JsonlSource, TokenLoader
+from titan_trainer import Optimizer
+
+MESHES = {
+    "1 rank": (1, {}),
+    "FSDP 2": (2, {}),
+    "TP 2": (2, {"parallelism.tensor_parallel_degree": 2}),
+    "FSDP 4": (4, {}),
+    "HSDP 2x2": (4, {"parallelism.data_parallel_replicate_degree": 2}),
+    "FSDP 2 x TP 2": (4, {"parallelism.tensor_parallel_degree": 2}),
+}
+
+
+def train(config) -> list[tuple[int, list]]:
+    """Train to the end; the steps that this rank took, each with the documents of the rows it drew."""
+    trainer = config.build()
+    draw, drawn = trainer.loader.draw, []
+
+    def recorded(rank, num_ranks):
+        batches = draw(rank, num_ranks)
+        drawn.append((trainer.step + 1, rank, [ids for batch in batches for ids in batch.sample_ids]))
+        return batches
+
+    trainer.loader.draw = recorded
+    trainer.train()
+    return drawn
+
+
+def run_in_parts(run_ranks, small_run, name: str, parts: list[tuple[str, int]], changes: dict) -> tuple[list, dict]:
+    """Run to each number of steps on each mesh, one after the other; losses, and documents by (step, data rank's rows)."""
+    documents: dict[int, list] = {}
+    for mesh, steps in parts:
+        world_size, parallelism = MESHES[mesh]
+        config = small_run(name, {**changes, **parallelism, "training.steps": steps})
+        config.checkpoint = Checkpointer.Config(interval=100, async_mode="disabled" if steps % 2 else "async")
+        by_rank = {}
+        for drawn in run_ranks(world_size, train, config):
+            by_rank.update({(step, rank): rows for step, rank, rows in drawn})
+        for (step, _), rows in sorted(by_rank.items()):
+            documents.setdefault(step, []).extend(rows)
+    lines = (config.dump_folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], documents
+
+
+@pytest.fixture(scope="module")
+def short_epoch(tmp_path_factory) -> dict:
+    """Text whose epoch ends every few steps, in the middle of one."""
+    file = tmp_path_factory.mktemp("text") / "short.jsonl"
+    sentences = ["It is a truth universally acknowledged. " * (1 + i % 7) for i in range(37)]
+    file.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(sentences)))
+    return {"dataloader": TokenLoader.Config(source=JsonlSource.Config(path=file), add_eos=True)}
+
+
+@pytest.mark.parametrize(
+    "mesh", ["1 rank", "FSDP 2", *(pytest.param(m, marks=pytest.mark.full) for m in list(MESHES)[2:])]
+)
+def test_seven_and_six_and_seven_steps_are_twenty_bit_for_bit(run_ranks, small_run, mesh):
+    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 20)], {})
+    parts = run_in_parts(run_ranks, small_run, "parts", [(mesh, 7), (mesh, 13), (mesh, 20)], {})
+    assert parts == whole
+    assert len(whole[0]) == 20
+
+
+@pytest.mark.parametrize("mesh", ["FSDP 2", pytest.param("FSDP 2 x TP 2", marks=pytest.mark.full)])
+def test_across_the_end_of_epochs_too(run_ranks, small_run, short_epoch, mesh):
+    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 20)], short_epoch)
+    parts = run_in_parts(run_ranks, small_run, "parts", [(mesh, 7), (mesh, 13), (mesh, 20)], short_epoch)
+    assert parts == whole
+    seen = [number for rows in whole[1].values() for row in rows for number in row]
+    assert max(seen) > 3 * 37  # three epochs and more went by
+
+
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        ["1 rank", "FSDP 2", "TP 2"],
+        ["FSDP 2 x TP 2", "1 rank", "HSDP 2x2"],
+        pytest.param(["FSDP 4", "TP 2", "FSDP 2"], marks=pytest.mark.full),
+        pytest.param(["HSDP 2x2", "FSDP 4", "FSDP 2 x TP 2"], marks=pytest.mark.full),
+    ],
+    ids=" then ".join,
+)
+def test_parts_on_other_meshes_give_the_same_losses_and_documents(run_ranks, small_run, short_epoch, meshes):
+    losses, documents = run_in_parts(run_ranks, small_run, "whole", [("1 rank", 20)], short_epoch)
+    parts = list(zip(meshes, (7, 13, 20), strict=True))
+    found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, short_epoch)
+    assert found_documents == documents
+    assert found_losses == pytest.approx(losses, rel=3e-6)
+
+
+def forget_optimizer(monkeypatch) -> None:
+    state_dict = Optimizer.state_dict
+    monkeypatch.setattr("titan_trainer.optimizer.Optimizer.state_dict", lambda self: copy.deepcopy(state_dict(self)))
+    monkeypatch.setattr("titan_trainer.optimizer.Optimizer.load_state_dict", lambda self, state: None)
+
+
+def forget_data(monkeypatch) -> None:
+    monkeypatch.setattr("titan_data.TokenLoader.load_state_dict", lambda self, state: None)
+
+
+@pytest.mark.parametrize("sabotage", [forget_optimizer, forget_data])
+def test_a_part_that_is_not_restored_is_seen(run_ranks, small_run, monkeypatch, sabotage):
+    sabotage(monkeypatch)
+    whole = run_in_parts(run_ranks, small_run, "whole", [("1 rank", 12)], {})
+    parts = run_in_parts(run_ranks, small_run, "parts", [("1 rank", 7), ("1 rank", 12)], {})
+    assert parts != whole
