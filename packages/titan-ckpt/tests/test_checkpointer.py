@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from titan_ckpt import Checkpointer, CheckpointError, check_whole, read_config
+from titan_ckpt import Checkpointer, CheckpointError, check_whole, export_model, read_config, saving
 from titan_config import ConfigError
 from torch import nn
 
@@ -271,3 +271,35 @@ def test_an_initial_checkpoint_of_another_model_is_refused(tmp_path):
         build(tmp_path / "new", initial_load_path=path).load({"model": Values(w=torch.ones(3))})
     with pytest.raises(CheckpointError, match=r"not a whole checkpoint: it has no manifest\.json"):
         build(tmp_path / "new", initial_load_path=path.parent).load({"model": Values(w=torch.ones(2))})
+
+
+def test_the_model_alone_begins_another_run(tmp_path):
+    parts = {"model": Values(w=torch.ones(2), step=7), "optimizer": Values(m=torch.ones(2))}
+    build(tmp_path / "old").save(5, parts, last=True)
+    path = export_model(tmp_path / "old" / "checkpoint" / "step-5", tmp_path / "shared")
+    assert path == tmp_path / "shared" / "step-5"
+    assert set(load_file(path / "rank-00000.safetensors")) == {"model.w@0"}
+    model = Values(w=torch.zeros(2))
+    build(tmp_path / "new", initial_load_path=path).load({"model": model, "optimizer": Values(m=torch.zeros(2))})
+    assert model.state["w"].eq(1).all()
+    assert model.state["step"] == 7
+    build(tmp_path / "data").save(5, {"data": Values(n=1)}, last=True)
+    with pytest.raises(CheckpointError, match=r"has the parts \['data'\]"):
+        export_model(tmp_path / "data" / "checkpoint" / "step-5", tmp_path / "none")
+
+
+def test_an_async_failure_is_raised_by_the_next_due_save(tmp_path, monkeypatch):
+    checkpointer = build(tmp_path, interval=2)
+    monkeypatch.setattr(saving, "write_json", fail)
+    assert checkpointer.save(2, {"part": Values(n=1)})
+    assert not checkpointer.save(3, {"part": Values(n=1)})
+    with pytest.raises(CheckpointError, match=r"No space left on device.* while saving step 2"):
+        checkpointer.save(4, {"part": Values(n=1)})
+    monkeypatch.undo()
+    assert checkpointer.save(4, {"part": Values(n=1)})
+    checkpointer.close()
+    assert build(tmp_path).load({"part": Values()}) == 4
+
+
+def fail(path, data):
+    raise OSError(28, "No space left on device", str(path))

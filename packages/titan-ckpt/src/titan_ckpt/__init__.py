@@ -6,6 +6,7 @@ from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf, save_hf
 from titan_ckpt.hf_import import load_hf
 from titan_ckpt.manifest import check_whole
+from titan_ckpt.model_export import export_model
 from titan_ckpt.random_state import RandomState
 from titan_ckpt.reading import TensorReader, read_config
 from titan_ckpt.state import Part
@@ -20,6 +21,7 @@ __all__ = [
     "TensorReader",
     "check_whole",
     "export_hf",
+    "export_model",
     "load_hf",
     "read_config",
     "save_hf",

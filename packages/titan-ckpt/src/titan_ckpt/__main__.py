@@ -1,4 +1,4 @@
-"""Look at checkpoints from a shell: `python -m titan_ckpt list|verify|export-hf PATH`."""
+"""Look at checkpoints from a shell: `python -m titan_ckpt list|verify|export-model|export-hf PATH`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.hf_export import export_hf
 from titan_ckpt.manifest import check_whole, read_manifest
+from titan_ckpt.model_export import export_model
 from titan_ckpt.shelf import Shelf
 
 
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", type=Path, help="a new folder")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="round the weights to this type")
     export.set_defaults(run=_export)
+    model = commands.add_parser("export-model", help="write a checkpoint's model alone, as a checkpoint")
+    model.add_argument("path", type=Path, help="a folder step-N")
+    model.add_argument("folder", type=Path, help="folder to hold it")
+    model.set_defaults(run=_export_model)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -54,6 +59,10 @@ def _verify(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     export_hf(options.path, options.folder, options.dtype and getattr(torch, options.dtype))
     print(f"{options.folder} holds the model of {options.path}")
+
+
+def _export_model(options: argparse.Namespace) -> None:
+    print(f"{export_model(options.path, options.folder)} holds the model of {options.path}")
 
 
 if __name__ == "__main__":
