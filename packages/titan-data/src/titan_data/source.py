@@ -83,8 +83,8 @@ class MapSource(Source):
 
     def _require_text(self) -> None:
         if not any(self.text(index) for index in range(len(self))):
-            what = f"{len(self)} documents, all of them empty" if len(self) else "no document"
+            what = f"{len(self)} documents, all of them empty ({self.place(0)} first)" if len(self) else "no document"
             raise ValueError(
-                f"Got {what}, in {self.Config.__qualname__} {self.identity()}. At least one with text is "
-                f"needed. Check the path and the name of the text field."
+                f"Got {what}, in {self.Config.__qualname__}. At least one with text is needed. Check the path and the "
+                "name of the text field."
             )
