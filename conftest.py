@@ -43,8 +43,8 @@ def _rank_main(
 def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
     """Call `function(*args)` on `world_size` forked ranks; return their results in order of rank.
 
-    Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError with
-    the traceback of the first rank that failed; the others are ended.
+    Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError
+    with the traceback of the first rank that failed; the others are ended.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -88,3 +88,7 @@ def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeou
 def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(world_size, function, *args)`: see `_run_ranks`."""
     return _run_ranks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden texts of the recipes anew")

@@ -17,6 +17,8 @@ REPO = Path(__file__).parent.parent
 def recipe():
     """`recipe("llama3_debug")` imports a recipe by its file name."""
 
+    sys.path.append(str(REPO / "recipes"))  # where Python looks when a recipe is run as a script
+
     def load(name: str) -> ModuleType:
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, REPO / "recipes" / f"{name}.py")

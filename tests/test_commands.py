@@ -1,4 +1,4 @@
-"""The recipe as people run it: what it leaves, how it stops, what it says about bad input. Every case is a process of its own."""
+"""The recipe as people run it: what it leaves, how it stops, what it says about bad input; each case a process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,26 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 RECIPE = REPO / "recipes" / "llama3_debug.py"
-SMALL = """--model.num_layers 1 --model.dim 32 --model.block.attention.num_heads 2 --model.block.attention.num_kv_heads 2
-    --model.block.feed_forward.hidden_dim 64 --training.seq_len 32 --training.global_batch_size 4 --training.local_batch_size 2
-    --training.steps 4 --validator None --metrics.log_freq 1""".split()
+SMALL = {
+    "model.num_layers": 1,
+    "model.dim": 32,
+    "model.block.attention.num_heads": 2,
+    "model.block.attention.num_kv_heads": 2,
+    "model.block.feed_forward.hidden_dim": 64,
+    "training.seq_len": 32,
+    "training.global_batch_size": 4,
+    "training.local_batch_size": 2,
+    "training.steps": 4,
+    "validator": None,
+    "metrics.log_freq": 1,
+}
+SMALL_FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
 
 
 def run(folder: Path, *flags: str | Path, recipe: Path = RECIPE) -> subprocess.CompletedProcess:
     """Run the recipe, small, in an empty folder; flags given later win."""
-    command = [sys.executable, recipe, *SMALL, "--dump_folder", folder / "run", *flags]
+    command = [sys.executable, recipe, *SMALL_FLAGS, "--dump_folder", folder / "run", *flags]
     return subprocess.run(map(str, command), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -175,7 +186,7 @@ def test_a_bad_config_file_is_refused(finished_run, tmp_path, name):
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, RECIPE, *SMALL, "--dump_folder", folder / "run", *flags]
+    command = [sys.executable, RECIPE, *SMALL_FLAGS, "--dump_folder", folder / "run", *flags]
     return subprocess.Popen(
         map(str, command), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -192,7 +203,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(tmp_path):
     process = start(tmp_path, "--training.steps", "100000")
     wait_for_step(process, 3)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     last = records(tmp_path)[-1]["step"]
     assert (tmp_path / "run" / "checkpoint" / f"step-{last}" / "manifest.json").exists()

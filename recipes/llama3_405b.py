@@ -1,0 +1,30 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""Llama 3.1 405B on C4, from scratch: 512 GPUs of 80 GiB or more, tensor parallel within a machine.
+
+torchrun --nnodes 64 --nproc-per-node 8 ... recipes/llama3_405b.py --tokenizer.path /path/to/tokenizer.model
+"""
+
+from pathlib import Path
+
+from llama3_8b import llama3_run
+from titan_models import llama3
+from titan_parallel import FullRecompute
+from titan_trainer import Trainer, main
+
+
+def llama3_405b() -> Trainer.Config:
+    """Four million tokens a step."""
+    config = llama3_run(llama3.llama3_405b(), global_batch_size=512, lr=8e-5)
+    config.parallelism.tensor_parallel_degree = 8
+    config.activation_checkpoint = FullRecompute.Config()
+    config.dump_folder = Path("outputs/llama3_405b")
+    return config
+
+
+if __name__ == "__main__":
+    main(llama3_405b)
