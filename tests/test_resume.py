@@ -36,7 +36,7 @@ def train(config) -> list[tuple[int, list]]:
 
 
 def run_in_parts(run_ranks, small_run, name: str, parts: list[tuple[str, int]], changes: dict) -> tuple[list, dict]:
-    """Run to each number of steps on each mesh, one after the other; losses, and documents by (step, data rank's rows)."""
+    """Run to each number of steps on each mesh, one after the other; the losses and the documents of each step."""
     documents: dict[int, list] = {}
     for mesh, steps in parts:
         world_size, parallelism = MESHES[mesh]

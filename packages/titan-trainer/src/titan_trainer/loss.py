@@ -5,8 +5,9 @@ B batch, T tokens, D width, N tokens of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from titan_config import ConfigError, Configurable
 from titan_parallel import cross_entropy
 from torch import Tensor
@@ -36,12 +37,12 @@ class CrossEntropy(Configurable):
     def __init__(self, config: Config) -> None:
         self.chunk_tokens = config.chunk_tokens
 
-    def count(self, targets: dict[str, Tensor]) -> Tensor:
+    def count(self, targets: Mapping[str, Tensor]) -> Tensor:
         """How many labels count: an int64 scalar."""
         return (targets["labels"] != self.ignore_index).sum()
 
     def __call__(
-        self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: dict[str, Tensor]
+        self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """`hidden [B, T, D]` and `labels [B, T]` to the loss's sum (fp32 or wider) and its count."""
         labels_N = targets["labels"].flatten()
@@ -53,7 +54,7 @@ class CrossEntropy(Configurable):
             checkpoint(self._chunk_loss, head, chunk_ND, chunk_labels_N, use_reentrant=False)
             for chunk_ND, chunk_labels_N in zip(hidden_ND.chunk(num_chunks), labels_N.chunk(num_chunks), strict=True)
         ]
-        return sum(sums[1:], start=sums[0]), self.count(targets)
+        return torch.stack(sums).sum(), self.count(targets)
 
     def _chunk_loss(self, head: Callable[[Tensor], Tensor], hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
         return cross_entropy(head(hidden_ND), labels_N, ignore_index=self.ignore_index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_trainer.protocols import State
 
@@ -13,7 +13,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         persistent = model.state_dict(keep_vars=True)
-        self.tensors = dict(model.named_parameters())
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters())
         self.tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
     def state_dict(self) -> State:

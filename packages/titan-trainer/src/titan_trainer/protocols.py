@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
-from titan_parallel import Batch
+import titan_parallel
 from torch import Tensor, nn
 
 State = dict[str, Any]
 """A nested dictionary of tensors (plain: the same on every rank; `DTensor`: sharded) and of JSON values."""
+
+
+class Batch(titan_parallel.Batch, Protocol):
+    """One micro-batch, which says what it is made of."""
+
+    @property
+    def sample_ids(self) -> list[list[int]]:
+        """Per row, the ids of the samples in it."""
 
 
 class Stateful(Protocol):
@@ -20,24 +28,42 @@ class Stateful(Protocol):
     def load_state_dict(self, state: State, /) -> None: ...
 
 
-@runtime_checkable
 class Model(Protocol):
-    """A plain `nn.Module` that states its roles and draws its own weights; it is called as `model(**batch.inputs)`."""
+    """What the trainer calls besides what every `nn.Module` has; the forward is `model(**batch.inputs)`."""
 
-    def roles(self) -> Mapping[str, Any]: ...
+    def roles(self) -> Mapping[str, Any]:
+        """What each part is: see `titan_parallel`."""
+        ...
 
-    def init_weights(self, seed: int) -> None: ...
+    def init_weights(self, seed: int) -> None:
+        """Draw the weights: the same bits on any mesh."""
+        ...
+
+
+class ModelConfig(Protocol):
+    """What the trainer reads of a model's config."""
+
+    vocab_size: int
+    """Needed where there is a tokenizer."""
+
+    def build(self) -> Any:
+        """A `Model` that is an `nn.Module`."""
+        ...
+
+    def flops_per_token(self, seq_len: int) -> Any:
+        """FLOPs of forward and backward, with the attention to a whole row as `.full`; read where MFU is."""
+        ...
 
 
 class Loss(Protocol):
     """A loss that is a sum over targets, taken in place of the model's head."""
 
-    def count(self, targets: dict[str, Tensor]) -> Tensor:
+    def count(self, targets: Mapping[str, Tensor]) -> Tensor:
         """How many targets count: an int64 scalar, known before the forward."""
         ...
 
     def __call__(
-        self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: dict[str, Tensor]
+        self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The loss's sum over the valid targets, and their count."""
         ...
@@ -87,7 +113,7 @@ class ReplicaGroup(Protocol):
     def register_state(
         self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None], step: int = 0
     ) -> None:
-        """What heals a newcomer: read from a live replica, written into the new one; `step`: how far this replica is."""
+        """What heals a newcomer: read from a live replica, written into the new one; `step`: how far we are."""
         ...
 
     def begin_step(self) -> tuple[int, int]:

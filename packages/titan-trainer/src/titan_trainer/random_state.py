@@ -26,7 +26,7 @@ class RandomState:
     def state_dict(self) -> State:
         """`{rank: {generator: state}}`."""
         version, words, gauss = random.getstate()
-        legacy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+        legacy: dict[str, Any] = np.random.get_state(legacy=False)
         state = {
             "python": [version, list(words), gauss],
             "numpy": {**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].tolist()}},

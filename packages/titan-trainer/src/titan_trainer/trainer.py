@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from titan_config import ConfigError, Configurable, diff, save
 from titan_parallel import (
-    Batch,
+    ActivationCheckpoint,
     Compile,
     MixedPrecision,
     ParallelDims,
@@ -24,7 +24,6 @@ from titan_parallel import (
     set_determinism,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_trainer.device import peak_flops, peak_memory_gib
 from titan_trainer.errors import NonFiniteError
@@ -34,7 +33,7 @@ from titan_trainer.metrics import Metrics
 from titan_trainer.model_state import ModelState
 from titan_trainer.optimizer import AdamW, Optimizer
 from titan_trainer.profiling import Profiler
-from titan_trainer.protocols import Checkpointer, Loader, Loss, State, Stateful
+from titan_trainer.protocols import Batch, Checkpointer, Loader, Loss, ModelConfig, State, Stateful
 from titan_trainer.random_state import RandomState
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
@@ -66,7 +65,7 @@ class Trainer(Configurable):
         optimizer: Optimizer.Config = AdamW.Config()
         lr_scheduler: WarmupStableDecay.Config = WarmupStableDecay.Config()
         parallelism: ParallelDims.Config = ParallelDims.Config()
-        activation_checkpoint: Configurable.Config | None = None
+        activation_checkpoint: ActivationCheckpoint.Config | None = None
         compile: Compile.Config | None = None
         model_converters: list[Configurable.Config] = []
         checkpoint: Configurable.Config | None = None
@@ -81,6 +80,7 @@ class Trainer(Configurable):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.model_config: ModelConfig = config.model  # type: ignore[assignment]  # the recipe's promise
         self.step = 0
         self.data_ended = False
         self.build_mesh()
@@ -108,9 +108,9 @@ class Trainer(Configurable):
         """Build the tokenizer and the loader."""
         config = self.config
         self.tokenizer = config.tokenizer.build() if config.tokenizer is not None else None
-        if self.tokenizer is not None and self.tokenizer.vocab_size > config.model.vocab_size:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise ConfigError(
-                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {config.model.vocab_size}. "
+                f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {self.model_config.vocab_size}. "
                 "Every token id needs a row of the embedding. "
                 f"Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
             )
@@ -131,7 +131,7 @@ class Trainer(Configurable):
         """Build the model without memory, convert and parallelize it, then draw each rank's part of the weights."""
         config = self.config
         with torch.device("meta"):
-            model: nn.Module = config.model.build().to(dtype=getattr(torch, config.training.dtype))
+            model = self.model_config.build().to(dtype=getattr(torch, config.training.dtype))
         self.converters = [converter.build() for converter in config.model_converters]
         for converter in self.converters:
             converter.convert(model)
@@ -146,9 +146,9 @@ class Trainer(Configurable):
                 param=config.training.mixed_precision_param, reduce=config.training.mixed_precision_reduce
             ),
         )
-        self.model = self.parallel.model
-        self.model.to_empty(device=self.device)
-        self.model.init_weights(seed=config.debug.seed)
+        model.to_empty(device=self.device)
+        model.init_weights(seed=config.debug.seed)
+        self.model: nn.Module = model
         self.parallel.set_gradient_hook(self.replica_group.reduce_)
 
     def build_optimizer(self) -> None:
@@ -180,7 +180,9 @@ class Trainer(Configurable):
         self.metrics = self.build_metrics()
         self.validator = self.build_validator()
         with StopRequest() as stop_request, ExitStack() as stack:
-            observers = [stack.enter_context(observer) for observer in self.build_observers()]
+            observers = self.build_observers()
+            for observer in observers:
+                stack.enter_context(observer)
             while self.has_next_step() and not self.agree(stop_request.received):
                 result = self.train_step()
                 if result is not None:
@@ -228,7 +230,7 @@ class Trainer(Configurable):
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
         """What the group is about to compute on: valid targets (at least 1), tokens, how far each stream moves."""
-        count = sum(int(self.loss.count(batch.targets)) for batch in batches)
+        count = int(sum(self.loss.count(batch.targets) for batch in batches))
         advance = self.loader.advance()
         totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), advance.flatten()]).to(self.device)
         if self.dims.num_data_ranks > 1:
@@ -317,7 +319,7 @@ class Trainer(Configurable):
         peak = peak_flops(self.device)
         seconds_per_token = None
         if peak is not None:
-            flops_per_token = self.config.model.flops_per_token(self.config.training.seq_len).full
+            flops_per_token = self.model_config.flops_per_token(self.config.training.seq_len).full
             seconds_per_token = flops_per_token / (peak * dist.get_world_size())
         return self.config.metrics.build(
             dump_folder=self.config.dump_folder,
@@ -351,5 +353,7 @@ def num_tokens(batch: Batch) -> int:
 
 def is_finite(gradient: Tensor) -> bool:
     """Whether this rank's part of a gradient is finite."""
+    from torch.distributed.tensor import DTensor  # a second of imports, for an error
+
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     return bool(local.isfinite().all())
