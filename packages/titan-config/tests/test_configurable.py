@@ -286,6 +286,8 @@ def test_equality_knows_nan_partials_and_types():
     assert not same(1, 1.0)
     assert not same([1], (1,))
     assert not same([1], [1, 2])
+    assert not same({1: "a"}, {"1": "a"})
+    assert not same({1: "a"}, {True: "a"})
     assert not same(Norm.Config(dim=1), Norm.Config(dim=2))
     assert Any_.Config() != "another kind"
 

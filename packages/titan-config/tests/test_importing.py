@@ -137,6 +137,11 @@ def test_a_module_that_is_not_installed_says_so():
         from_dict({"$type": "titan_none:A.Config"})
 
 
+def test_a_string_is_no_list():
+    with pytest.raises(ConfigError, match=r"Got allow='titan_'. It is a list of names"):
+        from_dict({"$type": "titan_x:A.Config"}, allow="titan_")
+
+
 def test_by_default_titan_packages_and_the_script_may_be_loaded(packages):
     assert from_dict({"$type": "titan_x:A.Config"}).x == 1
     with pytest.raises(ConfigError, match="does not hold"):

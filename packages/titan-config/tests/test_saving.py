@@ -177,6 +177,18 @@ def test_a_config_without_a_class_of_its_own_comes_back_as_its_own():
     assert type(from_dict(to_dict(Inherits.Config(size=4)), ALLOW).build()) is Inherits
 
 
+class Derived(Configurable):
+    class Config(Configurable.Config):
+        width: int = 2
+
+        def __post_init__(self) -> None:
+            self.width = 2 * self.width
+
+
+def test_what_a_config_derived_when_it_was_made_is_not_derived_again():
+    assert from_dict(to_dict(Derived.Config(width=3)), ALLOW).width == 6
+
+
 def test_a_built_config_is_saved_like_any_other():
     config = random_config(1)
     assert to_json(config.build().config) == to_json(config)
@@ -254,9 +266,12 @@ def test_files_come_back_equal_and_are_written_whole(tmp_path, monkeypatch):
          "config.json: part: Got the tag $tipe. A tag says what kind of value follows. Did you mean $type?"),
         ('{"$type": "T:All.Config", "color": {"$enum": "T:Color", "name": "GREEN"}}',
          "config.json: color: Got the name GREEN. Color has no such member."),
-        ('{"$type": 3}', "config.json: Got {'$type': 3} (dict). The value of $type is missing or of the wrong kind."),
-        ('{"$type": "T:All.Config", "f": {"$float": "3"}}', "config.json: f: Got {'$float': '3'} (dict). The value of"),
+        ('{"$type": 3}', "config.json: Got {'$type': 3} (dict). What belongs to $type is missing or of the wrong kind."),
+        ('{"$type": "T:All.Config", "f": {"$float": "3"}}', "config.json: f: Got {'$float': '3'} (dict). What belongs to"),
         ('{"$type": "T:All.Config", "keyed": {"$dict": [1]}}', "config.json: keyed: Got {'$dict': [1]} (dict)."),
+        ('{"$type": "T:All.Config", "path": {"$path": "a", "x": 1}}', "config.json: path: Got {'$path': 'a',"),
+        ('{"$type": "T:All.Config", "st": {"$set": [[1]]}}', "config.json: st: Got {'$set': [[1]]} (dict)."),
+        ('{"$type": "T:All.Config", "keyed": {"$dict": [[[1], 2]]}}', "config.json: keyed: Got {'$dict': [[[1]"),
         ('{"$type": "T:All.Config", "st": {"$set": 1}}', "config.json: st: Got {'$set': 1} (dict)."),
         ('{"$type": "T:All.Config", "fn": {"$partial": null}}', "config.json: fn: Got {'$partial': None} (dict)."),
         ('{"$type": "T:Color"}', "config.json: Got the type Color. A $type names a Config class. Use $enum"),

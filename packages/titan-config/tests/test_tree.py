@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from titan_config import ConfigError, Configurable, diff, replace, save, to_dict, to_text, traverse
-from titan_config.testing import check_golden
 
 
 class Linear(Configurable):
@@ -164,19 +163,3 @@ def test_diff_of_files_imports_nothing(tmp_path):
 def test_diff_tells_types_apart():
     one, two = {"$type": "m:A", "x": 1, "y": [1]}, {"$type": "m:A", "x": 1.0, "y": {"$tuple": [1]}}
     assert [change.path for change in diff(one, two)] == ["x", "y"]
-
-
-def test_golden_text_is_compared_and_updated(tmp_path, monkeypatch):
-    path = tmp_path / "golden" / "model.txt"
-    config = Model.Config(blocks=[Block.Config()])
-    with pytest.raises(AssertionError, match="TITAN_UPDATE_GOLDEN=1"):
-        check_golden(config, path)
-    monkeypatch.setenv("TITAN_UPDATE_GOLDEN", "1")
-    check_golden(config, path)
-    monkeypatch.delenv("TITAN_UPDATE_GOLDEN")
-    check_golden(config, path)
-    assert path.read_text() == TEXT
-    config.blocks[0].drop = 0.5
-    with pytest.raises(AssertionError) as error:
-        check_golden(config, path)
-    assert "-blocks.0.drop: 0.0\n+blocks.0.drop: 0.5" in str(error.value)

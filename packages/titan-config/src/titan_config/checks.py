@@ -32,6 +32,11 @@ def is_callable(annotation: Any) -> bool:
     return get_origin(annotation) is collections.abc.Callable or annotation in (Callable, typing.Callable)
 
 
+def is_dtype(annotation: Any) -> bool:
+    """Say whether an annotation is `torch.dtype`, without importing torch."""
+    return isinstance(annotation, type) and (annotation.__module__, annotation.__name__) == ("torch", "dtype")
+
+
 def describe(annotation: Any) -> str:
     """Return an annotation as people write it: "list[int]", "Norm.Config or None", "one of 'full', 'none'"."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -49,7 +54,7 @@ def describe(annotation: Any) -> str:
         inner = ", ".join("..." if arg is Ellipsis else describe(arg) for arg in args)
         return f"{describe(origin)}[{inner}]"
     if isinstance(annotation, type):
-        return "torch.dtype" if _is_dtype(annotation) else label(annotation)
+        return "torch.dtype" if is_dtype(annotation) else label(annotation)
     return str(annotation)
 
 
@@ -84,15 +89,11 @@ def compile_check(annotation: Any) -> Check:
         raise TypeError(describe(annotation))
     if annotation in (bool, int, float, str):
         return {bool: _instance_check(bool), int: _check_int, float: _check_float, str: _check_str}[annotation]
-    if annotation is type(None) or issubclass(annotation, (enum.Enum, os.PathLike)) or _is_dtype(annotation):
+    if annotation is type(None) or issubclass(annotation, (enum.Enum, os.PathLike)) or is_dtype(annotation):
         return _instance_check(annotation)
     if issubclass(annotation, Node):
         return _instance_check(annotation)
     raise TypeError(describe(annotation))
-
-
-def _is_dtype(annotation: type) -> bool:
-    return annotation.__module__ == "torch" and annotation.__name__ == "dtype"
 
 
 def _check_int(value: Any) -> int:
@@ -147,7 +148,7 @@ def _instance_advice(value: Any, kind: type) -> str:
         return f"Use one of: {', '.join(f'{kind.__name__}.{member.name}' for member in kind)}."
     if issubclass(kind, os.PathLike):
         return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
-    if _is_dtype(kind):
+    if is_dtype(kind):
         return (
             f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16, say."
         )

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from titan_config.checks import describe_value
-from titan_config.configurable import Config, check
+from titan_config.configurable import Config, check, fill_whole
 from titan_config.errors import ConfigError, join, label, nearest
 from titan_config.importing import DEFAULT_ALLOW, find_class, find_function, path_of
 from titan_config.tree import children
@@ -130,6 +130,8 @@ def decode(data: Any, allow: Sequence[str]) -> Any:
         return {key: _decode_part(item, allow, key) for key, item in data.items()}
     if tag not in _DECODERS:
         raise ConfigError(f"Got the tag {tag}. A tag says what kind of value follows. {nearest(tag, _DECODERS)}")
+    if tag != "$type" and data.keys() != {tag, *_COMPANIONS.get(tag, ())}:
+        _malformed(data, tag)
     return _DECODERS[tag](data, allow)
 
 
@@ -145,7 +147,9 @@ def _decode_config(data: dict[str, Any], allow: Sequence[str]) -> Config:
     cls = find_class(_text(data, "$type"), allow)
     if not issubclass(cls, Config):
         raise ConfigError(f"Got the type {label(cls)}. A $type names a Config class. Use $enum for an enum.")
-    return cls(**{name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
+    config = object.__new__(cls)  # its __post_init__ ran before it was saved
+    fill_whole(config, {name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
+    return config
 
 
 def _decode_enum(data: dict[str, Any], allow: Sequence[str]) -> enum.Enum:
@@ -225,10 +229,11 @@ def _text(data: dict[str, Any], key: str) -> str:
 
 def _malformed(data: dict[str, Any], key: str) -> NoReturn:
     raise ConfigError(
-        f"Got {describe_value(data)}. The value of {key} is missing or of the wrong kind. Write what to_dict writes."
+        f"Got {describe_value(data)}. What belongs to {key} is missing or of the wrong kind. Write what to_dict writes."
     )
 
 
+_COMPANIONS = {"$enum": ("name",), "$partial": ("args", "keywords")}
 _DECODERS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "$type": _decode_config,
     "$enum": _decode_enum,

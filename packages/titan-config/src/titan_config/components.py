@@ -63,9 +63,9 @@ def _choose(name: str, types: Sequence[type[Config]], old: Any, flag: Flag, allo
         )
     if type(old) is cls:
         return old
+    values = _shared_values(old, cls) if isinstance(old, Config) else {}
     new = object.__new__(cls)
-    fill(new, _shared_values(old, cls) if isinstance(old, Config) else {})
-    return new
+    return new if fill(new, values) else cls(**values)
 
 
 def _shared_values(old: Config, cls: type[Config]) -> dict[str, Any]:

@@ -176,13 +176,18 @@ def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -
             f"Got {describe_value(args[0])} by position. The fields of {label(cls)} are given by name. Write "
             f"{label(cls)}({next(iter(checks_of(cls)), 'name')}=...)."
         )
-    missing = fill(config, values)
-    if missing:
-        name = missing[0]
-        raise ConfigError(f"Got no {name}. {label(cls)} needs it. Write {label(cls)}({name}=...).", name)
+    fill_whole(config, values)
     after: Callable[[Config], None] | None = getattr(cls, "__post_init__", None)
     if after is not None:
         after(config)
+
+
+def fill_whole(config: Config, values: dict[str, Any]) -> None:
+    """Set the fields of an empty config from `values` and defaults. Raises ConfigError where one has neither."""
+    missing = fill(config, values)
+    if missing:
+        cls, name = label(type(config)), missing[0]
+        raise ConfigError(f"Got no {name}. {cls} needs it. Write {cls}({name}=...).", name)
 
 
 def fill(config: Config, values: dict[str, Any]) -> list[str]:

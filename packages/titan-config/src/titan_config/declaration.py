@@ -46,6 +46,7 @@ def declare(cls: type[Node]) -> None:
 
 
 def already_a_dataclass(cls: type) -> str:
+    """Return what is said about a Config class with a dataclass decorator."""
     return (
         f"Got @dataclass on {label(cls)}. A Config class becomes a keyword-only dataclass by itself, and a "
         "second time loses its defaults. Remove the decorator."

@@ -13,15 +13,8 @@ from titan_config.declaration import annotations_of
 from titan_config.errors import join
 from titan_config.tree import Node, children
 
-
-class Unset:
-    """The value of a field that a component chosen on the command line still needs."""
-
-    def __repr__(self) -> str:
-        return "(needed)"
-
-
-UNSET = Unset()
+UNSET: Any = object()
+"""The value of a field that a component chosen on the command line still needs."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 from tyro.constructors import (
@@ -23,6 +23,7 @@ from titan_config.flags import UNSET, Flag, flags_of
 from titan_config.text import readable
 from titan_config.values import spec_of
 
+_MAX_CHOICES = 8
 DESCRIPTION = """\
 Give any flag below a value. --SECTION NAME chooses another component, whose own flags then exist. \
 --help SECTION shows one section. --config FILE starts from a saved run. \
@@ -66,9 +67,8 @@ def _section(flags: dict[str, Flag]) -> Section:
     for path, flag in flags.items():
         *parents, name = path.split(".")
         section = root
-        for parent in parents:
-            inner = section.entries.setdefault(parent, Section())
-            section = inner if isinstance(inner, Section) else root
+        for parent in parents:  # always a section: a flag with flags below it is one
+            section = cast(Section, section.entries.setdefault(parent, Section()))
         is_section = any(other.startswith(f"{path}.") for other in flags)
         section.entries[name] = Section(_component_doc(flag)) if is_section else flag
     return root
@@ -79,7 +79,8 @@ def _component_doc(flag: Flag) -> str:
     if not isinstance(flag.value, Config):
         return doc
     others = list(known_components(flag.component_types)) + ["None"] * flag.is_optional
-    choice = f"Now {name_of(type(flag.value))}; --{flag.path} chooses one of {', '.join(others)}." if others[1:] else ""
+    named = f"one of {', '.join(others)}" if len(others) <= _MAX_CHOICES else "another component"
+    choice = f"Now {name_of(type(flag.value))}; --{flag.path} chooses {named}." if len(others) > 1 else ""
     return " ".join(part for part in (doc or class_doc(type(flag.value)._owner or type(flag.value)), choice) if part)
 
 
@@ -99,8 +100,7 @@ def _registry(allow: Sequence[str]) -> ConstructorRegistry:
 def _field(name: str, entry: Section | Flag, allow: Sequence[str]) -> StructFieldSpec:
     if isinstance(entry, Section):
         return StructFieldSpec(name=name, type=Section, default=entry, helptext=entry.doc)
-    state = "required" if entry.value is UNSET else f"default: {readable(encode(entry.value, strict=False))!r}"
-    shown = tyro.conf.arg(help=field_doc(entry.owner, name), help_behavior_hint=f"({state})")
+    shown = tyro.conf.arg(help=field_doc(entry.owner, name), help_behavior_hint=f"({_state(entry.value)})")
     written = PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar(entry, allow),
@@ -111,11 +111,19 @@ def _field(name: str, entry: Section | Flag, allow: Sequence[str]) -> StructFiel
     return StructFieldSpec(name=name, type=Annotated[Any, written, shown], default=entry)  # type: ignore[arg-type]
 
 
+def _state(value: Any) -> str:
+    if value is UNSET:
+        return "required"
+    if isinstance(value, Config):  # one without fields, else it were a section
+        return f"default: {name_of(type(value))}"
+    return f"default: {readable(encode(value, strict=False))!r}"
+
+
 def metavar(flag: Flag, allow: Sequence[str]) -> str:
     """Return what stands for the value of a flag in help and errors: INT, {a,b}, {None,AdamW,Muon}."""
     types = flag.component_types or flag.item_types
     if not types:
         return spec_of(flag.annotation, allow).metavar
     names = [*known_components(types), *(["None"] * flag.is_optional)]
-    choice = "{" + ",".join(names) + "}" if 0 < len(names) <= 8 else "COMPONENT"
+    choice = "{" + ",".join(names) + "}" if 0 < len(names) <= _MAX_CHOICES else "COMPONENT"
     return f"[{choice} ...]" if flag.item_types else choice

@@ -64,6 +64,10 @@ def find_function(path: str, allow: Sequence[str]) -> Any:
 
 
 def _find(path: str, allow: Sequence[str], allowed: bool) -> Any:
+    if isinstance(allow, str):
+        raise ConfigError(
+            f"Got allow={allow!r}. It is a list of names, each of them allowed. Write allow=({allow!r},)."
+        )
     module, _, qualname = path.partition(":")
     plain = module.replace("-", "_")  # scripts and folders may have names with a dash
     if not all(part.isidentifier() for part in [*plain.split("."), *qualname.split(".")]):

@@ -120,9 +120,15 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, functools.partial):
         return same((first.func, first.args, first.keywords), (second.func, second.args, second.keywords))
     if isinstance(first, (Node, list, tuple, dict)):
-        one, two = dict(children(first)), dict(children(second))
+        one, two = _parts_by_key(first), _parts_by_key(second)
         return one.keys() == two.keys() and all(same(part, two[name]) for name, part in one.items())
     return bool(first == second) or (first != first and second != second)
+
+
+def _parts_by_key(value: Any) -> dict[Any, Any]:
+    if isinstance(value, dict):
+        return {(type(key), key): part for key, part in value.items()}
+    return dict(children(value))
 
 
 def _kind(value: Any) -> type:

@@ -8,9 +8,8 @@ from typing import Any, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from titan_config.checks import is_callable
+from titan_config.checks import is_callable, is_dtype
 from titan_config.codec import decode, find_dtype
-from titan_config.errors import ConfigError
 from titan_config.flags import members
 from titan_config.importing import find_function
 
@@ -42,7 +41,7 @@ def _registry(allow: Sequence[str]) -> ConstructorRegistry:
             return _one("MODULE:FUNCTION", lambda text: find_function(text, allow))
         if info.type is bool:
             return _one("True|False", _bool)
-        if isinstance(info.type, type) and (info.type.__module__, info.type.__name__) == ("torch", "dtype"):
+        if is_dtype(info.type):
             return _one("DTYPE", find_dtype)
         return None
 
@@ -86,7 +85,5 @@ def read_value(annotation: Any, words: Sequence[str], allow: Sequence[str]) -> A
     try:
         with _registry(allow):
             return spec.instance_from_str(list(words))
-    except ConfigError:
-        raise
     except (TypeError, IndexError, AssertionError) as error:  # how tyro's readers of tuples and dicts say too few words
         raise ValueError(words) from error
