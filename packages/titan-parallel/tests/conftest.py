@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from titan_parallel import ParallelDims, ParallelModel, cross_entropy, init_distributed, parallelize
+from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -220,8 +220,6 @@ def small() -> SimpleNamespace:
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    init_distributed("cpu")
-    yield
-    dist.destroy_process_group()
+def on_one_rank(run_ranks) -> Callable[..., Any]:
+    """Call a function on one rank, in a process of its own, and return its result."""
+    return lambda function, *args: run_ranks(1, function, *args)[0]

@@ -1,4 +1,4 @@
-"""The same run on any mesh: gradients, their norm and losses equal those of a plain loop in one process, on every rank."""
+"""The same run on any mesh: gradients, norm and losses equal those of a plain loop in one process, on every rank."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""Cross-entropy on whole and on split logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from titan_parallel import cross_entropy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
+
+
+def random_logits(dtype, vocab=11):
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(2, 5, vocab, generator=generator, dtype=torch.float64) * 30).to(dtype)
+    labels = torch.randint(vocab, (2, 5), generator=generator)
+    labels[0, 1] = labels[1, 4] = -100
+    return logits, labels
+
+
+def reference(logits, labels):
+    logits = logits.double().clone().requires_grad_()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
+def split(logits, num_ranks, rank):
+    """This rank's part of the vocabulary, and the whole as a DTensor of it."""
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    local = logits.chunk(num_ranks, -1)[rank].contiguous().requires_grad_()
+    whole = DTensor.from_local(local, mesh, [Shard(2)], run_check=False, shape=logits.shape, stride=logits.stride())
+    return local, whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_split_logits_give_the_loss_and_gradient_of_whole_ones(run_ranks, dtype):
+    logits, labels = random_logits(dtype)
+    expected, expected_grad = reference(logits, labels)
+
+    def on_rank():
+        rank = torch.distributed.get_rank()
+        local, whole = split(logits, 3, rank)  # parts of 4, 4 and 3
+        loss = cross_entropy(whole, labels)
+        (loss * 2).backward()
+        return loss.detach(), local.grad / 2
+
+    results = run_ranks(3, on_rank)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for loss, _ in results:
+        torch.testing.assert_close(loss, expected.to(wide))
+    gathered = torch.cat([grad for _, grad in results], -1)
+    assert gathered.dtype == dtype
+    torch.testing.assert_close(
+        gathered, expected_grad.to(dtype), atol=1e-2 if dtype is torch.bfloat16 else 1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_whole_logits_are_summed_in_fp32_or_wider(dtype, wide):
+    logits, labels = random_logits(dtype)
+    loss = cross_entropy(logits, labels)
+    assert loss.dtype == wide
+    torch.testing.assert_close(loss, reference(logits, labels)[0].to(wide))
+
+
+def test_another_ignore_index_counts_for_nothing(run_ranks):
+    logits, labels = random_logits(torch.float64)
+    labels[labels == -100] = 7
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=7)
+    torch.testing.assert_close(cross_entropy(logits, labels, ignore_index=7), expected)
+    on_rank = lambda: cross_entropy(split(logits, 2, torch.distributed.get_rank())[1], labels, ignore_index=7).detach()  # noqa: E731
+    for loss in run_ranks(2, on_rank):
+        torch.testing.assert_close(loss, expected)
+
+
+def test_no_valid_label_gives_zero():
+    logits, labels = random_logits(torch.float32)
+    assert cross_entropy(logits, torch.full_like(labels, -100)) == 0
+
+
+def test_a_label_beyond_the_vocabulary_fails_on_every_rank(run_ranks):
+    logits, labels = random_logits(torch.float32)
+    labels[0, 0] = 11
+
+    def on_rank():
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            cross_entropy(split(logits, 2, torch.distributed.get_rank())[1], labels)
+        return True
+
+    assert run_ranks(2, on_rank) == [True, True]
+
+
+def test_the_loss_without_its_sum_over_the_vocabulary_is_wrong(run_ranks):
+    logits, labels = random_logits(torch.float64)
+
+    def on_rank():
+        import titan_parallel.cross_entropy  # noqa: F401, the module and not the function of that name
+
+        module = __import__("sys").modules["titan_parallel.cross_entropy"]
+        module.all_reduce = lambda tensor, operation, group_name: tensor
+        return cross_entropy(split(logits, 2, torch.distributed.get_rank())[1], labels).detach()
+
+    for loss in run_ranks(2, on_rank):
+        assert abs(loss - reference(logits, labels)[0]) > 1
