@@ -25,7 +25,7 @@ class Node:
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ConfigError(
-        f"Got a change of {list(self)!r}, which belongs to a built config. A built config no longer changes. "
+        f"Got a change of {repr(list(self))[:80]}, which belongs to a built config. A built config no longer changes. "
         "Make the change before build(), or in a copy.deepcopy of the config."
     )
 
