@@ -28,18 +28,18 @@ def llama3_debug() -> Trainer.Config:
         ),
         dataloader=TokenLoader.Config(source=JsonlSource.Config(path=ASSETS / "austen/train.jsonl"), add_eos=True),
         training=Training(
-            global_batch_size=16, local_batch_size=8, seq_len=256, steps=60, mixed_precision_param="float32"
+            global_batch_size=16, local_batch_size=8, seq_len=256, steps=40, mixed_precision_param="float32"
         ),
         optimizer=AdamW.Config(lr=3e-3),
-        lr_scheduler=WarmupStableDecay.Config(warmup_steps=5, total_steps=60),
+        lr_scheduler=WarmupStableDecay.Config(warmup_steps=5, total_steps=40),
         validator=Validator.Config(
             dataloader=TokenLoader.Config(
                 source=JsonlSource.Config(path=ASSETS / "austen/validation.jsonl"), shuffle=False, add_eos=True
             ),
-            interval=30,
+            interval=20,
             steps=2,
         ),
-        checkpoint=Checkpointer.Config(interval=30, keep_latest_k=2),
+        checkpoint=Checkpointer.Config(interval=20, keep_latest_k=2),
         dump_folder=Path("outputs/llama3_debug"),
     )
 

@@ -16,7 +16,7 @@ from titan_models.llama3 import llama3_debug
 from titan_parallel import ParallelDims, cross_entropy, init_distributed, parallelize
 
 ASSETS = Path(__file__).parent / "assets"
-STEPS = 60
+STEPS = 40
 
 
 def next_token_loss(head, hidden, targets):
