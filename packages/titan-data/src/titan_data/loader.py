@@ -40,7 +40,7 @@ class TokenLoader(Configurable):
         """A new random order in every epoch; otherwise the source's own."""
         infinite: bool = True
         """Begin again after each epoch; otherwise end after one, with padding in the last rows."""
-        prefetch: int = 2
+        prefetch: int = 4
         """Steps made ahead, in a thread; 0: none, each step is made when it is drawn."""
         add_bos: bool = False
         """Begin each document with the tokenizer's BOS."""
@@ -54,7 +54,7 @@ class TokenLoader(Configurable):
                 _require_positive("num_streams", self.num_streams)
             if self.prefetch < 0:
                 raise ValueError(
-                    f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 2, or to 0 for none."
+                    f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 4, or to 0 for none."
                 )
 
     def __init__(
@@ -110,8 +110,9 @@ class TokenLoader(Configurable):
         try:
             if share != self._share:
                 self._take_over(share)
-            while len(self._ahead) <= self._config.prefetch:
-                self._ahead.append(self._pool.submit(make_step, self._streams, share))
+            if len(self._ahead) <= self._config.prefetch // 2:  # several at once: fewer turns between the threads
+                missing = self._config.prefetch + 1 - len(self._ahead)
+                self._ahead += [self._pool.submit(make_step, self._streams, share) for _ in range(missing)]
             self._drawn = self._ahead[0].result()
         except BaseException:
             self._forget()  # what was read ahead is lost; the next draw begins where the last commit was

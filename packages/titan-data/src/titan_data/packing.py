@@ -16,7 +16,7 @@ from titan_data.tokenizer import Ids, Tokenizer
 
 ENDED = -1
 COLUMNS = ("tokens", "positions", "document_ids", "labels")
-BLOCK_TOKENS = 2048  # short rows are made several at once, which is what makes small documents cheap
+BLOCK_TOKENS = 4096  # short rows are made several at once, which is what makes small documents cheap
 
 
 class Cursor(NamedTuple):
