@@ -13,7 +13,6 @@ from typing import Any
 from titan_data.files import find_files
 from titan_data.source import MapSource, Source
 
-
 _decode = json.JSONDecoder().decode  # what json.loads comes to
 
 
