@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # these two take a second: once here, and not in every forked rank
+import torch.distributed as dist
+import torch.distributed.fsdp
 from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -217,6 +220,20 @@ def small() -> SimpleNamespace:
         plain_step=plain_step,
         chunked_loss=chunked_loss,
     )
+
+
+@pytest.fixture(scope="session")
+def run_ranks(run_ranks) -> Callable[..., list[Any]]:
+    """`run_ranks` of the repository, in which no rank can end while another still connects."""
+
+    def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        def after_all_connected() -> Any:
+            dist.barrier()
+            return function(*args)
+
+        return run_ranks(world_size, after_all_connected)
+
+    return run
 
 
 @pytest.fixture

@@ -1,0 +1,122 @@
+"""Roles: what a table may say, and what is said of one that does not fit."""
+
+from __future__ import annotations
+
+import pytest
+from titan_config import ConfigError
+from titan_parallel import Compile, FullRecompute, parallelize
+from titan_parallel.roles import Roles
+from torch import nn
+
+
+def without(roles, *patterns):
+    return {pattern: role for pattern, role in roles.items() if pattern not in patterns}
+
+
+def test_a_star_is_one_part_of_a_name(small):
+    model = small.make_model(small.Shape(layers=11))
+    roles = Roles(model, small.ROLES)
+    assert roles.named("block") == [f"layers.{index}" for index in range(11)]
+    assert roles.options("layers.10.attention.k") == {"num_kv_heads": 2}
+    assert roles.region_of("layers.10.attention.q_norm.weight") == "layers.10.attention"
+    assert roles.region_of("layers.1.attention_norm.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"norm": "nrom"}, r"Got the unknown role 'nrom' for 'norm'\..*Did you mean 'norm'\?"),
+        ({"layer.*": "block"}, r"pattern 'layer\.\*', which matches no module\..*Did you mean 'layers\.\*'\?"),
+        ({"layers.*.attention.qq": "colwise"}, r"Did you mean 'layers\.\*\.attention\.q'\?"),
+        ({"layers.1": "norm"}, r"Got two roles for layers\.1: block from 'layers\.\*' and norm from 'layers\.1'\."),
+        ({"layers.*.attention.q": ("colwise", {"heads": 4})}, r"unknown option 'heads'.*Did you mean 'num_heads'\?"),
+        ({"norm": ("norm", {"num_heads": 4})}, r"unknown option 'num_heads' of the role norm.*options: none"),
+        ({"norm": "head"}, r"Got the role head for norm, head\."),
+        ({"layers": "block"}, r"Got the block layers\.0 inside the block layers\."),
+        ({"layers.*.attention": "norm"}, r"Got the colwise part layers\.0\.attention\.q in no region\."),
+        ({"layers.*.attention.out": "norm"}, r"Got the region layers\.0\.attention without a rowwise part\."),
+    ],
+)
+def test_a_table_that_does_not_fit_says_where_and_what_would(small, change, says):
+    with pytest.raises(ConfigError, match=says):
+        Roles(small.make_model(), {**small.ROLES, **change})
+
+
+def test_recomputation_and_compilation_need_blocks(on_one_rank, small):
+    def check():
+        for options in ({"activation_checkpoint": FullRecompute.Config()}, {"compile": Compile.Config()}):
+            with pytest.raises(ConfigError, match="roles without a block"):
+                parallelize(small.make_model(), without(small.ROLES, "layers.*"), small.make_dims("one"), **options)
+
+    on_one_rank(check)
+
+
+def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
+    def complaints():
+        dims = small.make_dims("tp2_both")
+        said = []
+        for shape, change, gone in (
+            (
+                {"heads": 2, "kv_heads": 1},
+                {f"layers.*.attention.{p}": ("colwise", {"num_kv_heads": 1}) for p in "kv"},
+                (),
+            ),
+            ({"hidden": 45}, {}, ()),
+            ({}, {"head": "norm"}, ()),
+            ({}, {}, [pattern for pattern in small.ROLES if pattern not in ("embedding", "layers.*", "head")]),
+            ({"vocab": 1}, {}, ()),
+            ({}, {"embedding": "norm", "layers.*.attention_norm": "embedding"}, ()),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                parallelize(small.make_model(small.Shape(**shape)), {**without(small.ROLES, *gone), **change}, dims)
+            said.append(str(caught.value))
+        return said
+
+    expected = [
+        "Got 1 num_kv_heads of layers.0.attention.k over tensor_parallel_degree 2.",
+        "Got 45 features of layers.0.feed_forward.up over tensor_parallel_degree 2. Each rank takes as many, so the degree "
+        "divides their number. Set tensor_parallel_degree to 1, 3, 5, 9, 15 or 45.",
+        "Got sequence_parallel and roles without an embedding or without a head.",
+        "Got tensor_parallel_degree 2 and roles without a region.",
+        "Got a vocabulary of 1 in embedding over tensor_parallel_degree 2.",
+        "Got a weight of shape [32] in the embedding part layers.0.attention_norm.",
+    ]
+    for said in run_ranks(2, complaints):
+        for complaint, beginning in zip(said, expected, strict=True):
+            assert complaint.startswith(beginning)
+
+
+def test_a_model_without_roles_is_trained_by_its_logits(run_ranks, small):
+    batch = small.make_batch()
+    expected_loss, expected, count = small.plain_step(small.make_model(), batch)
+
+    def step():
+        from titan_parallel.testing import check_same_gradients, full_gradients
+
+        model = small.make_model()
+        parallel = parallelize(model, {}, small.make_dims("fsdp2"))
+        loss = parallel.forward_backward(small.micro_batches(batch, parallel.dims, 2), small.chunked_loss, count)
+        check_same_gradients(full_gradients(model), expected)
+        return float(loss)
+
+    assert run_ranks(2, step) == pytest.approx([float(expected_loss)] * 2, rel=1e-12)
+
+
+def test_the_logits_of_a_richer_output_are_found_by_a_function(run_ranks, small):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small.make_model()
+
+        def forward(self, **inputs):
+            return {"logits": self.inner(**inputs), "cache": None}
+
+    batch = small.make_batch()
+    expected_loss, _, count = small.plain_step(small.make_model(), batch)
+    roles = {f"inner.{pattern}": role for pattern, role in small.ROLES.items()}
+
+    def step():
+        parallel = parallelize(Wrapped(), roles, small.make_dims("tp2_both"), output=lambda output: output["logits"])
+        return float(parallel.forward_backward([batch], small.chunked_loss, count))
+
+    assert run_ranks(2, step) == pytest.approx([float(expected_loss)] * 2, rel=1e-12)

@@ -1,0 +1,91 @@
+"""Joining ranks, seeds, determinism and timeouts."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from titan_parallel import ParallelDims, set_collective_timeout, set_determinism
+
+ALONE = """
+import os, torch, torch.distributed as dist
+from titan_parallel import init_distributed
+device = init_distributed("cpu", timeout_s=7)
+assert device == torch.device("cpu") and dist.get_world_size() == 1 and dist.get_backend() == "gloo"
+assert init_distributed("cpu") == device
+one = torch.ones(1); dist.all_reduce(one); assert one == 1
+print("alone")
+"""
+
+
+def test_a_process_without_torchrun_is_the_only_rank():
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
+    assert done.stdout == "alone\n", done.stderr
+
+
+def test_ranks_of_torchrun_join(tmp_path):
+    script = tmp_path / "join.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from titan_parallel import init_distributed\n"
+        "init_distributed('cpu')\n"
+        "dist.barrier()\n"
+        "print(f'rank {dist.get_rank()} of {dist.get_world_size()}')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 of 2", "rank 1 of 2"], done.stderr
+
+
+def test_importing_costs_no_more_than_torch_and_configs():
+    packages = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo.")
+    heavy = f"{{name for name in sys.modules if name.startswith({packages})}}"
+    code = f"import sys, torch; before = {heavy}; import titan_parallel; assert {heavy} == before, {heavy} - before"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    def numbers():
+        return random.random(), torch.rand(3).tolist()
+
+    set_determinism(seed=5)
+    first = numbers()
+    set_determinism(seed=5)
+    assert numbers() == first
+    set_determinism(seed=6)
+    assert numbers() != first
+
+
+def test_deterministic_refuses_what_is_not_or_warns(on_one_rank):
+    def modes():
+        seen = []
+        for deterministic, warn_only in ((False, False), (True, False), (True, True)):
+            set_determinism(seed=0, deterministic=deterministic, warn_only=warn_only)
+            seen.append(
+                (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+            )
+        return seen, os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+    assert on_one_rank(modes) == ([(False, False), (True, False), (True, True)], ":4096:8")
+
+
+def test_a_shorter_timeout_ends_a_wait(run_ranks):
+    def waited():
+        dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
+        set_collective_timeout(dims, 1.5)
+        if dist.get_rank() == 1:
+            time.sleep(4)  # not coming
+            return 1.5
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"(?i)time"):
+            dist.all_reduce(torch.ones(1), group=dims.data_group)
+        return time.monotonic() - began
+
+    assert run_ranks(2, waited)[0] < 3.5
