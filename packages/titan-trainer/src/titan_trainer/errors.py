@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,15 +26,17 @@ def reported_errors(dump_folder: Path) -> Iterator[None]:
     """End the process with code 1 and one short report if what runs inside fails for a reason its user can mend.
 
     ValueError, OSError and NonFiniteError carry their own advice: their message is shown, and the traceback goes to
-    `dump_folder/error_rank<r>.txt`. Anything else is a defect and keeps its traceback.
+    `dump_folder/error_rank<r>.txt` if it can. Anything else is a defect and keeps its traceback.
     """
     try:
         yield
     except (ValueError, OSError, NonFiniteError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        dump_folder.mkdir(parents=True, exist_ok=True)
-        report = dump_folder / f"error_rank{rank}.txt"
-        report.write_text(traceback.format_exc())
         prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{prefix}error: {error}\n{prefix}(traceback: {report})", file=sys.stderr, flush=True)
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        report, text = dump_folder / f"error_rank{rank}.txt", traceback.format_exc()
+        with suppress(OSError):  # what went wrong may be this very folder
+            dump_folder.mkdir(parents=True, exist_ok=True)
+            report.write_text(text)
+            print(f"{prefix}(traceback: {report})", file=sys.stderr, flush=True)
         sys.exit(1)

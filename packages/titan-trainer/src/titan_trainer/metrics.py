@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -38,7 +39,7 @@ class TensorBoard(Sink):
     def __init__(self, config: Config, *, dump_folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(dump_folder / config.folder), purge_step=first_step)
+        self.writer = SummaryWriter(str(dump_folder / config.folder), purge_step=first_step + 1)
 
     def write(self, record: Record) -> None:
         """One scalar per number of the record."""
@@ -55,8 +56,8 @@ class Metrics(Configurable):
     """Collects a record per step on the first rank and shows it.
 
     `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
-    `tokens_per_second`, `seconds` (of the step), `memory_gib` and, where the device's peak is known, `mfu`. Validation
-    adds `{"step", "validation_loss"}`. A resumed run goes on in the same file, after the step that was loaded.
+    `tokens_per_second`, `seconds` (of the step), `memory_gib`, where the device's peak is known `mfu`, and after a
+    validation `validation_loss`. A resumed run goes on in the same file, after the step that was loaded.
     """
 
     class Config(Configurable.Config):
@@ -83,21 +84,37 @@ class Metrics(Configurable):
     ) -> None:
         self.log_freq, self.steps, self.is_first_rank = config.log_freq, steps, is_first_rank
         self.seconds_per_token_at_peak = seconds_per_token_at_peak
-        self.started = self.last_step_ended = time.perf_counter()
-        self.first_step = first_step
+        self.started = self.step_started = self.step_ended = time.perf_counter()
+        self.num_steps = 0
         self.tokens_since_line, self.seconds_since_line = 0, 0.0
         if is_first_rank:
             self.file = open_after_step(dump_folder / "metrics.jsonl", first_step)
             self.sinks = [sink.build(dump_folder=dump_folder, first_step=first_step) for sink in config.sinks]
 
+    def stop_clock(self) -> None:
+        """The step is over: its time runs from the record of the one before to here."""
+        self.step_ended = time.perf_counter()
+
     def record_step(
-        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens: int, memory_gib: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        memory_gib: float,
+        num_replicas: int = 1,
+        validation_loss: float | None = None,
     ) -> None:
-        """Take what the step number `step` (counted from 1) gave; time runs from the end of the step before."""
-        now = time.perf_counter()
-        seconds, self.last_step_ended = now - self.last_step_ended, now
+        """Take what step number `step` (counted from 1) gave, and the validation after it; the next step's time begins.
+
+        `tokens` are those of all `num_replicas`.
+        """
+        seconds, self.step_started = self.step_ended - self.step_started, time.perf_counter()
         if not self.is_first_rank:
             return
+        self.num_steps += 1
         record: Record = {
             "step": step,
             "loss": loss,
@@ -109,23 +126,16 @@ class Metrics(Configurable):
             "memory_gib": memory_gib,
         }
         if self.seconds_per_token_at_peak is not None:
-            record["mfu"] = tokens * self.seconds_per_token_at_peak / seconds
+            record["mfu"] = tokens * self.seconds_per_token_at_peak / (seconds * num_replicas)
+        if validation_loss is not None:
+            record["validation_loss"] = validation_loss
         self._write(record)
         self.tokens_since_line += tokens
         self.seconds_since_line += seconds
-        if step % self.log_freq == 0 or step in (self.first_step + 1, self.steps):
+        if step % self.log_freq == 0 or step == self.steps or self.num_steps == 1:
             self._print_line(record)
-
-    def record_validation(self, step: int, *, loss: float) -> None:
-        """Take a validation loss; its time is not counted to the next step."""
-        if self.is_first_rank:
-            self._write({"step": step, "validation_loss": loss})
-            print(f"step {step:>6}/{self.steps}  validation loss {loss:.4f}", flush=True)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Let the next step's time start now."""
-        self.last_step_ended = time.perf_counter()
+        if validation_loss is not None:
+            print(f"step {step:>6}/{self.steps}  validation loss {validation_loss:.4f}", flush=True)
 
     def close(self) -> None:
         """Finish writing."""
@@ -142,8 +152,7 @@ class Metrics(Configurable):
 
     def _print_line(self, record: Record) -> None:
         tokens_per_second = self.tokens_since_line / self.seconds_since_line
-        done = record["step"] - self.first_step
-        remaining_s = (time.perf_counter() - self.started) / done * (self.steps - record["step"])
+        remaining_s = (time.perf_counter() - self.started) / self.num_steps * (self.steps - record["step"])
         mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
         print(
             f"step {record['step']:>6}/{self.steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
@@ -156,16 +165,17 @@ class Metrics(Configurable):
 
 def open_after_step(path: Path, step: int) -> Any:
     """Open `path` for appending, keeping the records up to `step` only: later ones belong to steps that were lost."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        path.write_text("".join(kept))
+    if path.exists():
+        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
     return path.open("a")
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a `metrics.jsonl`, which a run may be writing; a last line that was cut off is none."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def format_duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +45,13 @@ log = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What a committed step gave: mean loss, gradient norm before clipping, learning rate, tokens of all ranks."""
+    """What a committed step gave: mean loss, gradient norm before clipping, learning rate, tokens of all replicas."""
 
     loss: float
     grad_norm: float
     lr: float
     tokens: int
+    num_replicas: int
 
 
 class Trainer(Configurable):
@@ -175,11 +176,12 @@ class Trainer(Configurable):
 
     def train(self) -> None:
         """Go on from the newest checkpoint to `training.steps`, or until asked to stop; save the last step."""
-        self.resume()
-        self.replica_group.register_state(self.healing_state, self.heal, step=self.step)
-        self.metrics = self.build_metrics()
         self.validator = self.build_validator()
         with StopRequest() as stop_request, ExitStack() as stack:
+            stack.callback(self.replica_group.close)
+            self.resume()
+            self.replica_group.register_state(self.healing_state, self.heal, step=self.step)
+            self.metrics = stack.enter_context(closing(self.build_metrics()))
             observers = self.build_observers()
             for observer in observers:
                 stack.enter_context(observer)
@@ -189,7 +191,7 @@ class Trainer(Configurable):
                     self.after_step(result)
                     for observer in observers:
                         observer.step_ended(self.step)
-        self.finish()
+            self.finish()
 
     def has_next_step(self) -> bool:
         """Whether steps and data are left."""
@@ -226,7 +228,7 @@ class Trainer(Configurable):
             converter.after_step(self.model)
         self.loader.commit(advance)
         self.step += 1
-        return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens)
+        return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens, num_replicas)
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
         """What the group is about to compute on: valid targets (at least 1), tokens, how far each stream moves."""
@@ -244,22 +246,33 @@ class Trainer(Configurable):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         names = [name for name, p in self.model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
-        samples = [ids for batch in batches for ids in batch.sample_ids]
-        raise NonFiniteError(
+        samples = list(dict.fromkeys(sample for batch in batches for row in batch.sample_ids for sample in row))
+        error = NonFiniteError(
             f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}, non-finite gradients in "
             f"{len(names)} parameters{f' ({names[0]} first)' if names else ''}. Both must be finite; no weight was "
-            f"touched. Look at this rank's samples {samples[:8]}, or go on from the last checkpoint with a lower "
-            "--optimizer.lr."
+            f"touched. Look at this rank's {len(samples)} samples ({', '.join(map(str, samples[:8]))} first), or go on "
+            "from the last checkpoint with a lower --optimizer.lr."
         )
+        error.add_note(f"This rank's samples: {samples}")
+        raise error
 
     def after_step(self, result: StepResult) -> None:
         """Tell, validate and save what is due."""
         config, last = self.config, self.step == self.config.training.steps
-        self.metrics.record_step(self.step, memory_gib=peak_memory_gib(self.device), **result._asdict())
+        self.metrics.stop_clock()
+        validation_loss = None
         if self.step == self.first_step + 1:
             set_collective_timeout(self.dims, config.comm.train_timeout_seconds)
         if self.validator is not None and self.validator.is_due(self.step, last):
-            self.metrics.record_validation(self.step, loss=self.validator.validate())
+            set_collective_timeout(self.dims, config.comm.init_timeout_seconds)  # it may compile, and open its data
+            validation_loss = self.validator.validate()
+            set_collective_timeout(self.dims, config.comm.train_timeout_seconds)
+        self.metrics.record_step(
+            self.step,
+            memory_gib=peak_memory_gib(self.device),
+            validation_loss=validation_loss,
+            **result._asdict(),
+        )
         if self.checkpointer is not None:
             self.checkpointer.save(self.step, self.parts)
 
@@ -272,12 +285,10 @@ class Trainer(Configurable):
         return bool(flag)
 
     def finish(self) -> None:
-        """Save the last step, wait for what is being written, leave the group."""
+        """Save the last step, and wait for what is being written."""
         if self.checkpointer is not None:
             self.checkpointer.save(self.step, self.parts, last=True)
             self.checkpointer.close()
-        self.metrics.close()
-        self.replica_group.close()
 
     # State: what is resumed, and what heals a replica
 
@@ -310,6 +321,7 @@ class Trainer(Configurable):
         """Become a copy of the replica whose `healing_state` this is."""
         for name, part_state in state.items():
             self.parts[name].load_state_dict(part_state)
+        self.first_step = self.step
         log.warning("Healed from a live replica: step %d is next.", self.step + 1)
 
     # Watching

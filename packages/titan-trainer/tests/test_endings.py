@@ -1,0 +1,200 @@
+"""How a run ends and is watched over: signals, failures, reports, patience. On toy parts, ranks forked."""
+
+import os
+import signal
+
+import pytest
+import torch
+from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Trainer, Validator
+from titan_trainer.errors import reported_errors
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def test_sigterm_while_the_last_step_is_saved_does_not_lose_it(run_ranks, toy_config, toy):
+    def terminated_twice():
+        trainer = toy_config(checkpoint=toy.Checkpointer.Config(interval=100)).build()
+        save = trainer.checkpointer.save
+
+        def slow_save(step, parts, *, last=False):
+            if last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return save(step, parts, last=last)
+
+        trainer.checkpointer.save = slow_save
+        trainer.train()
+        return toy.Checkpointer.saved[str(trainer.config.dump_folder)][0]
+
+    assert run_ranks(1, terminated_twice) == [10]
+
+
+def test_sigterm_while_resuming_ends_before_a_step(run_ranks, toy_config, toy):
+    def terminated_early():
+        trainer = toy_config(checkpoint=toy.Checkpointer.Config()).build()
+        resume = trainer.resume
+
+        def long_resume():
+            os.kill(os.getpid(), signal.SIGTERM)
+            resume()
+
+        trainer.resume = long_resume
+        trainer.train()
+        return trainer.step
+
+    assert run_ranks(2, terminated_early) == [0, 0]
+
+
+class ClosingGroup(SingleReplica):
+    """A replica group that remembers whether it was left."""
+
+    closed = False
+
+    def close(self) -> None:
+        ClosingGroup.closed = True
+
+
+class NanLoss(CrossEntropy):
+    """Not a number from the first step on."""
+
+    def __call__(self, head, hidden, targets):
+        total, count = super().__call__(head, hidden, targets)
+        return total * torch.nan, count
+
+
+def test_a_run_that_fails_leaves_its_replica_group_and_closes_its_records(run_ranks, toy_config):
+    def failing():
+        trainer = toy_config(loss=NanLoss.Config(), replica_group=ClosingGroup.Config()).build()
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        return ClosingGroup.closed, trainer.metrics.file.closed
+
+    assert run_ranks(1, failing) == [(True, True)]
+
+
+def test_the_report_of_a_non_finite_step_fits_on_a_screen_and_the_traceback_names_all_samples(
+    run_ranks, toy_config, toy, tmp_path, capfd
+):
+    def failing():
+        config = toy_config(loss=NanLoss.Config())
+        trainer = config.build()
+        draw = trainer.loader.draw
+
+        def long_rows(rank, num_ranks):
+            batches = draw(rank, num_ranks)
+            for batch in batches:
+                batch.sample_ids = [list(range(1000 * row, 1000 * row + 500)) for (row,) in batch.sample_ids]
+            return batches
+
+        trainer.loader.draw = long_rows
+        with pytest.raises(SystemExit), reported_errors(tmp_path):
+            trainer.train()
+
+    run_ranks(1, failing)
+    report = capfd.readouterr().err
+    assert "loss nan" in report
+    assert "4000 samples" in report
+    assert len(report) < 80 * 24
+    assert "7499" in (tmp_path / "error_rank0.txt").read_text()
+
+
+def test_a_report_needs_no_folder(tmp_path, capsys):
+    file = tmp_path / "a file"
+    file.write_text("")
+    with pytest.raises(SystemExit) as end, reported_errors(file):
+        raise ValueError("Got this. Need that. Do so.")
+    assert end.value.code == 1
+    assert "Got this. Need that. Do so." in capsys.readouterr().err
+
+
+def record_timeouts(monkeypatch) -> list[float]:
+    timeouts = []
+    monkeypatch.setattr("titan_trainer.trainer.set_collective_timeout", lambda dims, seconds: timeouts.append(seconds))
+    return timeouts
+
+
+def test_ranks_wait_for_each_other_longer_in_the_first_step_and_in_validations(run_ranks, toy_config, toy, monkeypatch):
+    timeouts = record_timeouts(monkeypatch)
+
+    def train():
+        config = toy_config(validator=Validator.Config(dataloader=toy.Loader.Config(num_rows=20), interval=4))
+        config.training.steps = 4
+        trainer = config.build()
+        during = []
+        validate = Validator.validate
+        monkeypatch.setattr(Validator, "validate", lambda self: during.append(timeouts[-1]) or validate(self))
+        after_step, after = trainer.after_step, []
+        trainer.after_step = lambda result: (after_step(result), after.append(timeouts[-1]))
+        trainer.train()
+        return during, after
+
+    assert run_ranks(1, train) == [([300], [100] * 4)]
+
+
+class HealsFirst(SingleReplica):
+    """A replica group that brings a newcomer to step 6 before its first step."""
+
+    def register_state(self, state_dict, load_state_dict, step=0) -> None:
+        self.load_state_dict, self.state = load_state_dict, {"trainer": {"step": 6}}
+
+    def begin_step(self) -> tuple[int, int]:
+        if self.state is not None:
+            self.load_state_dict(self.state)
+            self.state = None
+        return 0, 1
+
+
+def test_a_healed_replica_shortens_its_patience_too(run_ranks, toy_config, monkeypatch):
+    timeouts = record_timeouts(monkeypatch)
+
+    def train():
+        trainer = toy_config(replica_group=HealsFirst.Config()).build()
+        trainer.train()
+        return trainer.step, timeouts
+
+    assert run_ranks(1, train) == [(10, [100])]
+
+
+def test_validation_that_cannot_be_built_leaves_the_folder_as_it_was(run_ranks, toy_config, toy):
+    class Missing(toy.Loader):
+        class Config(toy.Loader.Config): ...
+
+        def __init__(self, config, **more) -> None:
+            raise FileNotFoundError("nowhere.jsonl")
+
+    def build():
+        config = toy_config(validator=Validator.Config(dataloader=Missing.Config()))
+        with pytest.raises(FileNotFoundError):
+            config.build().train()
+        return config.dump_folder.exists()
+
+    assert run_ranks(1, build) == [False]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class FreezesEmbedding(Trainer):
+    """An experiment: the embedding stays as it was drawn."""
+
+    class Config(Trainer.Config): ...
+
+    def build_optimizer(self) -> None:
+        self.model.embedding.requires_grad_(False)
+        super().build_optimizer()
+
+
+def test_a_frozen_part_stays_as_it_was_on_any_mesh(run_ranks, toy_config, toy):
+    def train(folder: str):
+        values = {name: value for name, value in vars(toy_config()).items() if not name.startswith("_")}
+        trainer = FreezesEmbedding.Config(**values | {"dump_folder": toy_config().dump_folder / folder}).build()
+        trainer.train()
+        weights = {name: whole(p.detach()) for name, p in trainer.model.named_parameters()}
+        plain = toy.Model.Config().build()
+        plain.init_weights(0)
+        return torch.equal(weights["embedding.weight"], nn.Module.state_dict(plain)["embedding.weight"]), weights
+
+    (alone,) = run_ranks(1, train, "alone")
+    for is_frozen, weights in run_ranks(2, train, "together"):
+        assert is_frozen
+        torch.testing.assert_close(weights, alone[1], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,93 @@
+"""What a run tells: the records, their clock, and what a resumed run finds of them."""
+
+import json
+import time
+
+import pytest
+from titan_trainer import Metrics, TensorBoard
+from titan_trainer.metrics import read_metrics
+
+STEP = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100, "memory_gib": 1.0}
+
+
+def build(folder, first_step=0, steps=10, is_first_rank=True, seconds_per_token_at_peak=None, **settings) -> Metrics:
+    folder.mkdir(exist_ok=True)
+    return Metrics.Config(**settings).build(
+        dump_folder=folder,
+        first_step=first_step,
+        steps=steps,
+        seconds_per_token_at_peak=seconds_per_token_at_peak,
+        is_first_rank=is_first_rank,
+    )
+
+
+def tell(metrics: Metrics, *steps: int) -> None:
+    for step in steps:
+        metrics.stop_clock()
+        metrics.record_step(step, **STEP)
+    metrics.close()
+
+
+def test_a_validation_is_told_with_its_step_and_takes_no_time_from_it(tmp_path):
+    metrics = build(tmp_path)
+    metrics.stop_clock()
+    time.sleep(0.3)
+    metrics.record_step(1, validation_loss=2.0, **STEP)
+    tell(metrics, 2)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["loss"], first["validation_loss"]) == (1, 1.0, 2.0)
+    assert "validation_loss" not in second
+    assert first["seconds"] < 0.2
+    assert second["seconds"] < 0.2
+
+
+def test_a_record_that_was_cut_off_is_not_read_and_not_kept(tmp_path):
+    tell(build(tmp_path), 1, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    tell(build(tmp_path, first_step=3), 4)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_dropping_the_records_of_lost_steps_never_risks_the_others(tmp_path, monkeypatch):
+    tell(build(tmp_path), 1, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, first_step=1)
+    assert path.read_text() == before
+
+
+def test_the_time_left_counts_the_steps_taken_here(tmp_path, capsys):
+    metrics = build(tmp_path, steps=1001)
+    time.sleep(0.05)
+    tell(metrics, 501)  # healed from a replica that had come this far
+    (line,) = capsys.readouterr().out.splitlines()
+    assert 20 < int(line.split()[-2].removesuffix("s")) < 60
+
+
+def test_mfu_is_that_of_the_replicas_that_made_the_tokens(tmp_path):
+    metrics = build(tmp_path, seconds_per_token_at_peak=1e-6)
+    metrics.stop_clock()
+    metrics.record_step(1, num_replicas=2, **STEP)
+    metrics.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * 1e-6 / 2)
+
+
+def test_only_the_first_rank_writes(tmp_path):
+    tell(build(tmp_path, is_first_rank=False), 1, 2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_shows_every_step_of_a_run_that_was_resumed(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = [TensorBoard.Config()]
+    tell(build(tmp_path, sinks=sinks), 1, 2, 3, 4)
+    tell(build(tmp_path, first_step=3, sinks=sinks), 4, 5)  # the checkpoint was that of step 3
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [1, 2, 3, 4, 5]
