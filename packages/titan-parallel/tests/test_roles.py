@@ -74,8 +74,8 @@ def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
 
     expected = [
         "Got 1 num_kv_heads of layers.0.attention.k over tensor_parallel_degree 2.",
-        "Got 45 features of layers.0.feed_forward.up over tensor_parallel_degree 2. Each rank takes as many, so the degree "
-        "divides their number. Set tensor_parallel_degree to 1, 3, 5, 9, 15 or 45.",
+        "Got 45 features of layers.0.feed_forward.up over tensor_parallel_degree 2. Each rank takes as many, so the "
+        "degree divides their number. Set tensor_parallel_degree to 1, 3, 5, 9, 15 or 45.",
         "Got sequence_parallel and roles without an embedding or without a head.",
         "Got tensor_parallel_degree 2 and roles without a region.",
         "Got a vocabulary of 1 in embedding over tensor_parallel_degree 2.",

@@ -46,13 +46,13 @@ def parallelize(
 
     # The order: tensor and sequence parallel, then recomputation and compilation of blocks, then data parallel.
     tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
+    partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
     _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
     head = _let_head_take_loss(model, matched, tensor_parallel)
     if tensor_parallel is not None:
         model.forward = tensor_parallel.local_view("")(model.forward)
     units = _shard_over_data_ranks(model, matched, dims, precision)
 
-    partial = tensor_parallel.partial_parameters() if tensor_parallel is not None else []
     return ParallelModel(model, dims, head=head, units=units, partial_parameters=partial, output=output)
 
 

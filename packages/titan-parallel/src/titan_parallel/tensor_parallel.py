@@ -15,7 +15,7 @@ from titan_parallel.dims import ParallelDims
 from titan_parallel.head import HeadForward
 from titan_parallel.local_view import LocalView
 from titan_parallel.roles import Roles, inside
-from titan_parallel.tensor_parallel_checks import check_can_be_split
+from titan_parallel.tensor_parallel_checks import check_can_be_split, one_split_dim
 
 SPLIT_WEIGHT_DIM = {"embedding": 0, "colwise": 0, "head": 0, "rowwise": 1}
 """role -> the dim of its matrix that is split; where it is 0 the bias is split too."""
@@ -36,8 +36,7 @@ class TensorParallel:
         self._dims = dims
         self._axis = Axis.of(dims.tp_mesh)
         self._units = [name for role in ("embedding", "block", "head") for name in roles.named(role)]
-        self._split_dims = self._find_split_dims()
-        self._distribute_parameters()
+        self.partial_parameters = self._find_partial(split=self._distribute_parameters())
         for name in roles.named("region"):
             region = model.get_submodule(name)
             region.forward = _bordered(region.forward, self._enter, self._leave)
@@ -50,8 +49,9 @@ class TensorParallel:
         others = [other for other in self._units if other != unit]
         mine = [name for name in modules if inside(name, unit) or not unit]
         mine = [name for name in mine if not any(inside(name, other) for other in others)]
-        biases = {(modules[name], "bias") for name in self._roles.named("rowwise")} if self._axis.rank else set()
-        return LocalView([modules[name] for name in mine], frozenset(biases))
+        rowwise = self._roles.named("rowwise") if self._axis.rank else []
+        added_elsewhere = frozenset((self._model.get_submodule(name), "bias") for name in rowwise)
+        return LocalView([modules[name] for name in mine], added_elsewhere)
 
     def head_forward(self, name: str) -> HeadForward:
         """The head's forward: the stream enters once; logits are split over the vocabulary, or gathered."""
@@ -76,17 +76,18 @@ class TensorParallel:
 
         return HeadForward(gathered, logits_for_loss=split if self._dims.loss_parallel else gathered, enter=self._enter)
 
-    def partial_parameters(self) -> list[str]:
-        """The parameters whose gradients are this rank's share of a sum over the tensor axis.
+    def _find_partial(self, split: set[nn.Parameter]) -> list[str]:
+        """The names of the parameters whose gradients are this rank's share of a sum over the tensor axis.
 
         Those held whole inside a region, where each rank computes on its own features, and under sequence parallel
         those in the stream, where each rank computes on its own tokens.
         """
+        regions = [self._model.get_submodule(name) for name in self._roles.named("region")]
+        in_regions = {parameter for region in regions for parameter in region.parameters()}
         return [
             name
-            for name, _ in self._model.named_parameters()
-            if name not in self._split_dims
-            and (self._dims.sequence_parallel or self._roles.region_of(name) is not None)
+            for name, parameter in self._model.named_parameters()
+            if parameter not in split and (self._dims.sequence_parallel or parameter in in_regions)
         ]
 
     def _enter(self, stream: Tensor) -> Tensor:
@@ -95,27 +96,30 @@ class TensorParallel:
     def _leave(self, partial: Tensor) -> Tensor:
         return self._axis.sum_scatter_sequence(partial) if self._dims.sequence_parallel else self._axis.sum(partial)
 
-    def _find_split_dims(self) -> dict[str, int]:
-        dims: dict[str, int] = {}
-        for role, weight_dim in SPLIT_WEIGHT_DIM.items():
-            for name in self._roles.named(role):
-                dims[f"{name}.weight"] = weight_dim
-                if weight_dim == 0:
-                    dims[f"{name}.bias"] = 0
-        return dims
-
-    def _distribute_parameters(self) -> None:
-        distributed: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
-        for module_name, module in self._model.named_modules():
+    def _distribute_parameters(self) -> set[nn.Parameter]:
+        """Make every parameter a DTensor on the tensor axis; return those that are split."""
+        split_dims = {
+            (self._model.get_submodule(name), weight): dim
+            for role, dim in SPLIT_WEIGHT_DIM.items()
+            for name in self._roles.named(role)
+            for weight in (("weight", "bias") if dim == 0 else ("weight",))
+        }
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # more than one where it is tied
+        for module in self._model.modules():
             for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                if parameter not in distributed:
-                    split_dim = self._split_dims.get(f"{module_name}.{name}")
-                    placement: Placement = Replicate() if split_dim is None else Shard(split_dim)
-                    stored = distribute_tensor(parameter.data, self._dims.tp_mesh, [placement], src_data_rank=None)
-                    distributed[parameter] = nn.Parameter(stored, requires_grad=parameter.requires_grad)
-                module._parameters[name] = distributed[parameter]
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((module, name))
+        split: set[nn.Parameter] = set()
+        for parameter, slots in places.items():
+            split_dim = one_split_dim({split_dims.get(slot) for slot in slots}, slots[0][1], parameter)
+            placement: Placement = Replicate() if split_dim is None else Shard(split_dim)
+            stored = distribute_tensor(parameter.data, self._dims.tp_mesh, [placement], src_data_rank=None)
+            distributed = nn.Parameter(stored, requires_grad=parameter.requires_grad)
+            for module, name in slots:
+                module._parameters[name] = distributed
+            if split_dim is not None:
+                split.add(distributed)
+        return split
 
     def _split_embedding(self, name: str) -> None:
         embedding = self._model.get_submodule(name)

@@ -38,6 +38,16 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
                 )
 
 
+def one_split_dim(dims: set[int | None], name: str, parameter: nn.Parameter) -> int | None:
+    """The one dim in which all who share a parameter split it. Raises ConfigError where they differ."""
+    if len(dims) > 1:
+        raise ConfigError(
+            f"Got a shared {name} of shape {list(parameter.shape)} that only some of its owners split. Tied weights "
+            "are split alike. Give roles to both: embedding to the one, head to the other."
+        )
+    return next(iter(dims))
+
+
 def _check_divides(size: int, count: int, what: str, name: str) -> None:
     if count % size:
         possible = [str(degree) for degree in range(1, count + 1) if count % degree == 0]
