@@ -6,7 +6,7 @@
 # ///
 """A Llama 3 of 6 million parameters learns Jane Austen's English on a CPU in about a minute.
 
-torchrun --nproc-per-node 2 recipes/llama3_debug.py [--training.steps 200] [--help]
+torchrun --nproc-per-node 2 recipes/llama3_debug.py [--training.steps 20] [--help]
 """
 
 from pathlib import Path

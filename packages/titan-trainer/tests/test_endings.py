@@ -97,6 +97,27 @@ def test_the_report_of_a_non_finite_step_fits_on_a_screen_and_the_traceback_name
     assert "7499" in (tmp_path / "error_rank0.txt").read_text()
 
 
+def test_a_failure_of_all_ranks_is_told_once(run_ranks, toy_config, tmp_path, capfd):
+    def failing():
+        trainer = toy_config(loss=NanLoss.Config()).build()
+        with pytest.raises(SystemExit), reported_errors(tmp_path):
+            trainer.train()
+
+    run_ranks(2, failing)
+    assert capfd.readouterr().err.count("loss nan") == 1
+    reports = [(tmp_path / f"error_rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert "samples: [0, 1, 2, 3]" in reports[0]
+    assert "samples: [4, 5, 6, 7]" in reports[1]
+
+
+def test_a_failure_of_one_rank_is_told_by_that_rank(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit), reported_errors(tmp_path):
+        raise OSError("No such disk.")
+    assert "[rank 3] error: No such disk." in capsys.readouterr().err
+
+
 def test_a_report_needs_no_folder(tmp_path, capsys):
     file = tmp_path / "a file"
     file.write_text("")

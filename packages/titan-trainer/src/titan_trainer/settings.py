@@ -17,7 +17,7 @@ class Training(Configurable.Config):
     seq_len: int = 2048
     """Tokens of a row."""
     steps: int = 10000
-    """Optimizer steps of the run; may grow when a run goes on."""
+    """Optimizer steps of the run; may grow when a run goes on. Where the decay ends, lr_scheduler.total_steps says."""
     max_norm: float | None = 1.0
     """Gradients are clipped to this norm. None: measured only."""
     dtype: Literal["bfloat16", "float32"] = "float32"
@@ -55,7 +55,7 @@ class Comm(Configurable.Config):
     init_timeout_seconds: int = 300
     """Until the end of the first step: compiling and connecting take time."""
     train_timeout_seconds: int = 100
-    """From the second step on."""
+    """From the second step on, but for validations: they may compile, and open their data."""
 
     def validate(self) -> None:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):

@@ -250,8 +250,8 @@ class Trainer(Configurable):
         error = NonFiniteError(
             f"Got loss {loss} and gradient norm {grad_norm} in step {self.step + 1}, non-finite gradients in "
             f"{len(names)} parameters{f' ({names[0]} first)' if names else ''}. Both must be finite; no weight was "
-            f"touched. Look at this rank's {len(samples)} samples ({', '.join(map(str, samples[:8]))} first), or go on "
-            "from the last checkpoint with a lower --optimizer.lr."
+            f"touched. Look at the samples in each rank's report ({len(samples)} samples here, "
+            f"{', '.join(map(str, samples[:8]))} first), or go on from the last checkpoint with a lower --optimizer.lr."
         )
         error.add_note(f"This rank's samples: {samples}")
         raise error

@@ -16,7 +16,7 @@ class Validator(Configurable):
         dataloader: Configurable.Config
         """Of the validation text; one that ends after an epoch where `steps` is None."""
         interval: int = 100
-        """Training steps from one validation to the next; there is one after the last step, too."""
+        """Training steps from one validation to the next; there is one after step training.steps, too."""
         steps: int | None = None
         """Global batches to evaluate. None: until the loader ends."""
 
