@@ -5,10 +5,8 @@ import signal
 
 import pytest
 import torch
-from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Trainer, Validator
+from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Validator
 from titan_trainer.errors import reported_errors
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 def test_sigterm_while_the_last_step_is_saved_does_not_lose_it(run_ranks, toy_config, toy):
@@ -189,33 +187,3 @@ def test_validation_that_cannot_be_built_leaves_the_folder_as_it_was(run_ranks, 
         return config.dump_folder.exists()
 
     assert run_ranks(1, build) == [False]
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class FreezesEmbedding(Trainer):
-    """An experiment: the embedding stays as it was drawn."""
-
-    class Config(Trainer.Config): ...
-
-    def build_optimizer(self) -> None:
-        self.model.embedding.requires_grad_(False)
-        super().build_optimizer()
-
-
-def test_a_frozen_part_stays_as_it_was_on_any_mesh(run_ranks, toy_config, toy):
-    def train(folder: str):
-        values = {name: value for name, value in vars(toy_config()).items() if not name.startswith("_")}
-        trainer = FreezesEmbedding.Config(**values | {"dump_folder": toy_config().dump_folder / folder}).build()
-        trainer.train()
-        weights = {name: whole(p.detach()) for name, p in trainer.model.named_parameters()}
-        plain = toy.Model.Config().build()
-        plain.init_weights(0)
-        return torch.equal(weights["embedding.weight"], nn.Module.state_dict(plain)["embedding.weight"]), weights
-
-    (alone,) = run_ranks(1, train, "alone")
-    for is_frozen, weights in run_ranks(2, train, "together"):
-        assert is_frozen
-        torch.testing.assert_close(weights, alone[1], rtol=1e-4, atol=1e-6)

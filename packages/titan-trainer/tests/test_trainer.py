@@ -23,10 +23,11 @@ from titan_trainer import (
     WarmupStableDecay,
 )
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def losses(folder) -> list[float]:
-    return [record["loss"] for record in records(folder) if "loss" in record]
+    return [record["loss"] for record in records(folder)]
 
 
 def records(folder) -> list[dict]:
@@ -53,7 +54,7 @@ def flat_loop(toy, steps: int) -> list[float]:
             group["lr"] = 3e-2 * factor
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
 
 
@@ -80,13 +81,13 @@ def test_two_ranks_are_the_flat_loop(run_ranks, toy_config, parallelism, toy):
 
 def test_a_rank_that_counts_only_its_own_targets_is_seen(run_ranks, toy_config, monkeypatch, toy):
     """Breaks the global count on purpose: each rank normalises by what it has."""
-    import torch.distributed as dist
+    summed = Trainer.sum_over_data_ranks
 
+    def own(self, batches):
+        return int(sum(self.loss.count(batch.targets) for batch in batches)), *summed(self, batches)[1:]
+
+    monkeypatch.setattr(Trainer, "sum_over_data_ranks", own)
     config = toy_config()
-    whole = dist.all_reduce
-    monkeypatch.setattr(
-        "titan_trainer.trainer.dist.all_reduce", lambda t, *a, **k: whole(t, *a, **k) if t.numel() == 1 else None
-    )
     run_ranks(2, train, config)
     assert losses(config.dump_folder) != pytest.approx(flat_loop(toy, 10), rel=3e-6)
 
@@ -233,6 +234,7 @@ def test_validation_gives_the_mean_over_the_same_rows_each_time(run_ranks, toy_c
         if "validation_loss" in record
     ]
     assert [step for step, _ in found] == [4, 8, 10]
+    assert [record["step"] for record in records(toy_config().dump_folder)] == list(range(1, 11))
     assert found[-1][1] == pytest.approx(expected, rel=1e-5)
 
 
@@ -242,8 +244,8 @@ def test_data_that_ends_ends_the_run(run_ranks, toy_config, toy):
     assert len(losses(config.dump_folder)) == 3
 
 
-class Halver(Configurable):
-    """A converter that halves the head before training and counts its steps."""
+class ScaledEmbedding(Configurable):
+    """A converter that changes the embedding before training and counts the steps."""
 
     class Config(Configurable.Config): ...
 
@@ -251,6 +253,7 @@ class Halver(Configurable):
         self.steps = 0
 
     def convert(self, model: nn.Module) -> None:
+        assert model.embedding.weight.is_meta
         model.embedding.scale_grad_by_freq = True
 
     def after_step(self, model: nn.Module) -> None:
@@ -259,32 +262,43 @@ class Halver(Configurable):
 
 def test_converters_act_before_parallelizing_and_after_each_step(run_ranks, toy_config):
     def train_converted():
-        trainer = toy_config(model_converters=[Halver.Config()]).build()
+        trainer = toy_config(model_converters=[ScaledEmbedding.Config()]).build()
         trainer.train()
         return trainer.model.embedding.scale_grad_by_freq, trainer.converters[0].steps
 
     assert run_ranks(1, train_converted) == [(True, 10)]
 
 
-class SquaredNormTrainer(Trainer):
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class FreezingTrainer(Trainer):
     """An experiment: one more field, one changed chapter."""
 
     class Config(Trainer.Config):
         freeze_embedding: bool = False
 
     def build_optimizer(self) -> None:
-        self.model.embedding.weight.requires_grad_(not self.config.freeze_embedding)
+        self.model.embedding.requires_grad_(not self.config.freeze_embedding)
         super().build_optimizer()
 
 
-def test_an_experiment_adds_a_field_and_rewrites_a_chapter(run_ranks, toy_config):
-    def train_experiment():
+def test_an_experiment_adds_a_field_and_rewrites_a_chapter_on_any_mesh(run_ranks, toy_config, toy):
+    def train_frozen(folder: str):
         values = {name: value for name, value in vars(toy_config()).items() if not name.startswith("_")}
-        trainer = SquaredNormTrainer.Config(**values, freeze_embedding=True).build()
+        values["dump_folder"] = toy_config().dump_folder / folder
+        trainer = FreezingTrainer.Config(**values, freeze_embedding=True).build()
         trainer.train()
-        return "embedding.weight" in trainer.optimizer.parameters
+        return {name: whole(p.detach()) for name, p in trainer.model.named_parameters()}
 
-    assert run_ranks(1, train_experiment) == [False]
+    plain = toy.Model.Config().build()
+    plain.init_weights(0)
+    (alone,) = run_ranks(1, train_frozen, "alone")
+    for weights in run_ranks(2, train_frozen, "together"):
+        assert torch.equal(weights["embedding.weight"], plain.embedding.weight)
+        assert not torch.equal(weights["head.weight"], plain.head.weight)
+        torch.testing.assert_close(weights, alone, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
