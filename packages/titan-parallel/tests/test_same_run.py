@@ -140,8 +140,8 @@ def test_losses_of_20_steps_equal_the_plain_loop(run_ranks, small):
             torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=3e-6, atol=0)
 
 
-def test_bf16_losses_of_20_steps_are_close_on_any_mesh(run_ranks, small):
-    batches = [small.make_batch(seed=seed) for seed in range(20)]
+def test_bf16_losses_are_close_on_any_mesh(run_ranks, small):
+    batches = [small.make_batch(seed=seed) for seed in range(8)]
     in_fp32 = plain_losses(small, small.make_model(dtype=torch.float32), batches)
     by_mesh = {
         mesh: run_ranks(small.MESHES[mesh][0], parallel_losses, small, mesh, batches, MixedPrecision.Config())[0]
