@@ -7,7 +7,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from titan_config import ConfigError, Configurable
 
@@ -163,13 +163,15 @@ class Metrics(Configurable):
         self.tokens_since_line, self.seconds_since_line = 0, 0.0
 
 
-def open_after_step(path: Path, step: int) -> Any:
-    """Open `path` for appending, keeping the records up to `step` only: later ones belong to steps that were lost."""
+def open_after_step(path: Path, step: int) -> TextIO:
+    """Open `path` for appending, cut off after the records up to `step`: later ones belong to steps that were lost."""
     if path.exists():
-        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        kept_bytes = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept_bytes += len(line)
+        os.truncate(path, kept_bytes)
     return path.open("a")
 
 
