@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -84,7 +87,8 @@ class Checkpointer(Configurable):
         self._run_data = None if config is None else to_dict(config)
         self._ranks = Ranks()
         self._staging = Staging()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="titan-ckpt")
+        initializer = _yield_to_training if own.async_mode == "async" else None
+        self._writer = ThreadPoolExecutor(1, "titan-ckpt", initializer)
         self._pending: Future[None] | None = None
         self._newest: int | None = None
         self._ranks.together(lambda: self.shelf.clean() if self._ranks.is_first else None)
@@ -214,3 +218,9 @@ class Checkpointer(Configurable):
     def _set_aside_after(self, step: int) -> None:
         for path in self.shelf.set_aside_after(step):
             logger.warning("Renamed a checkpoint newer than step %s to %s.", step, path)
+
+
+def _yield_to_training() -> None:
+    """Let this thread have what the threads that compute leave; Linux alone has priorities for threads."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

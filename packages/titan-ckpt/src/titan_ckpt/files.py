@@ -64,8 +64,8 @@ def write_blocks(path: Path, blocks: Iterable[Any]) -> FileRecord:
 
 
 def write_json(path: Path, data: Any) -> FileRecord:
-    """Write `data` as a new JSON file; returns its record."""
-    return write_blocks(path, [(json.dumps(data, indent=1) + "\n").encode()])
+    """Write `data` as a new JSON file, on one line: Python's fast encoder does not indent; returns its record."""
+    return write_blocks(path, [(json.dumps(data) + "\n").encode()])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,11 @@ def join_indices(indices: Iterable[Index]) -> Index:
 
 def write_index(folder: Path, index: Index) -> FileRecord:
     """Write the index as a new file of `folder`; returns its record."""
-    return write_json(folder / INDEX, {name: asdict(tensor) for name, tensor in sorted(index.items())})
+    data = {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "chunks": [vars(chunk) for chunk in tensor.chunks]}
+        for name, tensor in sorted(index.items())
+    }
+    return write_json(folder / INDEX, data)
 
 
 def read_index(folder: Path) -> Index:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import distributions
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from titan_ckpt.files import FileRecord, record_of, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_TITAN = ("titan-ckpt", "titan-config", "titan-data", "titan-ft", "titan-models", "titan-parallel", "titan-trainer")
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,14 @@ class Manifest:
     format: int = FORMAT
 
 
+@cache
 def installed_versions() -> dict[str, str]:
-    """Return the versions of torch and of all installed titan packages."""
-    titan = {d.name: d.version for d in distributions() if d.name.startswith("titan-")}
-    return {"torch": torch.__version__, **dict(sorted(titan.items()))}
+    """Return the versions of torch and of the titan packages that are installed."""
+    versions = {"torch": str(torch.__version__)}
+    for name in _TITAN:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

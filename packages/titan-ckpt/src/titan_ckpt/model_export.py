@@ -26,8 +26,8 @@ def export_model(checkpoint: Path, folder: Path) -> Path:
     values = read_values(checkpoint)
     if "model" not in values:
         raise CheckpointError(
-            f'Got {checkpoint}, which has the parts {list(values)}. Its part "model" is what is exported. Give a checkpoint '
-            f"that has one."
+            f'Got {checkpoint}, which has the parts {list(values)}. What is exported is the part "model". Give a '
+            f"checkpoint that has one."
         )
     with TensorReader(checkpoint) as reader:
         names = [name for name in reader.index if name.startswith("model.")]
