@@ -89,7 +89,7 @@ def everything(session: nox.Session) -> None:
 
 
 def bin_of_everything(session: nox.Session) -> Path:
-    return session.cache_dir.parent / "everything" / "bin"
+    return session.cache_dir.resolve().parent / "everything" / "bin"
 
 
 @nox.session(venv_backend="none", requires=["everything"])
