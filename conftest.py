@@ -31,6 +31,7 @@ def _rank_main(
         dist.init_process_group(
             "gloo", store=dist.FileStore(str(rendezvous), world_size), rank=rank, world_size=world_size
         )
+        dist.barrier()  # nobody is done before all are connected
         pipe.send_bytes(pickle.dumps((True, function(*args))))  # copies: shared tensors would end with the process
         dist.destroy_process_group()
     except BaseException:

@@ -254,6 +254,7 @@ def test_files_come_back_equal_and_are_written_whole(tmp_path, monkeypatch):
     [
         ('{\n  "a": 1,\n  b: 2\n}', "config.json:3: Got text that is not JSON at column 3: Expecting property name"),
         ("", "config.json:1: Got text that is not JSON at column 1: Expecting value"),
+        ("{\n", "config.json:2: Got text that is not JSON at column 1: Expecting property name"),
         ('{"a": 1, "a": 2}', "config.json: Got the key a twice in one object. Each field has one value."),
         ("[1]", "config.json: Got [1] (list). A config is an object that names its class."),
         ('{"i": 1}', "config.json: Got {'i': 1} (dict). A config is an object that names its class."),

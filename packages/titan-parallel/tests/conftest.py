@@ -222,20 +222,6 @@ def small() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="session")
-def run_ranks(run_ranks) -> Callable[..., list[Any]]:
-    """`run_ranks` of the repository, in which no rank can end while another still connects."""
-
-    def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        def after_all_connected() -> Any:
-            dist.barrier()
-            return function(*args)
-
-        return run_ranks(world_size, after_all_connected)
-
-    return run
-
-
 @pytest.fixture
 def on_one_rank(run_ranks) -> Callable[..., Any]:
     """Call a function on one rank, in a process of its own, and return its result."""

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from titan_parallel import FullRecompute, MixedPrecision, parallelize
+from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -240,3 +241,13 @@ def _dims():
     from titan_parallel import ParallelDims
 
     return ParallelDims.Config().build(world_size=1, device_type="cpu")
+
+
+def test_a_norm_that_is_not_finite_leaves_the_gradients_as_they_are(on_one_rank):
+    def clip():
+        first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        first.grad, second.grad = torch.tensor([float("nan"), 3.0]), torch.tensor([4.0, 5.0])
+        scale_gradients_([first, second], gradient_norm([first, second], 1, "cpu"), max_norm=1.0)
+        return first.grad.tolist()[1], second.grad.tolist()
+
+    assert on_one_rank(clip) == (3.0, [4.0, 5.0])

@@ -69,9 +69,9 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        line = text[: error.pos].rpartition("\n")[2] + text[error.pos :].partition("\n")[0]
         raise ConfigError(
-            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line[:80]!r}). A saved config is one "
+            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line.strip()[:80]!r}). A saved config is one "
             "JSON object. Correct the line.",
             file=f"{name}:{error.lineno}",
         ) from error

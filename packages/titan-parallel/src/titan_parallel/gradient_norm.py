@@ -36,8 +36,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter], num_ranks: int, device_typ
 
 @torch.no_grad()
 def scale_gradients_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their `norm` becomes at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    """Scale all gradients so that their `norm` becomes at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    A norm that is not finite leaves them as they are: who looks for the cause finds it.
+    """
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

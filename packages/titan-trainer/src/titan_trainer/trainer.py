@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from titan_config import ConfigError, Configurable, diff, save
@@ -104,6 +105,7 @@ class Trainer(Configurable):
             deterministic=config.debug.deterministic,
             warn_only=config.debug.deterministic_warn_only,
         )
+        np.random.seed(config.debug.seed % 2**32)  # for data and losses that use numpy, which takes 32 bits
 
     def build_data(self) -> None:
         """Build the tokenizer and the loader."""
