@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -303,3 +306,20 @@ def test_an_async_failure_is_raised_by_the_next_due_save(tmp_path, monkeypatch):
 
 def fail(path, data):
     raise OSError(28, "No space left on device", str(path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities for threads")
+def test_only_the_thread_that_writes_beside_training_yields_to_it(tmp_path, monkeypatch):
+    priorities = []
+    write_tensors = saving.write_tensors
+
+    def record(path, tensors):
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(saving, "write_tensors", record)
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for mode in ("disabled", "async"):
+        build(tmp_path / mode, async_mode=mode).save(1, {"part": Values(w=torch.ones(2))}, last=True)
+    assert priorities == [here, here + 10]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here

@@ -142,6 +142,11 @@ def test_an_export_never_writes_over_a_folder(tmp_path):
 def test_a_folder_without_or_with_broken_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has no safetensors files"):
         load_hf(tmp_path, toy().state_dict(), Renames())
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="must be JSON with a weight_map"):
+        load_hf(tmp_path, toy().state_dict(), Renames())
+    index.unlink()
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match=r"model\.safetensors, which cannot be read"):
         load_hf(tmp_path, toy().state_dict(), Renames())

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 import torch.distributed as dist
-from titan_ckpt import Checkpointer, RandomState
+from titan_ckpt import Checkpointer
 
 
 def draw():
@@ -18,7 +18,7 @@ def resumed(folder):
     random.seed(-1)
     torch.manual_seed(99 + rank)
     np.random.seed(99)
-    checkpointer.load({"random": RandomState()})
+    checkpointer.load({})
     return draw()
 
 
@@ -29,7 +29,7 @@ def saved(folder):
     torch.manual_seed(rank)
     draw()
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=folder)
-    checkpointer.save(1, {"random": RandomState()}, last=True)
+    checkpointer.save(1, {}, last=True)
     return draw()
 
 

@@ -7,7 +7,6 @@ from titan_ckpt.hf_export import export_hf, save_hf
 from titan_ckpt.hf_import import load_hf
 from titan_ckpt.manifest import check_whole
 from titan_ckpt.model_export import export_model
-from titan_ckpt.random_state import RandomState
 from titan_ckpt.reading import TensorReader, read_config
 from titan_ckpt.state import Part
 
@@ -17,7 +16,6 @@ __all__ = [
     "Checkpointer",
     "HFAdapter",
     "Part",
-    "RandomState",
     "TensorReader",
     "check_whole",
     "export_hf",

@@ -21,6 +21,7 @@ from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf
 from titan_ckpt.hf_import import load_hf
 from titan_ckpt.loading import PassedOver, damage_of, find_newest_whole, load_parts
+from titan_ckpt.random_state import RandomState
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.saving import Snapshot, save
 from titan_ckpt.shelf import Shelf
@@ -34,10 +35,10 @@ class Checkpointer(Configurable):
     """Saves and loads the parts of a run; every method is a collective of all ranks.
 
     Args:
-        config: what to do.
-        dump_folder: where the run writes; the checkpoints are in `dump_folder / config.folder`.
-        run_config: the run's whole config: it is saved with each checkpoint, and its `model.hf_adapter()` translates
-            weights.
+        own: what to do.
+        dump_folder: where the run writes; the checkpoints are in `dump_folder / own.folder`.
+        config: the run's whole config: it is saved with each checkpoint, and its `model.hf_adapter()` translates
+            weights. None saves none.
 
     `passed_over` holds the broken checkpoints that the last `load` found newer than the one it took.
     """
@@ -96,6 +97,7 @@ class Checkpointer(Configurable):
     def save(self, step: int, parts: Mapping[str, Part], *, last: bool = False) -> bool:
         """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.
 
+        Every rank's random generators are saved with them, as the part "random".
         In the mode "async" this returns once the parts are copied. A step that this object saved or loaded is there
         already, and is not saved again.
 
@@ -131,7 +133,7 @@ class Checkpointer(Configurable):
         if step is None:
             self._load_initial(parts)
             return None
-        load_parts(self.shelf.path(step), parts, self._ranks, self._run_data)
+        load_parts(self.shelf.path(step), _with_random_state(parts), self._ranks, self._run_data)
         self._ranks.together(lambda: self._set_aside_after(step) if self._ranks.is_first else None)
         logger.info("Loaded %s.", self.shelf.path(step))
         self._newest = step
@@ -155,7 +157,7 @@ class Checkpointer(Configurable):
             self._writer.shutdown()
 
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
-        tensors, values, _ = split_parts(parts)
+        tensors, values, _ = split_parts(_with_random_state(parts))
         chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
         replicated = frozenset(name for name, tensor in tensors.items() if not isinstance(tensor, DTensor))
         if self.config.async_mode == "async":
@@ -167,8 +169,9 @@ class Checkpointer(Configurable):
         save(snapshot, self.shelf, self._ranks, self._run_data)
         self._newest = snapshot.step
         logger.info("Saved %s.", self.shelf.path(snapshot.step))
-        if self.config.keep_latest_k is not None and self._ranks.is_first:
-            self.shelf.keep(self.config.keep_latest_k)
+        count = self.config.keep_latest_k
+        if count is not None:
+            self._ranks.together(lambda: self.shelf.keep(count) if self._ranks.is_first else None)
 
     def _step_to_load(self) -> int | None:
         step = self.config.load_step
@@ -223,4 +226,9 @@ class Checkpointer(Configurable):
 def _yield_to_training() -> None:
     """Let this thread have what the threads that compute leave; Linux alone has priorities for threads."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)
+
+
+def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:
+    return {"random": RandomState(), **parts}

@@ -33,7 +33,7 @@ class HFReader:
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
         index = folder / INDEX
-        known = json.loads(index.read_bytes())["weight_map"] if index.is_file() else None
+        known = _read_index(index) if index.is_file() else None
         paths = (
             sorted(folder.glob("*.safetensors"))
             if known is None
@@ -85,6 +85,15 @@ class HFReader:
     def read_box(self, key: str, box: tuple[slice, ...]) -> Tensor:
         """A part of a tensor; only that part is read."""
         return self._file_of[key].get_slice(key)[box]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"Got {path}, which cannot be read: {error!r}. It must be JSON with a weight_map. Download or export it again."
+        ) from error
 
 
 def write_folder(

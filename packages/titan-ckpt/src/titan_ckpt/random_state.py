@@ -17,15 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState:
-    """The generators of Python, numpy, torch's CPU and (with `device="cuda"`) of the current GPU, kept by rank.
+    """The generators of Python, numpy, torch's CPU and, where it is in use, of the current GPU, kept by rank.
 
     Loaded on as many ranks as saved it, every generator goes on where it was. On another number of ranks there is no
-    such
-    place: all are seeded anew, from the saved state and the rank, the same way every time, and the log says so.
+    such place: all are seeded anew, from the saved state and the rank, the same way every time, and the log says so.
     """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
 
     def state_dict(self) -> dict[str, Any]:
         """`{"ranks": {rank: {generator: text}}}`."""
@@ -55,7 +51,7 @@ class RandomState:
             "numpy": json.dumps([_to_text(np.asarray(keys)), place, has_gauss, cached]),
             "cpu": _to_text(torch.get_rng_state().numpy()),
         }
-        if self._device == "cuda":
+        if torch.cuda.is_initialized():
             texts["cuda"] = _to_text(torch.cuda.get_rng_state().numpy())
         return texts
 
@@ -65,7 +61,7 @@ class RandomState:
         keys, place, has_gauss, cached = json.loads(texts["numpy"])
         np.random.set_state(("MT19937", _to_array(keys, np.uint32), place, has_gauss, cached))
         torch.set_rng_state(torch.from_numpy(_to_array(texts["cpu"], np.uint8)))
-        if self._device == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.set_rng_state(torch.from_numpy(_to_array(texts["cuda"], np.uint8)))
 
 
