@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # these two take a second: once here, and not in every forked rank
-import torch.distributed as dist
 import torch.distributed.fsdp
 from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize
 from torch import Tensor, nn

@@ -231,4 +231,4 @@ def _yield_to_training() -> None:
 
 
 def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:
-    return {"random": RandomState(), **parts}
+    return {**parts, "random": RandomState()}

@@ -71,8 +71,8 @@ def parse_json(text: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         line = text[: error.pos].rpartition("\n")[2] + text[error.pos :].partition("\n")[0]
         raise ConfigError(
-            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line.strip()[:80]!r}). A saved config is one "
-            "JSON object. Correct the line.",
+            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line.strip()[:80]!r}). A saved config "
+            "is one JSON object. Correct the line.",
             file=f"{name}:{error.lineno}",
         ) from error
     except _Duplicate as error:

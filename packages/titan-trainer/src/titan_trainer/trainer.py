@@ -35,7 +35,6 @@ from titan_trainer.model_state import ModelState
 from titan_trainer.optimizer import AdamW, Optimizer
 from titan_trainer.profiling import Profiler
 from titan_trainer.protocols import Batch, Checkpointer, Loader, Loss, ModelConfig, State, Stateful
-from titan_trainer.random_state import RandomState
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
 from titan_trainer.settings import Comm, Debug, Training
@@ -168,7 +167,6 @@ class Trainer(Configurable):
             "optimizer": self.optimizer,
             "dataloader": self.loader,
             "trainer": self,
-            "random": RandomState(self.device),
         }
         self.checkpointer: Checkpointer | None = None
         if config.checkpoint is not None:
@@ -316,8 +314,8 @@ class Trainer(Configurable):
         self.step = state["step"]
 
     def healing_state(self) -> State:
-        """What a replica that joins needs: everything but the random generators, which are each rank's own."""
-        return {name: part.state_dict() for name, part in self.parts.items() if name != "random"}
+        """What a replica that joins needs."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def heal(self, state: State) -> None:
         """Become a copy of the replica whose `healing_state` this is."""
