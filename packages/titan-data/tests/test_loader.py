@@ -313,11 +313,32 @@ def test_another_number_of_streams_begins_after_all_that_was_begun(source: Jsonl
         assert max(seen) < min(first) <= max(seen) + 4  # the next that is not empty
 
 
+@pytest.mark.parametrize(("num_ranks", "local_batch_size"), [(3, 1), (3, 2), (5, 2), (6, 4)])
+def test_ranks_that_do_not_divide_the_rows_share_the_same_batch_and_fill_up_with_padding(
+    source: JsonlSource.Config, num_ranks: int, local_batch_size: int
+) -> None:
+    sizes = {**SIZES, "local_batch_size": local_batch_size}
+    whole, parts = build(source, sizes=sizes), [build(source, sizes=sizes) for _ in range(num_ranks)]
+    for _ in range(3):
+        rows = [row for batch in whole.draw(0, 1) for row in batch.inputs["tokens"].tolist()]
+        drawn = [loader.draw(rank, num_ranks) for rank, loader in enumerate(parts)]
+        assert len({len(batches) for batches in drawn}) == 1
+        batches = [batch for batches in drawn for batch in batches]
+        filled = [bool((batch.targets["labels"] != -100).any()) for batch in batches]
+        assert [
+            row for batch, full in zip(batches, filled, strict=True) if full for row in batch.inputs["tokens"].tolist()
+        ] == rows
+        assert all(
+            (batch.inputs["document_ids"] == -1).all() for batch, full in zip(batches, filled, strict=True) if not full
+        )
+        commit([whole])
+        commit(parts)
+    assert all(loader.state_dict() == whole.state_dict() for loader in parts)
+
+
 def test_batch_sizes_that_do_not_fit_are_errors(source: JsonlSource.Config) -> None:
-    with pytest.raises(ValueError, match=r"8 rows for 3 data ranks .* micro-batches of 1\..*multiple of 3 x 1 = 3"):
-        build(source).draw(0, 3)
-    with pytest.raises(ValueError, match="micro-batches of 8"):
-        build(source, sizes={**SIZES, "local_batch_size": 8}).draw(0, 2)
+    with pytest.raises(ValueError, match=r"8 rows in micro-batches of 3\..*1, 2, 4, 8"):
+        build(source, sizes={**SIZES, "local_batch_size": 3})
     with pytest.raises(ValueError, match="rank 2 of 2"):
         build(source).draw(2, 2)
     with pytest.raises(ValueError, match=r"3 streams for a global batch of 8 rows.*1, 2, 4, 8"):

@@ -10,7 +10,7 @@ IGNORED_LABEL = -100
 """The label of a token that has none: the last of a document, and padding."""
 
 PADDING_ID = -1
-"""The document id of padding, which only the last rows of a finite loader have."""
+"""The document id of padding: the last rows of a finite loader, and what fills up ranks that got fewer rows."""
 
 
 @dataclasses.dataclass

@@ -73,6 +73,11 @@ class TokenLoader(Configurable):
         self._config = config
         self._tokenizer = tokenizer
         self._num_rows, self._micro_rows = global_batch_size, local_batch_size
+        if global_batch_size % local_batch_size:
+            raise ValueError(
+                f"Got a global batch of {global_batch_size} rows in micro-batches of {local_batch_size}. Micro-batches "
+                f"are whole. Set local_batch_size to {_divisors(global_batch_size)}."
+            )
         self._num_streams = config.num_streams or global_batch_size
         if global_batch_size % self._num_streams:
             raise ValueError(
@@ -95,9 +100,9 @@ class TokenLoader(Configurable):
     def draw(self, rank: int, num_ranks: int) -> list[Batch]:
         """Return this rank's micro-batches of the step: `local_batch_size` rows each; none after a finite loader's end.
 
-        All ranks see the end at the same step; until then a stream that has ended gives rows of padding. Raises
-        ValueError where the rows do not split evenly, or for a document that is no text; RuntimeError for a second
-        draw without `commit` or `rollback`.
+        All ranks get as many: where the batch does not split evenly (ranks come and go), some get one of padding.
+        All see the end at the same step; until then a stream that has ended gives rows of padding. Raises ValueError
+        for a document that is no text; RuntimeError for a second draw without `commit` or `rollback`.
         """
         if self._drawn is not None:
             raise RuntimeError(
@@ -190,14 +195,10 @@ class TokenLoader(Configurable):
     def _new_share(self, rank: int, num_ranks: int) -> Share:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"Got rank {rank} of {num_ranks}. Ranks count from 0. Set rank to 0 to {num_ranks - 1}.")
-        if self._num_rows % num_ranks or self._num_rows // num_ranks % self._micro_rows:
-            raise ValueError(
-                f"Got a global batch of {self._num_rows} rows for {num_ranks} data ranks with micro-batches of "
-                f"{self._micro_rows}. Each rank draws the same number of whole micro-batches. Make global_batch_size a "
-                f"multiple of {num_ranks} x {self._micro_rows} = {num_ranks * self._micro_rows}."
-            )
-        size = self._num_rows // num_ranks
-        return Share(rank * size, (rank + 1) * size, self._num_rows, self._num_streams, self._micro_rows)
+        whole = self._num_rows // self._micro_rows
+        begin, end = (place * whole // num_ranks * self._micro_rows for place in (rank, rank + 1))
+        sizes = self._num_rows, self._num_streams, self._micro_rows
+        return Share(begin, end, *sizes, num_micro=-(-whole // num_ranks), seq_len=self._packing.seq_len)
 
     def _take_over(self, share: Share) -> None:
         """Make the streams of `share` ours: those we have go on with what was read ahead, others begin anew."""

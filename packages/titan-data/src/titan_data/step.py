@@ -7,18 +7,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from titan_data.batch import Batch
-from titan_data.packing import COLUMNS, Row, RowStream
+from titan_data.batch import IGNORED_LABEL, PADDING_ID, Batch
+from titan_data.packing import COLUMNS, ENDED, Cursor, Row, RowStream
 
 
 class Share(NamedTuple):
-    """The rows `begin` to `end` of a global batch, one rank's."""
+    """The rows `begin` to `end` of a global batch, one rank's, in `num_micro` micro-batches; what lacks is padding."""
 
     begin: int
     end: int
     num_rows: int
     num_streams: int
     micro_rows: int
+    num_micro: int
+    seq_len: int
 
     @property
     def read(self) -> list[int]:
@@ -45,7 +47,15 @@ def make_step(streams: dict[int, RowStream], share: Share) -> Step:
     rows = {index: [stream.next_row() for _ in range(num_rows)] for index, stream in streams.items()}
     mine = [rows[row % share.num_streams][row // share.num_streams] for row in range(share.begin, share.end)]
     size = share.micro_rows
+    mine += [_padding(share.seq_len)] * (share.num_micro * size - len(mine))
     return Step(share, [_batch(mine[first : first + size]) for first in range(0, len(mine), size)], rows)
+
+
+def _padding(seq_len: int) -> Row:
+    columns = np.zeros((len(COLUMNS), seq_len), np.int64)
+    columns[COLUMNS.index("document_ids")] = PADDING_ID
+    columns[COLUMNS.index("labels")] = IGNORED_LABEL
+    return Row(columns, [], Cursor(0, ENDED))
 
 
 def _batch(rows: list[Row]) -> Batch:

@@ -116,6 +116,13 @@ class Trainer(Configurable):
                 "Every token id needs a row of the embedding. "
                 f"Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
             )
+        rows_at_once = self.dims.num_data_ranks * config.training.local_batch_size
+        if config.training.global_batch_size % rows_at_once:
+            raise ConfigError(
+                f"Got a global batch of {config.training.global_batch_size} rows for {self.dims.num_data_ranks} data "
+                f"ranks with micro-batches of {config.training.local_batch_size}. Each rank takes as many whole ones. "
+                f"Set --training.global_batch_size to a multiple of {rows_at_once}."
+            )
         self.loader = self.build_loader(config.dataloader)
 
     def build_loader(self, config: Configurable.Config) -> Loader:
