@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -323,3 +324,9 @@ def test_only_the_thread_that_writes_beside_training_yields_to_it(tmp_path, monk
         build(tmp_path / mode, async_mode=mode).save(1, {"part": Values(w=torch.ones(2))}, last=True)
     assert priorities == [here, here + 10]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
+
+
+def test_importing_the_package_leaves_dtensor_and_dcp_to_the_first_save():
+    heavy = "{'torch.distributed.tensor', 'torch.distributed.checkpoint'} & set(sys.modules)"
+    code = f"import sys, torch; before = {heavy}; import titan_ckpt; assert {heavy} == before, {heavy} - before"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 from titan_config import Configurable, to_dict
-from torch.distributed.tensor import DTensor
 
 from titan_ckpt.adapter import adapter_of
-from titan_ckpt.chunks import is_writer, local_chunks
+from titan_ckpt.chunks import is_dtensor, is_writer, local_chunks
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf
 from titan_ckpt.hf_import import load_hf
@@ -159,7 +158,7 @@ class Checkpointer(Configurable):
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
         tensors, values, _ = split_parts(_with_random_state(parts))
         chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
-        replicated = frozenset(name for name, tensor in tensors.items() if not isinstance(tensor, DTensor))
+        replicated = frozenset(name for name, tensor in tensors.items() if not is_dtensor(tensor))
         if self.config.async_mode == "async":
             chunks = self._staging.copy(chunks)
         return Snapshot(step, chunks, replicated, values)

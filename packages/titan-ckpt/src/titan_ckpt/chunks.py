@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:  # a second of imports: left to the first save or load
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Chunk:
     @property
     def box(self) -> ChunkStorageMetadata:
         """The chunk's place, as DCP's resharding knows it."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=self.data.shape)
 
     @property
@@ -40,6 +46,12 @@ class Chunk:
     def holding(self, data: Tensor) -> Chunk:
         """The same place with other data."""
         return replace(self, data=data)
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether `tensor` is a `DTensor`, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
@@ -55,7 +67,7 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
     """
     chunks = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             if tensor.device_mesh.get_coordinate() is None:
                 continue
             (box,) = tensor.__create_chunk_list__()
@@ -69,7 +81,7 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
 
 def is_writer(name: str, tensor: Tensor) -> bool:
     """Whether this rank is the one among the replicas of its piece of a DTensor that writes it; spread by name."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return True
     coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     turn = zlib.crc32(name.encode())

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from titan_config import from_dict
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titan_ckpt.adapter import HFAdapter, Translation, asked, on_meta, translate
+from titan_ckpt.chunks import is_dtensor
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.hf_files import write_folder
 from titan_ckpt.manifest import check_whole
@@ -39,7 +39,7 @@ def save_hf(
 
     def read(name: str) -> Tensor:
         tensor = state[name].detach()
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        return (tensor.full_tensor() if is_dtensor(tensor) else tensor).cpu()
 
     ranks.together(lambda: _check_new(folder) if ranks.is_first else None)
     _write(on_meta(state), read, adapter, folder, dtype, max_file_bytes, ranks)

@@ -92,7 +92,8 @@ def _read_index(path: Path) -> dict[str, str]:
         return json.loads(path.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"Got {path}, which cannot be read: {error!r}. It is JSON with a weight_map. Get it again."
+            f"Got {path}, which cannot be read: {error!r}. It must be JSON with a weight_map. "
+            "Download or export it again."
         ) from error
 
 

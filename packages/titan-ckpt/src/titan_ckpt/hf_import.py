@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titan_ckpt.adapter import HFAdapter, asked, translate
-from titan_ckpt.chunks import local_chunks
+from titan_ckpt.chunks import is_dtensor, local_chunks
 from titan_ckpt.errors import CheckpointError, listed
 from titan_ckpt.hf_files import HFReader
 
@@ -48,7 +47,7 @@ def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> No
 def _copy(values: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, chunk in local_chunks(state).items():
         value = values[name]
-        if isinstance(value, DTensor):
+        if is_dtensor(value):
             state[name].copy_(value)
         else:
             chunk.data.copy_(value[chunk.slices])

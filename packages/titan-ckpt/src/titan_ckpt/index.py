@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.files import DTYPE_NAMES, DTYPES, FileRecord, write_json
+
+if TYPE_CHECKING:  # a second of imports: left to the first save or load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 INDEX = "tensors.json"
 
@@ -43,6 +45,12 @@ class StoredTensor:
 
     def boxes(self) -> TensorStorageMetadata:
         """The chunks as DCP's resharding knows them, in the same order."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
         boxes = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in self.chunks]
         return TensorStorageMetadata(TensorProperties(dtype=self.torch_dtype), torch.Size(self.shape), boxes)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from titan_ckpt.chunks import Chunk, chunk_key
 from titan_ckpt.index import Index, read_index
@@ -52,6 +51,8 @@ class TensorReader:
 
     def fill(self, chunks: Iterable[Chunk]) -> None:
         """Copy the stored values into the chunks' data, wherever the boundaries of the stored chunks are."""
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
         for chunk in chunks:
             stored = self.index[chunk.name]
             files = {stored_chunk.offsets: stored_chunk.file for stored_chunk in stored.chunks}
