@@ -47,7 +47,9 @@ def llama3_run(model: Configurable.Config, *, global_batch_size: int, lr: float)
         activation_checkpoint=SelectiveRecompute.Config(),
         compile=Compile.Config(),
         validator=Validator.Config(
-            dataloader=TokenLoader.Config(source=c4("validation"), add_bos=True, add_eos=True, shuffle=False),
+            dataloader=TokenLoader.Config(
+                source=c4("validation"), add_bos=True, add_eos=True, shuffle=False, infinite=False
+            ),
             interval=500,
             steps=20,
         ),

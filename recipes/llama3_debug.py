@@ -34,7 +34,10 @@ def llama3_debug() -> Trainer.Config:
         lr_scheduler=WarmupStableDecay.Config(warmup_steps=5, total_steps=40),
         validator=Validator.Config(
             dataloader=TokenLoader.Config(
-                source=JsonlSource.Config(path=ASSETS / "austen/validation.jsonl"), shuffle=False, add_eos=True
+                source=JsonlSource.Config(path=ASSETS / "austen/validation.jsonl"),
+                shuffle=False,
+                infinite=False,
+                add_eos=True,
             ),
             interval=20,
             steps=2,
