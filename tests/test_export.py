@@ -12,9 +12,7 @@ def whole_logits(trainer, tokens: torch.Tensor) -> torch.Tensor:
     """The logits of a plain model with the trainer's weights."""
     plain = trainer.config.model.build()
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
-    plain.load_state_dict(
-        {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights.items()}, strict=False
-    )
+    plain.load_state_dict({name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights.items()})
     with torch.no_grad():
         return plain(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
 
