@@ -81,6 +81,11 @@ def test_a_text_is_not_cut_where_the_pattern_has_words_that_go_over_spaces(ranks
     assert tokenizer.encode(long).tolist() == reference(ranks_file, pattern).encode_ordinary(long)
 
 
+def test_a_pattern_that_is_no_regular_expression_is_refused(ranks_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"pattern '\(\(\(', which is no regular expression"):
+        TiktokenTokenizer.Config(path=ranks_file, pattern="(((").build()
+
+
 def test_a_megabyte_of_spaces_is_encoded(ranks_file: Path) -> None:
     tokenizer = TiktokenTokenizer.Config(path=ranks_file).build()
     text = "the cat" + " " * 1_000_000 + "and the dog"

@@ -167,8 +167,15 @@ def _ends_words_at_spaces(pattern: str) -> bool:
     """Whether a word never goes on over a space that follows a character, so that text may be cut there."""
     import regex  # type: ignore[import-untyped]  # what tiktoken's patterns are written for
 
+    try:
+        words = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(
+            f"Got the pattern {pattern!r}, which is no regular expression ({error}). It cuts text into words before "
+            f"the merges. Set pattern to the one that belongs to the ranks."
+        ) from error
     return all(
-        before in {word.end() for word in regex.finditer(pattern, text)}
+        before in {word.end() for word in words.finditer(text)}
         for before, text in (
             (len(left), f"{left} {right}") for left in _LEFT_OF_SPACE for right in ("a", "1", ".", " b")
         )
