@@ -60,6 +60,31 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name():
         config.build(parameters=small_model().named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr": float("nan")}, "Got lr nan"),
+        ({"lr": float("inf")}, "Got lr inf"),
+        ({"weight_decay": -1.0}, "Got weight_decay -1.0"),
+        ({"eps": -1.0}, "Got eps -1.0"),
+        ({"beta1": 1.5}, "Got beta1 1.5"),
+        ({"beta2": 1.0}, "Got beta2 1.0"),
+        ({"lr": -1.0}, "Got lr -1.0"),
+    ],
+)
+def test_settings_without_meaning_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        AdamW.Config(**settings).build(parameters=small_model().named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"lr_factor": float("nan")}, {"weight_decay": -0.1}])
+def test_a_group_with_settings_without_meaning_is_refused(settings):
+    with pytest.raises(ConfigError, match=f"parameter_groups.{next(iter(settings))}"):
+        AdamW.Config(parameter_groups=[ParameterGroup(pattern="*", **settings)]).build(
+            parameters=small_model().named_parameters()
+        )
+
+
 def test_frozen_parameters_are_left_alone():
     model = small_model()
     model[0].weight.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -25,6 +26,11 @@ class ParameterGroup(Configurable.Config):
     weight_decay: float | None = None
     """In place of the optimizer's. None: the optimizer's."""
 
+    def validate(self) -> None:
+        require_finite("parameter_groups.lr_factor", self.lr_factor)
+        if self.weight_decay is not None:
+            require_finite("parameter_groups.weight_decay", self.weight_decay)
+
 
 class Optimizer(Configurable, ABC):
     """A torch optimizer over named parameters; its whole state exists from the start, under the parameters' names."""
@@ -38,10 +44,8 @@ class Optimizer(Configurable, ABC):
         """Exceptions, first match first."""
 
         def validate(self) -> None:
-            if self.lr < 0:
-                raise ConfigError(
-                    f"Got a learning rate of {self.lr}. It must not be negative. Set optimizer.lr to 0 or more."
-                )
+            for name in ("lr", "weight_decay"):
+                require_finite(name, getattr(self, name))
 
     def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
@@ -91,6 +95,16 @@ class AdamW(Optimizer):
         implementation: Literal["for-loop", "foreach", "fused"] = "fused"
         """How torch runs the update: one kernel for all parameters, one per operation, or a loop."""
 
+        def validate(self) -> None:
+            super().validate()
+            require_finite("eps", self.eps)
+            for name in ("beta1", "beta2"):
+                if not 0 <= getattr(self, name) < 1:
+                    raise ConfigError(
+                        f"Got {name} {getattr(self, name)}. It is the share of the past in a running mean, from 0 to "
+                        f"below 1. Set optimizer.{name} in that range."
+                    )
+
     def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.config = config
         super().__init__(config, parameters=parameters)
@@ -113,6 +127,14 @@ class AdamW(Optimizer):
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
+
+
+def require_finite(name: str, value: float) -> None:
+    """Raise ConfigError unless the optimizer's setting is a finite number, 0 or more."""
+    if not 0 <= value < math.inf:
+        raise ConfigError(
+            f"Got {name} {value}. It must be a finite number, not negative. Set optimizer.{name} to 0 or more."
+        )
 
 
 def group_parameters(parameters: dict[str, nn.Parameter], config: Optimizer.Config) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class Training(Configurable.Config):
                 raise ConfigError(
                     f"Got training.{name} {value}. It must be 1 or more. Set --training.{name} to a positive number."
                 )
-        if self.max_norm is not None and self.max_norm <= 0:
+        if self.max_norm is not None and not self.max_norm > 0:  # nan is neither
             raise ConfigError(
                 f"Got training.max_norm {self.max_norm}. A norm to clip to is positive. "
                 "Set --training.max_norm above 0, or to None for no clipping."
