@@ -330,3 +330,10 @@ def test_importing_the_package_leaves_dtensor_and_dcp_to_the_first_save():
     heavy = "{'torch.distributed.tensor', 'torch.distributed.checkpoint'} & set(sys.modules)"
     code = f"import sys, torch; before = {heavy}; import titan_ckpt; assert {heavy} == before, {heavy} - before"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(tmp_path):
+    (tmp_path / "checkpoint").write_text("mine")
+    with pytest.raises(CheckpointError, match="checkpoint for checkpoints, which cannot be made"):
+        Checkpointer.Config().build(dump_folder=tmp_path)
+    assert (tmp_path / "checkpoint").read_text() == "mine"

@@ -91,7 +91,7 @@ class Checkpointer(Configurable):
         self._writer = ThreadPoolExecutor(1, "titan-ckpt", initializer)
         self._pending: Future[None] | None = None
         self._newest: int | None = None
-        self._ranks.together(lambda: self.shelf.clean() if self._ranks.is_first else None)
+        self._ranks.together(lambda: self.shelf.open() if self._ranks.is_first else None)
 
     def save(self, step: int, parts: Mapping[str, Part], *, last: bool = False) -> bool:
         """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.

@@ -77,10 +77,20 @@ class Shelf:
             moved.append(target)
         return moved
 
-    def clean(self) -> None:
-        """Delete what dead saves and deletions left."""
-        if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if _LEFTOVER.fullmatch(path.name):
-                    logger.info("Deleting %s, which an interrupted save left.", path)
-                    shutil.rmtree(path)
+    def open(self) -> None:
+        """Make the folder, so that a run hears at its start that it cannot; delete what dead saves and deletions left.
+
+        Raises:
+            CheckpointError: when there can be no such folder.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"Got the folder {self.folder} for checkpoints, which cannot be made ({error}). A run saves there. "
+                f"Choose a folder that you may write to, or move away the file of that name."
+            ) from error
+        for path in self.folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                logger.info("Deleting %s, which an interrupted save left.", path)
+                shutil.rmtree(path)
