@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
+from titan_config import ConfigError
 from titan_trainer import Metrics, TensorBoard
-from titan_trainer.metrics import read_metrics
+from titan_trainer.metrics import open_after_step, read_metrics
 
 STEP = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100, "memory_gib": 1.0}
 
@@ -90,3 +91,13 @@ def test_tensorboard_shows_every_step_of_a_run_that_was_resumed(tmp_path):
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("line", [b"\xff{\n", b"{}\n", b"5\n"])
+def test_a_line_that_is_no_record_is_named_and_the_file_left_as_it_was(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 1}\n' + line + b'{"step": 3}\n'
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2"):
+        open_after_step(path, 3)
+    assert path.read_bytes() == content

@@ -308,6 +308,7 @@ def test_an_experiment_adds_a_field_and_rewrites_a_chapter_on_any_mesh(run_ranks
         ({"global_batch_size": 0}, "training.global_batch_size 0"),
         ({"global_batch_size": 7}, "7 rows in micro-batches of 2"),
         ({"max_norm": 0.0}, "max_norm 0.0"),
+        ({"max_norm": math.nan}, "max_norm nan"),
     ],
 )
 def test_training_settings_without_meaning_are_refused(toy_config, changes, words):
@@ -316,6 +317,17 @@ def test_training_settings_without_meaning_are_refused(toy_config, changes, word
         for name, value in changes.items():
             setattr(config.training, name, value)
         config.build()
+
+
+def test_a_dump_folder_that_cannot_be_written_is_refused(run_ranks, toy_config, tmp_path):
+    (tmp_path / "file").write_text("mine")
+
+    def build():
+        with pytest.raises(ConfigError, match=r"dump_folder .*file, where nothing can be written"):
+            toy_config(dump_folder=tmp_path / "file").build().train()
+
+    run_ranks(1, build)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(run_ranks, toy_config):

@@ -164,12 +164,21 @@ class Metrics(Configurable):
 
 
 def open_after_step(path: Path, step: int) -> TextIO:
-    """Open `path` for appending, cut off after the records up to `step`: later ones belong to steps that were lost."""
+    """Open `path` for appending, cut off after the records up to `step`: later ones belong to steps that were lost.
+
+    Raises ConfigError, with the file untouched, where a whole line up to there is no record.
+    """
     if path.exists():
         kept_bytes = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"Got a line that is no record of a step in {path}, line {number}. The run goes on in this file, "
+                    "one JSON object a step. Correct the line, or move the file away."
+                ) from error
             kept_bytes += len(line)
         os.truncate(path, kept_bytes)
     return path.open("a")

@@ -309,8 +309,14 @@ class Trainer(Configurable):
                 print(f"going on after step {self.step} of {self.config.dump_folder}", flush=True)
                 if config_file.exists():
                     print("".join(f"changed: {line}\n" for line in diff(config_file, self.config)), end="", flush=True)
-            self.config.dump_folder.mkdir(parents=True, exist_ok=True)
-            save(self.config, config_file)
+            try:
+                self.config.dump_folder.mkdir(parents=True, exist_ok=True)
+                save(self.config, config_file)
+            except OSError as error:
+                raise ConfigError(
+                    f"Got dump_folder {self.config.dump_folder}, where nothing can be written ({error}). It is the "
+                    "folder for all that the run leaves. Set --dump_folder to a folder that you may write to."
+                ) from error
 
     def state_dict(self) -> State:
         """The trainer's own part of a checkpoint."""
