@@ -336,6 +336,11 @@ def test_ranks_that_do_not_divide_the_rows_share_the_same_batch_and_fill_up_with
     assert all(loader.state_dict() == whole.state_dict() for loader in parts)
 
 
+def test_a_loader_without_a_tokenizer_is_an_error(source: JsonlSource.Config) -> None:
+    with pytest.raises(ValueError, match="Got no tokenizer"):
+        build(source, tokenizer=None)
+
+
 def test_batch_sizes_that_do_not_fit_are_errors(source: JsonlSource.Config) -> None:
     with pytest.raises(ValueError, match=r"8 rows in micro-batches of 3\..*1, 2, 4, 8"):
         build(source, sizes={**SIZES, "local_batch_size": 3})

@@ -61,12 +61,17 @@ class TokenLoader(Configurable):
         self,
         config: Config,
         *,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         seq_len: int,
         global_batch_size: int,
         local_batch_size: int,
         seed: int,
     ) -> None:
+        if tokenizer is None:
+            raise ValueError(
+                "Got no tokenizer for a loader of texts. It makes the rows of a batch from their ids. Give the run a "
+                "tokenizer, such as TiktokenTokenizer."
+            )
         _require_positive("seq_len", seq_len)
         _require_positive("global_batch_size", global_batch_size)
         _require_positive("local_batch_size", local_batch_size)
