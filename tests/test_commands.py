@@ -170,6 +170,14 @@ def test_a_resume_with_another_batch_goes_on_when_asked_for(resumed_folder):
     assert [record["step"] for record in records(resumed_folder)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_resume_with_fewer_steps_than_are_done_says_that_none_is_left(resumed_folder):
+    result = run(resumed_folder, "--training.steps", "2")
+    assert result.returncode == 0, result.stderr
+    assert "going on after step 4" in result.stdout
+    assert "no step is left: training.steps is 2" in result.stdout
+    assert [record["step"] for record in records(resumed_folder)] == [1, 2, 3, 4]
+
+
 BAD_CONFIGS = {
     "an unknown key": (lambda data: data["training"].update(stepz=3), ["stepz", "steps"]),
     "a type outside the allow-list": (lambda data: data["optimizer"].update({"$type": "os:system"}), ["os:system"]),

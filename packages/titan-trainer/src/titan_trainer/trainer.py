@@ -307,6 +307,8 @@ class Trainer(Configurable):
         if self.is_first_rank:
             if loaded_step is not None:
                 print(f"going on after step {self.step} of {self.config.dump_folder}", flush=True)
+                if not self.has_next_step():
+                    print(f"no step is left: training.steps is {self.config.training.steps}", flush=True)
                 if config_file.exists():
                     print("".join(f"changed: {line}\n" for line in diff(config_file, self.config)), end="", flush=True)
             try:
