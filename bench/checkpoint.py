@@ -16,7 +16,7 @@ from typing import Any
 from titan_ckpt import Checkpointer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama3_debug.py"
-ROUNDS, STEPS_AFTER_A_SAVE = 15, 12
+ROUNDS, STEPS_AFTER_A_SAVE = 40, 4
 
 
 def build_trainer(dump_folder: str) -> Any:
