@@ -77,3 +77,5 @@ if __name__ == "__main__":
         process = multiprocessing.get_context("spawn").Process(target=compare, args=(dtype,))
         process.start()
         process.join()
+        if process.exitcode != 0:
+            raise SystemExit(f"The comparison in {dtype} ended with code {process.exitcode}.")
