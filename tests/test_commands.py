@@ -111,6 +111,18 @@ def test_bad_flags_end_with_one_short_error(tmp_path, name):
     assert not (tmp_path / "run" / "checkpoint").exists() or not any((tmp_path / "run" / "checkpoint").iterdir())
 
 
+def test_heads_that_tensor_ranks_do_not_divide_are_told_above_the_launchers_own_words(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    heads = ["--model.block.attention.num_heads", "3", "--model.block.attention.num_kv_heads", "3"]
+    flags = [*SMALL_FLAGS, *heads, "--parallelism.tensor_parallel_degree", "2", "--dump_folder", tmp_path / "run"]
+    command = map(str, [*launcher, RECIPE, *flags])
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    own_words, _, _ = result.stderr.partition("Traceback")
+    assert "Got 3 num_heads" in own_words, result.stderr
+    assert "tensor_parallel_degree 2" in own_words, result.stderr
+
+
 BAD_DATA = {
     "bad JSON": ([GOOD_LINE, '{"text": "cut'], ["text.jsonl", "2"]),
     "a record without the text": ([GOOD_LINE, '{"title": "Emma"}'], ["text.jsonl", "2", "text", "title"]),
@@ -149,6 +161,7 @@ CHANGED_SETTINGS = {
     "sequence length": (["--training.seq_len", "64"], ["seq_len", "32", "64"]),
     "global batch": (["--training.global_batch_size", "8"], ["global_batch_size", "4", "8"]),
     "data": (["--dataloader.source.path", str(REPO / "recipes/assets/austen/validation.jsonl")], ["source"]),
+    "tokenizer": (["--tokenizer", "ByteTokenizer"], ["tokenizer"]),
     "another model": (["--model.dim", "64"], ["dim", "32", "64"]),
 }
 
