@@ -25,7 +25,7 @@ def test_axes_keep_their_order_and_data_ranks_their_groups(run_ranks):
     assert [view[2] for view in seen] == [0, 0, 1, 1]
     assert [view[4] for view in seen] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     for axes, num_data_ranks, _, summed, _, tp_size in seen:
-        assert axes == ("dp_replicate", "dp_shard", "tp")
+        assert axes == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
         assert (num_data_ranks, summed, tp_size) == (2, 2, 2)
 
 
@@ -53,8 +53,8 @@ def test_the_data_group_of_tensor_parallel_ranks_is_each_rank_alone(run_ranks):
         (4, {"tensor_parallel_degree": 8}, r"Got tensor_parallel_degree 8 on 4 ranks\..*Set .* to 1, 2 or 4\."),
         (6, {"tensor_parallel_degree": 4}, r"Set tensor_parallel_degree to 1, 2, 3 or 6\."),
         (1, {"tensor_parallel_degree": 2}, r"Set tensor_parallel_degree to 1\."),
-        (8, {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 3}, r"on 4 data ranks .*to 1, 2 or 4\."),
-        (4, {"data_parallel_shard_degree": 3}, r"1 x .* 3 x .* 1 = 3 on 4 ranks.* to 4 \(or None.*start 3 ranks"),
+        (8, {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 3}, r"on 4 ranks \(what is left of 8 ranks by tensor_parallel_degree 2\).* to 1, 2 or 4\."),
+        (4, {"data_parallel_shard_degree": 3}, r"degree 3 = 3 on 4 ranks.* to 4 \(or None.*start 3 ranks"),
         (4, {"data_parallel_shard_degree": 0}, r"Got data_parallel_shard_degree 0\."),
         (4, {"tensor_parallel_degree": -2}, r"Got tensor_parallel_degree -2\."),
     ],

@@ -17,6 +17,11 @@ def flatten(mesh: DeviceMesh) -> DeviceMesh:
     return mesh._flatten()
 
 
+def concatenate(*meshes: DeviceMesh) -> DeviceMesh:
+    """The axes of several meshes, slices of one, as one mesh."""
+    return DeviceMesh._concatenate(list(meshes))
+
+
 def default_group() -> dist.ProcessGroup:
     """The group of all ranks."""
     return dist.distributed_c10d._get_default_group()

@@ -9,11 +9,18 @@ import torch.distributed as dist
 from titan_config import ConfigError, Configurable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_parallel._torch import flatten
+from titan_parallel._torch import concatenate, flatten
 
-# The order of the axes, slowest first: ranks next to each other exchange most. A pipeline axis comes before all of
-# them, a context axis between dp_shard and tp; experts are a second view of the same ranks.
-AXES = ("dp_replicate", "dp_shard", "tp")
+# The order of the axes, slowest first: ranks next to each other exchange most. (Experts will be a second view of the
+# same ranks.)
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DEGREES = (
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "data_parallel_replicate_degree",
+)
+"""The fields of ParallelDims.Config that are stated; `data_parallel_shard_degree` takes what they leave."""
 
 
 class ParallelDims(Configurable):
@@ -26,6 +33,10 @@ class ParallelDims(Configurable):
         """Ranks over which weights, gradients and optimizer state are split. None: all ranks that are left."""
         tensor_parallel_degree: int = 1
         """Ranks that share the work of each matrix product."""
+        pipeline_parallel_degree: int = 1
+        """Ranks that hold one after the other part of the stack."""
+        context_parallel_degree: int = 1
+        """Ranks that share the tokens of each sequence."""
         sequence_parallel: bool = True
         """Under tensor parallel, split the residual stream over the sequence between regions."""
         loss_parallel: bool = True
@@ -34,7 +45,7 @@ class ParallelDims(Configurable):
         """Whether gathered weights are freed between forward and backward. Default: all but those of the head."""
 
         def validate(self) -> None:
-            for name in ("data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree"):
+            for name in (*DEGREES, "data_parallel_shard_degree"):
                 degree = getattr(self, name)
                 if degree is not None and degree < 1:
                     raise ConfigError(
@@ -45,15 +56,21 @@ class ParallelDims(Configurable):
         self.config = config
         self.world_size = world_size
         self.device_type = device_type
-        self.num_replicate, self.num_shard, self.num_tensor = _degrees(config, world_size)
+        self.num_pipeline = config.pipeline_parallel_degree
+        self.num_replicate = config.data_parallel_replicate_degree
+        self.num_shard = _shard_degree(config, world_size)
+        self.num_context = config.context_parallel_degree
+        self.num_tensor = config.tensor_parallel_degree
         self.sequence_parallel = config.sequence_parallel and self.num_tensor > 1
         self.loss_parallel = config.loss_parallel and self.num_tensor > 1
         _require_group(world_size)
         self.mesh: DeviceMesh = init_device_mesh(
-            device_type, (self.num_replicate, self.num_shard, self.num_tensor), mesh_dim_names=AXES
+            device_type,
+            (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor),
+            mesh_dim_names=AXES,
         )
-        self.data_group: dist.ProcessGroup = self._data_mesh.get_group()
-        """The ranks that see other samples and hold the same part of each matrix; never None, also for a rank alone."""
+        self.data_group: dist.ProcessGroup = _along(self.mesh, "dp_replicate", "dp_shard").get_group()
+        """The ranks that see other samples, and are alike in all else; never None, also for a rank alone."""
 
     @property
     def num_data_ranks(self) -> int:
@@ -70,39 +87,52 @@ class ParallelDims(Configurable):
         """The ranks that share each matrix product with this one."""
         return self.mesh["tp"]
 
-    @cached_property
-    def fsdp_mesh(self) -> DeviceMesh:
-        """What `fully_shard` takes: one axis that shards, or two, the first of which replicates."""
-        return self.mesh["dp_shard"] if self.num_replicate == 1 else self.mesh["dp_replicate", "dp_shard"]
+    @property
+    def cp_mesh(self) -> DeviceMesh:
+        """The ranks that share the tokens of each sequence with this one."""
+        return self.mesh["cp"]
 
     @property
-    def _data_mesh(self) -> DeviceMesh:
-        if self.num_replicate > 1 and self.num_shard > 1:
-            return flatten(self.mesh["dp_replicate", "dp_shard"])
-        return self.mesh["dp_shard"] if self.num_replicate == 1 else self.mesh["dp_replicate"]
+    def pp_mesh(self) -> DeviceMesh:
+        """The ranks that hold the rest of the stack, for the samples of this one."""
+        return self.mesh["pp"]
+
+    @cached_property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """What `fully_shard` takes: one axis that shards, or two, the first of which replicates.
+
+        Ranks that share a sequence hold the same weights, like those that see other samples, and shard them too.
+        """
+        shard = _along(self.mesh, "dp_shard", "cp")
+        return shard if self.num_replicate == 1 else concatenate(self.mesh["dp_replicate"], shard)
 
 
-def _degrees(config: ParallelDims.Config, world_size: int) -> tuple[int, int, int]:
-    """(replicate, shard, tensor), whose product is the world size."""
-    tensor, replicate, shard = (
-        config.tensor_parallel_degree,
-        config.data_parallel_replicate_degree,
-        config.data_parallel_shard_degree,
-    )
-    _require_divides("tensor_parallel_degree", tensor, world_size, f"{world_size} ranks")
-    data_ranks = world_size // tensor
-    of = f"{data_ranks} data ranks ({world_size} ranks / tensor_parallel_degree {tensor})"
-    _require_divides("data_parallel_replicate_degree", replicate, data_ranks, of)
-    left = data_ranks // replicate
+def _along(mesh: DeviceMesh, outer: str, inner: str) -> DeviceMesh:
+    """Two axes as one."""
+    if mesh[outer].size() > 1 and mesh[inner].size() > 1:
+        return flatten(mesh[outer, inner])
+    return mesh[inner] if mesh[outer].size() == 1 else mesh[outer]
+
+
+def _shard_degree(config: ParallelDims.Config, world_size: int) -> int:
+    """Over how many ranks weights are split: what is left, as the product of all degrees is the world size."""
+    left, of = world_size, f"{world_size} ranks"
+    for name in DEGREES:
+        degree = getattr(config, name)
+        _require_divides(name, degree, left, of)
+        left //= degree
+        if degree > 1:
+            of = f"{left} ranks (what is left of {of} by {name} {degree})"
+    shard = config.data_parallel_shard_degree
     if shard is not None and shard != left:
-        product = replicate * shard * tensor
+        product = shard * world_size // left
+        degrees = " x ".join(f"{name} {getattr(config, name)}" for name in DEGREES if getattr(config, name) > 1)
         raise ConfigError(
-            f"Got data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
-            f"tensor_parallel_degree {tensor} = {product} on {world_size} ranks. The product of the degrees is the "
-            f"number of ranks. Set data_parallel_shard_degree to {left} (or None: what is left), or start {product} "
-            "ranks."
+            f"Got data_parallel_shard_degree {shard}{f' x {degrees}' if degrees else ''} = {product} on {world_size} "
+            f"ranks. The product of the degrees is the number of ranks. Set data_parallel_shard_degree to {left} (or "
+            f"None: what is left), or start {product} ranks."
         )
-    return replicate, left, tensor
+    return left
 
 
 def _require_divides(name: str, degree: int, number: int, of: str) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from titan_config import ConfigError
 from torch import Tensor, nn
 
+from titan_parallel.accumulation import Accumulation
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.compile import Compile
 from titan_parallel.dims import ParallelDims
 from titan_parallel.head import HeadForward
+from titan_parallel.loss_forward import LossForward
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.roles import Roles, RoleTable
@@ -53,7 +55,8 @@ def parallelize(
         model.forward = tensor_parallel.local_view("")(model.forward)
     units = _shard_over_data_ranks(model, matched, dims, precision)
 
-    return ParallelModel(model, dims, head=head, units=units, partial_parameters=partial, output=output)
+    forward = LossForward(model, dims.device_type, head=head, output=output)
+    return ParallelModel(model, dims, schedule=Accumulation(forward, units), partial_parameters=partial)
 
 
 def _split_over_tensor_ranks(model: nn.Module, roles: Roles, dims: ParallelDims) -> TensorParallel | None:

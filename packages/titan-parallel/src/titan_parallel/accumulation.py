@@ -1,0 +1,75 @@
+"""How the micro-batches of a step run through a model: one after the other, where the model is on this rank whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from titan_parallel.batch import Batch, Loss
+from titan_parallel.loss_forward import LossForward
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+GradientHook = Callable[[Tensor], None]
+
+
+class Schedule(Protocol):
+    """Runs the micro-batches of a step; sums are fp64 and of this rank's own, zero where another has them."""
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
+        """Add the gradients of loss sum / `denominator`, summed over data and context ranks once; the loss sum."""
+
+    def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
+        """`[loss sum, count]`."""
+
+    def set_gradient_hook(self, hook: GradientHook) -> None:
+        """Call `hook` on each gradient, or bucket of gradients, once it is summed."""
+
+
+class Accumulation:
+    """Forward and backward of one micro-batch after the other, gradients summed over ranks with the last."""
+
+    def __init__(self, forward: LossForward, units: Sequence[FSDPModule]) -> None:
+        self._forward = forward
+        self._units = units
+        self._gradient_hook: GradientHook | None = None
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
+        sums = []
+        for index, batch in enumerate(batches):
+            with self._synchronised(index == len(batches) - 1):
+                loss_sum, _ = self._forward(batch, loss)
+                (loss_sum / denominator).backward()
+            sums.append(loss_sum.detach().to(torch.float64))
+        return torch.stack(sums).sum()
+
+    def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
+        totals = [torch.stack([total.to(torch.float64) for total in self._forward(batch, loss)]) for batch in batches]
+        for unit in self._units:
+            unit.reshard()  # weights gathered here must not outlive a change of the weights
+        return torch.stack(totals).sum(0)
+
+    def set_gradient_hook(self, hook: GradientHook) -> None:
+        self._gradient_hook = hook
+        for unit in self._units:
+            unit.set_all_reduce_hook(hook)
+
+    @contextmanager
+    def _synchronised(self, is_last: bool) -> Iterator[None]:
+        """Let the backward sum gradients over data ranks, and call the gradient hook, in the last micro-batch only."""
+        for unit in self._units:
+            unit.set_requires_gradient_sync(is_last, recurse=False)
+        handles = []
+        if is_last and self._gradient_hook is not None and not self._units:
+            hook = self._gradient_hook
+            for parameter in self._forward.model.parameters():
+                if parameter.requires_grad:
+                    handles.append(parameter.register_post_accumulate_grad_hook(lambda p: hook(p.grad)))
+        yield
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,53 @@
+"""From one micro-batch to its loss: what every schedule does with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from titan_parallel.batch import Batch, Loss
+from titan_parallel.head import HeadForward
+
+
+class LossForward:
+    """The model as a function of a micro-batch: its forward, with the loss taken in the head."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device_type: str,
+        *,
+        head: HeadForward | None,
+        output: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self.model = model
+        self._device_type = device_type
+        self._head = head
+        self._output = output or (lambda logits: logits)
+
+    def __call__(self, batch: Batch, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The loss's (sum, count) over what this rank sees of `batch`."""
+        inputs, targets = self.local(batch)
+        return self.of(inputs, targets, loss)
+
+    def local(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This rank's part of the inputs and the targets, on its device."""
+        return self._on_device(batch.inputs), self._on_device(batch.targets)
+
+    def of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
+        """The loss's (sum, count) for what `local` returned."""
+        if self._head is None:
+            return loss(lambda logits: logits, self._output(self.model(**inputs)), targets)
+        with self._head.taking(loss, targets) as taken:
+            output = self._output(self.model(**inputs))
+        if taken.sum is None or taken.count is None or output is not taken.sum:
+            raise ValueError(
+                "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come "
+                "after it. Give the role head to the module whose output is the model's, or to none."
+            )
+        return taken.sum, taken.count
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device_type, non_blocking=True) for name, tensor in tensors.items()}
