@@ -53,7 +53,11 @@ def test_the_data_group_of_tensor_parallel_ranks_is_each_rank_alone(run_ranks):
         (4, {"tensor_parallel_degree": 8}, r"Got tensor_parallel_degree 8 on 4 ranks\..*Set .* to 1, 2 or 4\."),
         (6, {"tensor_parallel_degree": 4}, r"Set tensor_parallel_degree to 1, 2, 3 or 6\."),
         (1, {"tensor_parallel_degree": 2}, r"Set tensor_parallel_degree to 1\."),
-        (8, {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 3}, r"on 4 ranks \(what is left of 8 ranks by tensor_parallel_degree 2\).* to 1, 2 or 4\."),
+        (
+            8,
+            {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 3},
+            r"on 4 ranks \(what is left of 8 ranks by tensor_parallel_degree 2\).* to 1, 2 or 4\.",
+        ),
         (4, {"data_parallel_shard_degree": 3}, r"degree 3 = 3 on 4 ranks.* to 4 \(or None.*start 3 ranks"),
         (4, {"data_parallel_shard_degree": 0}, r"Got data_parallel_shard_degree 0\."),
         (4, {"tensor_parallel_degree": -2}, r"Got tensor_parallel_degree -2\."),

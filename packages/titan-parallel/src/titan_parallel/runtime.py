@@ -53,5 +53,10 @@ def set_collective_timeout(dims: ParallelDims, seconds: float) -> None:
     dist.barrier()
     if dims.device_type == "cuda":
         torch.cuda.synchronize()
-    for group in {_torch.default_group(), dims.data_group, *dims.mesh.get_all_groups()}:
+    for group in {
+        _torch.default_group(),
+        dims.data_group,
+        *dims.mesh.get_all_groups(),
+        *dims.fsdp_mesh.get_all_groups(),
+    }:
         _torch.set_timeout(group, timedelta(seconds=seconds))
