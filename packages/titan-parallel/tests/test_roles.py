@@ -8,6 +8,8 @@ from titan_parallel import Compile, FullRecompute, parallelize
 from titan_parallel.roles import Roles
 from torch import nn
 
+GROUPED_6_TO_3 = [("q", "num_heads", 6), ("k", "num_kv_heads", 3), ("v", "num_kv_heads", 3)]
+
 
 def without(roles, *patterns):
     return {pattern: role for pattern, role in roles.items() if pattern not in patterns}
@@ -30,7 +32,7 @@ def test_a_star_is_one_part_of_a_name(small):
         ({"layers.*.attention.qq": "colwise"}, r"Did you mean 'layers\.\*\.attention\.q'\?"),
         ({"layers.1": "norm"}, r"Got two roles for layers\.1: block from 'layers\.\*' and norm from 'layers\.1'\."),
         ({"layers.*.attention.q": ("colwise", {"heads": 4})}, r"unknown option 'heads'.*Did you mean 'num_heads'\?"),
-        ({"norm": ("norm", {"num_heads": 4})}, r"unknown option 'num_heads' of the role norm.*options: none"),
+        ({"embedding": ("embedding", {"num_heads": 4})}, r"option 'num_heads' of the role embedding.*options: none"),
         ({"norm": "head"}, r"Got the role head for norm, head\."),
         ({"layers": "block"}, r"Got the block layers\.0 inside the block layers\."),
         ({"layers.*.attention": "norm"}, r"Got the colwise part layers\.0\.attention\.q in no region\."),
@@ -57,8 +59,8 @@ def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
         said = []
         for shape, change, gone in (
             (
-                {"heads": 2, "kv_heads": 1},
-                {f"layers.*.attention.{p}": ("colwise", {"num_kv_heads": 1}) for p in "kv"},
+                {"width": 48, "heads": 6, "kv_heads": 3},
+                {f"layers.*.attention.{p}": ("colwise", {n: c}) for p, n, c in GROUPED_6_TO_3},
                 (),
             ),
             ({"hidden": 45}, {}, ()),
@@ -73,10 +75,11 @@ def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
         return said
 
     expected = [
-        "Got 1 num_kv_heads of layers.0.attention.k over tensor_parallel_degree 2.",
+        "Got 3 num_kv_heads of layers.0.attention.k over tensor_parallel_degree 2. Each rank takes as many, so the "
+        "degree divides their number or is a multiple of it. Set tensor_parallel_degree to 1, 3 or 6.",
         "Got 45 features of layers.0.feed_forward.up over tensor_parallel_degree 2. Each rank takes as many, so the "
         "degree divides their number. Set tensor_parallel_degree to 1, 3, 5, 9, 15 or 45.",
-        "Got sequence_parallel and roles without an embedding or without a head.",
+        "Got sequence_parallel and roles without an embedding, a block or a head.",
         "Got tensor_parallel_degree 2 and roles without a region.",
         "Got a vocabulary of 1 in embedding over tensor_parallel_degree 2.",
         "Got a weight of shape [32] in the embedding part layers.0.attention_norm.",

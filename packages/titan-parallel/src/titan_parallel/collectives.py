@@ -1,6 +1,7 @@
 """Collectives with gradients: what stands at the borders of regions.
 
-B batch, T tokens, t tokens of one rank, D width, V vocabulary, v vocabulary of one rank. The sequence is dim -2.
+B batch, T tokens, t tokens of one rank, D width, F features, f features of one rank, V vocabulary, v vocabulary of one
+rank. The sequence is dim -2.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ class Axis:
         if x_BTD.size(-2) % self.size:
             raise ValueError(sequence_error(x_BTD.size(-2), self.size))
         return _SumScatterSequence.apply(x_BTD, self.group_name, self.size)
+
+    def own_tokens(self, x_BTD: Tensor) -> Tensor:
+        """This rank's part of a sequence that all have; gradients are this rank's share. The length must divide."""
+        if x_BTD.size(-2) % self.size:
+            raise ValueError(sequence_error(x_BTD.size(-2), self.size))
+        return x_BTD.unflatten(-2, (self.size, -1)).select(-3, self.rank).contiguous()
+
+    def gather_features(self, x_BTf: Tensor) -> Tensor:
+        """`[.., f]` of each rank to `[.., F]`; gradients, each rank's share of them, are summed and split again."""
+        return _GatherFeatures.apply(x_BTf, self.group_name, self.size)
 
     def gather_vocabulary(self, x_BTv: Tensor, vocab_size: int) -> Tensor:
         """`[.., v]` of each rank to `[.., V]`, on which all compute the same; each takes its part of the gradient."""
@@ -115,6 +126,17 @@ class _SumScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather(grad, ctx.group_name, ctx.size), None, None
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str, size: int) -> Tensor:
+        ctx.group_name, ctx.size = group_name, size
+        return all_gather(x.movedim(-1, 0), size, group_name).movedim(0, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grad.movedim(-1, 0), ctx.size, ctx.group_name).movedim(0, -1).contiguous(), None, None
 
 
 class _GatherVocabulary(torch.autograd.Function):

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+Slot = tuple[nn.Module, str]
+"""A module and the name of a parameter in it."""
+
 
 class LocalView:
-    """Swaps the parameters of some modules for what this rank holds of them, while a function of theirs runs.
+    """Swaps the parameters of some modules for what this rank computes with, while a function of theirs runs.
 
     Gradients flow back through the views into the DTensors. Where the views are in place already, the function just
     runs: recomputation needs the swap inside what it replays, compilation outside what it compiles.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], added_elsewhere: frozenset[tuple[nn.Module, str]]) -> None:
-        """`added_elsewhere`: parameters that enter a sum over ranks once, on another rank; here they count as zero."""
+    def __init__(self, modules: Iterable[nn.Module], takes: Mapping[Slot, Callable[[Tensor], Tensor]]) -> None:
+        """`takes`: what a rank makes of the stored tensor, where that is not all of it."""
         self._slots = [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
-        self._added_elsewhere = added_elsewhere
+        self._takes = takes
         self._in_place = False
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,4 +47,5 @@ class LocalView:
 
     def _local(self, module: nn.Module, name: str) -> Tensor:
         local: Tensor = module._parameters[name].to_local()  # type: ignore[union-attr]
-        return local * 0 if (module, name) in self._added_elsewhere else local
+        take = self._takes.get((module, name))
+        return local if take is None else take(local)

@@ -100,7 +100,7 @@ def _let_head_take_loss(model: nn.Module, roles: Roles, tensor_parallel: TensorP
     head = model.get_submodule(roles.head)
     forward = HeadForward(head.forward) if tensor_parallel is None else tensor_parallel.head_forward(roles.head)
     head.forward = forward
-    return forward
+    return forward if roles.options(roles.head).get("takes_loss", True) else None
 
 
 def _shard_over_data_ranks(

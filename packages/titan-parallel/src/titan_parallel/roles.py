@@ -14,12 +14,12 @@ from torch import nn
 OPTIONS: dict[str, frozenset[str]] = {
     "embedding": frozenset(),
     "block": frozenset(),
-    "region": frozenset(),
-    "colwise": frozenset({"num_heads", "num_kv_heads"}),
-    "rowwise": frozenset(),
+    "region": frozenset({"set"}),
+    "colwise": frozenset({"num_heads", "num_kv_heads", "packed", "transposed", "border", "set"}),
+    "rowwise": frozenset({"transposed", "border"}),
     "attention": frozenset(),
-    "norm": frozenset(),
-    "head": frozenset(),
+    "norm": frozenset({"num_heads", "num_kv_heads"}),
+    "head": frozenset({"takes_loss"}),
 }
 """Every role and the options it takes; docs/parallel.md says what each is."""
 
@@ -43,6 +43,7 @@ class Roles:
     """
 
     def __init__(self, model: nn.Module, table: RoleTable) -> None:
+        self._model = model
         self._roles: dict[str, Role] = {}
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         patterns: dict[str, str] = {}
@@ -57,6 +58,7 @@ class Roles:
                 self._roles[name], patterns[name] = role, pattern
         self._roles = {name: self._roles[name] for name in names if name in self._roles}  # in the model's order
         self._check_nesting()
+        self._check_stack()
 
     def named(self, role: str) -> list[str]:
         """The names of all modules with this role, in the model's order."""
@@ -75,6 +77,26 @@ class Roles:
         """The region that a module or parameter lies in."""
         return next((region for region in self.named("region") if inside(name, region)), None)
 
+    def _check_stack(self) -> None:
+        """Blocks are neighbours in one list: what runs before them and after them is not theirs."""
+        blocks = self.named("block")
+        parents = dict.fromkeys(name.rpartition(".")[0] for name in blocks)
+        if len(parents) > 1:
+            raise ConfigError(
+                f"Got blocks in {' and in '.join(parent or 'the model' for parent in parents)}. Blocks are one stack: "
+                "the stream passes through them one after the other. Give the role block to one list of layers."
+            )
+        for parent in parents:
+            children = [name for name, _ in self._model.get_submodule(parent).named_children()]
+            indices = sorted(children.index(name.rpartition(".")[2]) for name in blocks)
+            for index, before in zip(indices[1:], indices, strict=False):
+                if index != before + 1:
+                    raise ConfigError(
+                        f"Got blocks in {parent or 'the model'} with {children[before + 1]} between {children[before]} "
+                        f"and {children[index]}. Blocks are one stack: the stream passes through them one after the "
+                        f"other. Give the role block to {children[before + 1]} too, or to neighbours only."
+                    )
+
     def _check_nesting(self) -> None:
         if len(heads := self.named("head")) > 1:
             raise ConfigError(
@@ -88,9 +110,9 @@ class Roles:
                             f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. "
                             "Give the role to one of them."
                         )
-        projections = self.named("colwise") + self.named("rowwise")
-        for name in projections:
-            if self.region_of(name) is None:
+        for name in [name for role in ("colwise", "rowwise", "norm") for name in self.named(role)]:
+            splits = self._roles[name].name != "norm" or self.options(name)
+            if splits and self.region_of(name) is None and not self.options(name).get("border"):
                 raise ConfigError(
                     f"Got the {self._roles[name].name} part {name} in no region. What is split is gathered and summed "
                     f"at the border of a region. Give the role region to the parent of {name}."

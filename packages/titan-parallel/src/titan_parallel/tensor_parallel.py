@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +11,22 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from titan_parallel.collectives import Axis
 from titan_parallel.dims import ParallelDims
+from titan_parallel.features import parts, side_by_side
 from titan_parallel.head import HeadForward
-from titan_parallel.local_view import LocalView
+from titan_parallel.local_sizes import set_local_sizes
+from titan_parallel.local_view import LocalView, Slot
+from titan_parallel.region import bordered, entered, left, normed_over_all_heads, split_at_first_block
 from titan_parallel.roles import Roles, inside
-from titan_parallel.tensor_parallel_checks import check_can_be_split, one_split_dim
-
-SPLIT_WEIGHT_DIM = {"embedding": 0, "colwise": 0, "head": 0, "rowwise": 1}
-"""role -> the dim of its matrix that is split; where it is 0 the bias is split too."""
+from titan_parallel.tensor_parallel_checks import check_can_be_split, features_dim, one_split_dim
 
 
 class TensorParallel:
     """Splits a model over the tensor axis in place: parameters become DTensors, regions get their borders.
 
     Without sequence parallel every rank holds the whole residual stream: its gradients are summed where it enters a
-    region, outputs where it leaves. With it a rank holds its part of the sequence: the stream is gathered on entry, and
-    summed and split again on exit.
+    region, outputs where it leaves. With it a rank holds its part of the sequence from the first block to the head: the
+    stream is gathered on entry of a region, and summed and split again on exit. Before the first block it is whole, so
+    that a model that counts tokens there (positions, masks) counts all of them.
     """
 
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
@@ -36,10 +36,10 @@ class TensorParallel:
         self._dims = dims
         self._axis = Axis.of(dims.tp_mesh)
         self._units = [name for role in ("embedding", "block", "head") for name in roles.named(role)]
+        self._takes = self._find_parts()
         self.partial_parameters = self._find_partial(split=self._distribute_parameters())
-        for name in roles.named("region"):
-            region = model.get_submodule(name)
-            region.forward = _bordered(region.forward, self._enter, self._leave)
+        set_local_sizes(model, roles, dims.num_tensor)
+        self._put_borders()
         for name in roles.named("embedding"):
             self._split_embedding(name)
 
@@ -49,9 +49,7 @@ class TensorParallel:
         others = [other for other in self._units if other != unit]
         mine = [name for name in modules if inside(name, unit) or not unit]
         mine = [name for name in mine if not any(inside(name, other) for other in others)]
-        rowwise = self._roles.named("rowwise") if self._axis.rank else []
-        added_elsewhere = frozenset((self._model.get_submodule(name), "bias") for name in rowwise)
-        return LocalView([modules[name] for name in mine], added_elsewhere)
+        return LocalView([modules[name] for name in mine], self._takes)
 
     def head_forward(self, name: str) -> HeadForward:
         """The head's forward: the stream enters once; logits are split over the vocabulary, or gathered."""
@@ -76,13 +74,51 @@ class TensorParallel:
 
         return HeadForward(gathered, logits_for_loss=split if self._dims.loss_parallel else gathered, enter=self._enter)
 
+    def _put_borders(self) -> None:
+        roles, get = self._roles, self._model.get_submodule
+        for name in roles.named("region"):
+            get(name).forward = bordered(get(name).forward, self._enter, self._leave)
+        for name in roles.named("colwise"):
+            if roles.options(name).get("border"):
+                get(name).forward = entered(get(name).forward, self._enter)
+        for name in roles.named("rowwise"):
+            if roles.options(name).get("border"):
+                get(name).forward = left(get(name).forward, self._leave)
+        for name in roles.named("norm"):
+            for features in side_by_side(get(name).get_parameter("weight").numel(), roles.options(name)):
+                if features.heads is not None:
+                    copies = features.copies(self._axis.size)
+                    get(name).forward = normed_over_all_heads(get(name).forward, self._axis, copies)
+        if self._dims.sequence_parallel:
+            split_at_first_block(get(roles.named("block")[0]), self._axis)
+
+    def _find_parts(self) -> dict[Slot, Callable[[Tensor], Tensor]]:
+        """What a rank takes of parameters that are stored whole: pieces that no one placement describes.
+
+        Rows of projections side by side, of heads that several ranks take, and biases that one rank alone adds.
+        """
+        takes: dict[Slot, Callable[[Tensor], Tensor]] = {}
+        for name in self._roles.named("colwise"):
+            module, options = self._model.get_submodule(name), self._roles.options(name)
+            dim = features_dim("colwise", options)
+            projections = side_by_side(module.get_parameter("weight").size(dim), options)
+            if len(projections) > 1 or projections[0].copies(self._axis.size) > 1:
+                taken = parts(projections, self._axis.rank, self._axis.size)
+                takes[module, "weight"] = functools.partial(_pieces, dim=dim, pieces=taken)
+                takes[module, "bias"] = functools.partial(_pieces, dim=0, pieces=taken)
+        for name in self._roles.named("rowwise") if self._axis.rank else []:
+            takes[self._model.get_submodule(name), "bias"] = lambda bias: bias * 0
+        return takes
+
     def _find_partial(self, split: set[nn.Parameter]) -> list[str]:
         """The names of the parameters whose gradients are this rank's share of a sum over the tensor axis.
 
         Those held whole inside a region, where each rank computes on its own features, and under sequence parallel
-        those in the stream, where each rank computes on its own tokens.
+        those in the stream, where each rank computes on its own tokens. (Before the first block each rank has the
+        gradients of its own tokens too: of the others it saw no more.)
         """
-        regions = [self._model.get_submodule(name) for name in self._roles.named("region")]
+        names = [name for role in ("region", "colwise", "rowwise") for name in self._roles.named(role)]
+        regions = [self._model.get_submodule(name) for name in names]
         in_regions = {parameter for region in regions for parameter in region.parameters()}
         return [
             name
@@ -96,15 +132,14 @@ class TensorParallel:
     def _leave(self, partial: Tensor) -> Tensor:
         return self._axis.sum_scatter_sequence(partial) if self._dims.sequence_parallel else self._axis.sum(partial)
 
+    def _sum_embeddings(self, partial: Tensor) -> Tensor:
+        whole = self._axis.sum(partial)
+        return self._axis.copy(whole) if self._dims.sequence_parallel else whole  # gradients are of own tokens: summed
+
     def _distribute_parameters(self) -> set[nn.Parameter]:
         """Make every parameter a DTensor on the tensor axis; return those that are split."""
-        split_dims = {
-            (self._model.get_submodule(name), weight): dim
-            for role, dim in SPLIT_WEIGHT_DIM.items()
-            for name in self._roles.named(role)
-            for weight in (("weight", "bias") if dim == 0 else ("weight",))
-        }
-        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # more than one where it is tied
+        split_dims = {slot: dim for slot, dim in self._split_dims().items() if slot not in self._takes}
+        places: dict[nn.Parameter, list[Slot]] = {}  # more than one where it is tied
         for module in self._model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -121,6 +156,17 @@ class TensorParallel:
                 split.add(distributed)
         return split
 
+    def _split_dims(self) -> dict[Slot, int]:
+        """The dim in which the roles split a parameter."""
+        dims: dict[Slot, int] = {}
+        for role in ("embedding", "colwise", "rowwise", "head"):
+            for name in self._roles.named(role):
+                module = self._model.get_submodule(name)
+                dims[module, "weight"] = features_dim(role, self._roles.options(name))
+                if role != "rowwise":
+                    dims[module, "bias"] = 0
+        return dims
+
     def _split_embedding(self, name: str) -> None:
         embedding = self._model.get_submodule(name)
         vocab_size = len(embedding.get_parameter("weight"))
@@ -128,24 +174,11 @@ class TensorParallel:
         if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
             embedding.padding_idx = embedding.padding_idx - start if start <= embedding.padding_idx < stop else None
         look_up = self.local_view(name)(embedding.forward)
-        embedding.forward = _looked_up_in_part(look_up, start, stop, vocab_size, self._leave)
+        embedding.forward = _looked_up_in_part(look_up, start, stop, vocab_size, self._sum_embeddings)
 
 
-def _bordered(
-    forward: Callable[..., Any], enter: Callable[[Tensor], Tensor], leave: Callable[[Tensor], Tensor]
-) -> Callable[..., Any]:
-    """`forward` of a region: the stream is its first argument, and its output or the first of them."""
-
-    @functools.wraps(forward)
-    def region_forward(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            output = forward(enter(args[0]), *args[1:], **kwargs)
-        else:
-            name = next(iter(kwargs))
-            output = forward(**{**kwargs, name: enter(kwargs[name])})
-        return (leave(output[0]), *output[1:]) if isinstance(output, tuple) else leave(output)
-
-    return region_forward
+def _pieces(whole: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in pieces], dim)
 
 
 def _looked_up_in_part(

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from titan_config import ConfigError
 from torch import nn
 
 from titan_parallel.dims import ParallelDims, one_of
+from titan_parallel.features import Features, side_by_side
 from titan_parallel.roles import Roles
+
+NOT_SPLIT = {
+    "residual": "adds the stream to its own output, which would then be added once a rank",
+    "alibi": "is given position biases of all heads, of which each rank has some",
+}
+"""What a region cannot be, by a parameter of its forward that tells."""
 
 
 def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
     """Raise ConfigError naming the first part that cannot be split, and the degrees that would do."""
     size = dims.num_tensor
-    if not roles.named("region"):
+    if not roles.named("region") and not roles.named("colwise"):
         raise ConfigError(
             f"Got tensor_parallel_degree {size} and roles without a region. Tensor parallel splits the work of "
             "regions. Name the model's regions and their colwise and rowwise parts, or set tensor_parallel_degree to 1."
         )
-    if dims.sequence_parallel and not (roles.named("embedding") and roles.named("head")):
+    if dims.sequence_parallel and not all(roles.named(role) for role in ("embedding", "block", "head")):
         raise ConfigError(
-            "Got sequence_parallel and roles without an embedding or without a head. The stream is split where it "
-            "leaves the embedding and gathered where it enters the head. Name both, or set sequence_parallel to false."
+            "Got sequence_parallel and roles without an embedding, a block or a head. The stream is split where it "
+            "enters the first block and gathered where it enters the head. Name them, or set sequence_parallel false."
         )
-    for role in ("colwise", "rowwise"):
-        for name in roles.named(role):
-            _check_divides(size, _matrix_shape(model, name, role)[role == "rowwise"], "features", name)
+    for name in roles.named("region"):
+        _check_region(model.get_submodule(name), name)
     for name in roles.named("colwise"):
-        for option, count in roles.options(name).items():
-            _check_divides(size, count, option, name)
+        _check_colwise(model, roles, name, size)
+    for name in roles.named("rowwise"):
+        _check_shared(size, [Features(_num_features(model, roles, name, "rowwise"))], name)
+    for name in roles.named("norm"):
+        if roles.options(name):
+            _check_heads(model.get_submodule(name).get_parameter("weight").numel(), roles.options(name), name, size)
     for role in ("embedding", "head"):
         for name in roles.named(role):
-            rows = _matrix_shape(model, name, role)[0]
+            rows = _num_features(model, roles, name, role)
             if rows <= (size - 1) * -(-rows // size):
                 raise ConfigError(
                     f"Got a vocabulary of {rows} in {name} over tensor_parallel_degree {size}. Each rank holds at "
                     "least one row. Lower tensor_parallel_degree."
                 )
+
+
+def features_dim(role: str, options: Mapping[str, Any]) -> int:
+    """The dim of its matrix in which a role splits features; a `transposed` matrix is `[in, out]`."""
+    return int((role == "rowwise") != bool(options.get("transposed")))
 
 
 def one_split_dim(dims: set[int | None], name: str, parameter: nn.Parameter) -> int | None:
@@ -48,16 +67,71 @@ def one_split_dim(dims: set[int | None], name: str, parameter: nn.Parameter) -> 
     return next(iter(dims))
 
 
-def _check_divides(size: int, count: int, what: str, name: str) -> None:
-    if count % size:
-        possible = [str(degree) for degree in range(1, count + 1) if count % degree == 0]
+def _check_region(region: nn.Module, name: str) -> None:
+    parameters = inspect.signature(region.forward).parameters
+    for parameter, reason in NOT_SPLIT.items():
+        if parameter in parameters:
+            raise ConfigError(
+                f"Got the region {name}, whose forward takes {parameter!r}. A region that {reason}, cannot be split "
+                "over tensor ranks. Set tensor_parallel_degree to 1, and shard with data_parallel_shard_degree."
+            )
+
+
+def _check_colwise(model: nn.Module, roles: Roles, name: str, size: int) -> None:
+    options, count = roles.options(name), _num_features(model, roles, name, "colwise")
+    beside = {
+        role: [n for n in roles.named(role) if _share_a_region(roles, n, name)] for role in ("colwise", "rowwise")
+    }
+    taken = sum(_num_features(model, roles, rowwise, "rowwise") for rowwise in beside["rowwise"])
+    if "packed" not in options and count > taken > 0:
         raise ConfigError(
-            f"Got {count} {what} of {name} over tensor_parallel_degree {size}. Each rank takes as many, so the degree "
-            f"divides their number. Set tensor_parallel_degree to {one_of(possible)}."
+            f"Got {count} output features of {name}, of which {' and '.join(beside['rowwise'])} takes {taken}. Several "
+            'projections lie in it, side by side ("packed": their number, with "num_heads" and "num_kv_heads" if these '
+            'differ), or head by head ("packed": 1 and "num_heads"). Add the options that say which.'
         )
+    heads = [features for other in beside["colwise"] for features in side_by_side(0, roles.options(other))]
+    _check_heads(count, options, name, size, [features for features in heads if features.heads])
 
 
-def _matrix_shape(model: nn.Module, name: str, role: str) -> tuple[int, ...]:
+def _share_a_region(roles: Roles, name: str, other: str) -> bool:
+    region = roles.region_of(name)
+    return region is not None and region == roles.region_of(other)
+
+
+def _check_heads(count: int, options: Mapping[str, Any], name: str, size: int, beside: Sequence[Features] = ()) -> None:
+    projections = side_by_side(count, options)
+    units = sum(features.heads or 1 for features in projections)
+    if len(projections) == 1 and "num_heads" in options and "num_kv_heads" in options:
+        raise ConfigError(
+            f"Got num_heads and num_kv_heads of {name}, which is one projection. The two tell projections side by side "
+            "apart. Add packed, their number, or take one of the two away."
+        )
+    if count % units:
+        raise ConfigError(
+            f"Got {count} features of {name} and options {dict(options)} that make {units} equal parts of them. Their "
+            "number divides that of the features. Correct the options."
+        )
+    _check_shared(size, projections, name, beside)
+
+
+def _check_shared(size: int, projections: Sequence[Features], name: str, beside: Sequence[Features] = ()) -> None:
+    """Raise ConfigError where ranks do not get as many; the degrees it names suit what is `beside` these too."""
+    for features in projections:
+        if not features.can_be_shared_by(size):
+            units = [other.heads or other.count for other in (*projections, *beside)]
+            possible = [
+                str(degree)
+                for degree in range(1, max(units) + 1)
+                if all(other.can_be_shared_by(degree) for other in (*projections, *beside))
+            ]
+            divides = "divides their number or is a multiple of it" if features.repeats else "divides their number"
+            raise ConfigError(
+                f"Got {features.heads or features.count} {features.what} of {name} over tensor_parallel_degree {size}. "
+                f"Each rank takes as many, so the degree {divides}. Set tensor_parallel_degree to {one_of(possible)}."
+            )
+
+
+def _num_features(model: nn.Module, roles: Roles, name: str, role: str) -> int:
     weight = model.get_submodule(name)._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         got = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
@@ -65,4 +139,4 @@ def _matrix_shape(model: nn.Module, name: str, role: str) -> tuple[int, ...]:
             f"Got {got} in the {role} part {name}. A {role} part has a matrix named weight. Give the role to the "
             "projection itself."
         )
-    return tuple(weight.shape)
+    return weight.size(features_dim(role, roles.options(name)))

@@ -1,0 +1,82 @@
+"""The borders of regions: where the stream enters the work that ranks share, and where it leaves.
+
+T tokens, t tokens of one rank, D width, F features of all ranks, f features of one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from titan_parallel.collectives import Axis
+
+Forward = Callable[..., Any]
+Border = Callable[[Tensor], Tensor]
+
+
+def bordered(forward: Forward, enter: Border, leave: Border) -> Forward:
+    """`forward` of a region: the stream is its first parameter, and its output or the first of them."""
+    return left(entered(forward, enter), leave)
+
+
+def entered(forward: Forward, enter: Border) -> Forward:
+    """`forward`, whose first parameter goes through `enter`, given by place or by name."""
+    stream = _first_parameter(forward)
+
+    @functools.wraps(forward)
+    def enter_forward(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return forward(enter(args[0]), *args[1:], **kwargs)
+        return forward(**{**kwargs, stream: enter(kwargs[stream])})
+
+    return enter_forward
+
+
+def left(forward: Forward, leave: Border) -> Forward:
+    """`forward`, whose output, or the first of them, goes through `leave`."""
+
+    @functools.wraps(forward)
+    def forward_leave(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return (leave(output[0]), *output[1:]) if isinstance(output, tuple) else leave(output)
+
+    return forward_leave
+
+
+def split_at_first_block(block: nn.Module, axis: Axis) -> None:
+    """Let `block` see its rank's tokens of the stream. Gradients before it are those of the rank's own tokens.
+
+    It is a hook, so that nothing is compiled or recomputed that other blocks do not have.
+    """
+    stream = _first_parameter(block.forward)
+
+    def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (axis.own_tokens(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, stream: axis.own_tokens(kwargs[stream])}
+
+    block.register_forward_pre_hook(split, with_kwargs=True)
+
+
+def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
+    """`forward` of a norm over F features of which each rank has f: they are gathered, and each keeps its own.
+
+    Of `copies` neighbouring ranks that have the same features those of the first count.
+    """
+
+    @functools.wraps(forward)
+    def norm(x_BTf: Tensor) -> Tensor:
+        width = x_BTf.size(-1)
+        all_BTrf = axis.gather_features(x_BTf).unflatten(-1, (axis.size, width))
+        y_BTF: Tensor = forward(all_BTrf[..., ::copies, :].flatten(-2))
+        return y_BTF.narrow(-1, axis.rank // copies * width, width)
+
+    return norm
+
+
+def _first_parameter(forward: Forward) -> str:
+    return next(iter(inspect.signature(forward).parameters))
