@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
@@ -32,3 +33,15 @@ class Loss(Protocol):
 
     def __call__(self, head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return `(sum, count)`, both scalars."""
+
+
+def described(batch: Batch) -> str:
+    """Names, shapes and dtypes in words, and of the contents a hash: the same for the same batch."""
+    tensors = [*batch.inputs.items(), *batch.targets.items()]
+    shapes = (f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors)
+    hashes = sum(index * _hash(tensor) for index, (_, tensor) in enumerate(tensors, start=1))
+    return f"{', '.join(shapes)}, contents {hashes % 2**64:016x}"
+
+
+def _hash(tensor: Tensor) -> int:
+    return int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0

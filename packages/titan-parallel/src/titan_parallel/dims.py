@@ -10,6 +10,7 @@ from titan_config import ConfigError, Configurable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_parallel._torch import concatenate, flatten
+from titan_parallel.agreement import Agreement, host_device_type
 
 # The order of the axes, slowest first: ranks next to each other exchange most. (Experts will be a second view of the
 # same ranks.)
@@ -56,14 +57,16 @@ class ParallelDims(Configurable):
         self.config = config
         self.world_size = world_size
         self.device_type = device_type
+        with Agreement("build a mesh", host_device_type(device_type)) as agreement:
+            agreement.on("degrees", f"{config!r} on {world_size} ranks of {device_type}")
+            self.num_shard = _shard_degree(config, world_size)
+            _require_group(world_size)
         self.num_pipeline = config.pipeline_parallel_degree
         self.num_replicate = config.data_parallel_replicate_degree
-        self.num_shard = _shard_degree(config, world_size)
         self.num_context = config.context_parallel_degree
         self.num_tensor = config.tensor_parallel_degree
         self.sequence_parallel = config.sequence_parallel and self.num_tensor > 1
         self.loss_parallel = config.loss_parallel and self.num_tensor > 1
-        _require_group(world_size)
         self.mesh: DeviceMesh = init_device_mesh(
             device_type,
             (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor),
@@ -81,6 +84,12 @@ class ParallelDims(Configurable):
     def data_rank(self) -> int:
         """Which part of the global batch is this rank's."""
         return self.mesh.get_local_rank("dp_replicate") * self.num_shard + self.mesh.get_local_rank("dp_shard")
+
+    @property
+    def ranks_of_data_rank(self) -> list[int]:
+        """The ranks that are given the same batches as this one, this one among them."""
+        axes = tuple(slice(None) if axis in ("pp", "cp", "tp") else self.mesh.get_local_rank(axis) for axis in AXES)
+        return self.mesh.mesh[axes].flatten().tolist()
 
     @property
     def tp_mesh(self) -> DeviceMesh:

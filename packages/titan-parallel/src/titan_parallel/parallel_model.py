@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_parallel.accumulation import GradientHook, Schedule
-from titan_parallel.batch import Batch, Loss
+from titan_parallel.agreement import Agreement
+from titan_parallel.batch import Batch, Loss, described
 from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import gradient_norm, local, scale_gradients_
@@ -26,6 +27,7 @@ class ParallelModel:
         self.dims = dims
         self._schedule = schedule
         self._partial_parameters = partial_parameters
+        self._ranks_of_data_rank = dims.ranks_of_data_rank
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Set all gradients to those of loss sum / `denominator`, and return the loss sum.
@@ -34,7 +36,7 @@ class ParallelModel:
         number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
         mesh, never averaged, and synchronised once. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
-        self._check(batches)
+        self._agree_on(batches, "forward_backward")
         self.model.zero_grad(set_to_none=True)
         total = self._schedule.forward_backward(batches, loss, denominator)
         self._sum_partial_gradients()
@@ -46,7 +48,7 @@ class ParallelModel:
 
         Every data rank gives as many batches.
         """
-        self._check(batches)
+        self._agree_on(batches, "evaluate")
         was_training = self.model.training
         self.model.eval()
         totals = self._sum_over_mesh(self._schedule.evaluate(batches, loss))
@@ -94,6 +96,15 @@ class ParallelModel:
             parts = bucket.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+    def _agree_on(self, batches: Sequence[Batch], doing: str) -> None:
+        """A step that one rank cannot do, or would do otherwise, is an error on every rank."""
+        with Agreement(doing, self.dims.device_type) as agreement:
+            self._check(batches)
+            agreement.on("numbers of batches", str(len(batches)))
+            if len(self._ranks_of_data_rank) > 1:
+                lines = (f"number {index}: {described(batch)}" for index, batch in enumerate(batches))
+                agreement.on("batches", "\n".join(lines), self._ranks_of_data_rank)
 
     def _check(self, batches: Sequence[Batch]) -> None:
         if not batches:

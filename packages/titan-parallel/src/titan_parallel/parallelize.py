@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titan_parallel.accumulation import Accumulation
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.agreement import Agreement, host_device_type
 from titan_parallel.compile import Compile
 from titan_parallel.dims import ParallelDims
 from titan_parallel.head import HeadForward
@@ -41,22 +42,38 @@ def parallelize(
     `operator.attrgetter("logits")`. No parameter changes its name. Raises ConfigError for roles that do not fit the
     model, and for a model that does not fit the mesh.
     """
-    matched = Roles(model, roles)
-    recomputation = activation_checkpoint.build() if activation_checkpoint is not None else None
-    compiler = compile.build() if compile is not None else None
-    precision = mixed_precision.build() if mixed_precision is not None else None
+    with Agreement("parallelize", host_device_type(dims.device_type)) as agreement:  # what fails, fails on every rank
+        matched = Roles(model, roles)
+        recomputation = activation_checkpoint.build() if activation_checkpoint is not None else None
+        compiler = compile.build() if compile is not None else None
+        precision = mixed_precision.build() if mixed_precision is not None else None
+        agreement.on("degrees", repr(dims.config))
+        agreement.on("roles", str(matched))
+        agreement.on("parameters", _described(model))
+        agreement.on("activation_checkpoint", repr(activation_checkpoint))
+        agreement.on("compile", repr(compile))
+        agreement.on("mixed_precision", repr(mixed_precision))
 
-    # The order: tensor and sequence parallel, then recomputation and compilation of blocks, then data parallel.
-    tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
-    partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
-    _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
-    head = _let_head_take_loss(model, matched, tensor_parallel)
-    if tensor_parallel is not None:
-        model.forward = tensor_parallel.local_view("")(model.forward)
+        # The order: tensor and sequence parallel, then recomputation and compilation of blocks, then data parallel.
+        tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
+        partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
+        _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
+        head = _let_head_take_loss(model, matched, tensor_parallel)
+        if tensor_parallel is not None:
+            model.forward = tensor_parallel.local_view("")(model.forward)
     units = _shard_over_data_ranks(model, matched, dims, precision)
 
     forward = LossForward(model, dims.device_type, head=head, output=output)
     return ParallelModel(model, dims, schedule=Accumulation(forward, units), partial_parameters=partial)
+
+
+def _described(model: nn.Module) -> str:
+    """A line for each parameter: what ranks must have alike."""
+    lines = (
+        f"{name} {list(p.shape)} {str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
+    return "\n".join(lines)
 
 
 def _split_over_tensor_ranks(model: nn.Module, roles: Roles, dims: ParallelDims) -> TensorParallel | None:

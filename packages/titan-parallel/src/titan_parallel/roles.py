@@ -60,6 +60,12 @@ class Roles:
         self._check_nesting()
         self._check_stack()
 
+    def __str__(self) -> str:
+        """A line for each module that has a role."""
+        return "\n".join(
+            f"{name} {role.name} {dict(role.options) or ''}".rstrip() for name, role in self._roles.items()
+        )
+
     def named(self, role: str) -> list[str]:
         """The names of all modules with this role, in the model's order."""
         return [name for name, its_role in self._roles.items() if its_role.name == role]
