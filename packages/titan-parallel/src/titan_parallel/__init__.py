@@ -2,6 +2,7 @@
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint, EveryNthBlock, FullRecompute, SelectiveRecompute
 from titan_parallel.batch import Batch, Head, Loss
+from titan_parallel.check import CheckReport, check_parallel
 from titan_parallel.compile import Compile
 from titan_parallel.cross_entropy import cross_entropy
 from titan_parallel.dims import ParallelDims
@@ -13,6 +14,7 @@ from titan_parallel.runtime import init_distributed, set_collective_timeout, set
 __all__ = [
     "ActivationCheckpoint",
     "Batch",
+    "CheckReport",
     "Compile",
     "EveryNthBlock",
     "FullRecompute",
@@ -22,6 +24,7 @@ __all__ = [
     "ParallelDims",
     "ParallelModel",
     "SelectiveRecompute",
+    "check_parallel",
     "cross_entropy",
     "init_distributed",
     "parallelize",

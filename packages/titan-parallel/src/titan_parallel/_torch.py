@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore as FileStore  # type: ignore[attr-defined]  # for ranks of one machine
 from torch.distributed import HashStore as HashStore  # type: ignore[attr-defined]  # for a rank alone
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
 
 def flatten(mesh: DeviceMesh) -> DeviceMesh:
@@ -57,3 +62,19 @@ def reduce_scatter(tensor: Tensor, group_size: int, group_name: str) -> Tensor:
     """This rank's chunk along dim 0 of the sum over the group."""
     ops = torch.ops._c10d_functional
     return ops.wait_tensor(ops.reduce_scatter_tensor(tensor.contiguous(), "sum", group_size, group_name))
+
+
+@contextmanager
+def around_backward(mode: TorchFunctionMode) -> Iterator[None]:
+    """Within, `mode` is on in backwards too, where recomputation runs: on its own it ends where the engine begins."""
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_with_mode  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]

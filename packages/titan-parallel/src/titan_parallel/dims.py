@@ -59,7 +59,7 @@ class ParallelDims(Configurable):
         self.device_type = device_type
         with Agreement("build a mesh", host_device_type(device_type)) as agreement:
             agreement.on("degrees", f"{config!r} on {world_size} ranks of {device_type}")
-            self.num_shard = _shard_degree(config, world_size)
+            self.num_shard = shard_degree(config, world_size)
             _require_group(world_size)
         self.num_pipeline = config.pipeline_parallel_degree
         self.num_replicate = config.data_parallel_replicate_degree
@@ -123,7 +123,7 @@ def _along(mesh: DeviceMesh, outer: str, inner: str) -> DeviceMesh:
     return mesh[inner] if mesh[outer].size() == 1 else mesh[outer]
 
 
-def _shard_degree(config: ParallelDims.Config, world_size: int) -> int:
+def shard_degree(config: ParallelDims.Config, world_size: int) -> int:
     """Over how many ranks weights are split: what is left, as the product of all degrees is the world size."""
     left, of = world_size, f"{world_size} ranks"
     for name in DEGREES:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from titan_parallel._torch import is_dtensor
+from titan_parallel.equality import TOLERANCES, compare, norm_of
 
-TOLERANCES = {torch.float64: (1e-10, 1e-13), torch.float32: (1e-6, 1e-8)}
-"""dtype -> (share of a gradient's own norm, share of the norm of all gradients) by which it may differ."""
+__all__ = ["TOLERANCES", "check_same_gradients", "full_gradients", "whole"]
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every gradient, whole, by the name of its parameter. On a mesh all ranks call this, and each gets all of them."""
-    return {name: _whole(p.grad).detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that may be spread over ranks; all of them call this."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if is_dtensor(tensor) else tensor).clone()  # type: ignore[attr-defined]
 
 
 def check_same_gradients(
@@ -31,23 +36,11 @@ def check_same_gradients(
         raise AssertionError(
             f"Got gradients of {len(got)} parameters, expected {len(expected)}. Only one side has {', '.join(odd)}."
         )
-    norm_of_all = torch.stack([_norm(gradient) for gradient in expected.values()]).norm()
+    norm_of_all = norm_of(expected.values())
     for name, reference in expected.items():
-        own, of_all = tolerances or TOLERANCES[reference.dtype]
-        error, norm = _norm(got[name].double() - reference.double()), _norm(reference)
-        if not error <= own * norm + of_all * norm_of_all:
-            factor = (got[name].double() * reference.double()).sum() / norm.square()
-            rest = _norm(got[name].double() - factor * reference.double()) / norm
+        found = compare(got[name], reference, norm_of_all, tolerances)
+        if not found.same:
             raise AssertionError(
-                f"The gradient of {name} differs by {float(error / norm):.2e} of its norm "
-                f"(which is {float(norm / norm_of_all):.1e} of all). Best factor: x{float(factor):.4g}, which leaves "
-                f"{float(rest):.2e}."
+                f"The gradient of {name} differs by {found.error:.2e} of its norm (which is {found.share:.1e} of all). "
+                f"Best factor: x{found.factor:.4g}, which leaves {found.rest:.2e}."
             )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)

@@ -1,0 +1,57 @@
+"""Short names of meshes: `fsdp2_tp2_sp` says which degrees, and what comes with them."""
+
+from __future__ import annotations
+
+import re
+
+from titan_config import ConfigError
+
+from titan_parallel.dims import ParallelDims
+
+_DEGREES = {
+    "fsdp": "data_parallel_shard_degree",
+    "ddp": "data_parallel_replicate_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+    "cp": "context_parallel_degree",
+}
+
+
+def meshes(*names: str) -> dict[str, ParallelDims.Config]:
+    """`{name: ParallelDims.Config}` of short names, such as "fsdp2", "ddp2_fsdp2", "tp2_sp" or "pp2_tp2".
+
+    Words joined by "_": an axis and its degree (fsdp, ddp, tp, cp, pp), and `sp` for sequence parallel, without which
+    tensor ranks hold the whole stream. Raises ConfigError for another word.
+    """
+    return {name: _mesh(name) for name in names}
+
+
+def describe(config: ParallelDims.Config) -> str:
+    """What a config changes: "tensor_parallel_degree=2, sequence_parallel=False"."""
+    default = ParallelDims.Config()
+    changed = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
+    return ", ".join(f"{name}={value}" for name, value in changed.items()) or "one rank"
+
+
+def ranks_of(config: ParallelDims.Config) -> int:
+    """How many ranks a config needs: the product of its degrees."""
+    product = config.data_parallel_shard_degree or 1
+    for name in set(_DEGREES.values()) - {"data_parallel_shard_degree"}:
+        product *= getattr(config, name)
+    return product
+
+
+def _mesh(name: str) -> ParallelDims.Config:
+    config = ParallelDims.Config(data_parallel_shard_degree=1, sequence_parallel=False)
+    for word in name.split("_"):
+        axis = re.fullmatch(r"([a-z]+)(\d+)", word)
+        if word == "sp":
+            config.sequence_parallel = True
+        elif axis is not None and axis[1] in _DEGREES:
+            setattr(config, _DEGREES[axis[1]], int(axis[2]))
+        else:
+            raise ConfigError(
+                f"Got {word!r} in the mesh {name!r}. A mesh is made of {', '.join(f'{axis}N' for axis in _DEGREES)} "
+                "and sp, joined by '_'. Write fsdp2, tp2_sp or fsdp2_tp2, say, or name the degrees."
+            )
+    return config

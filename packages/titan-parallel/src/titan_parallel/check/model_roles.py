@@ -1,0 +1,28 @@
+"""The roles of a model that was given without a table."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from titan_config import ConfigError
+from torch import nn
+
+from titan_parallel.roles import RoleTable
+
+
+@runtime_checkable
+class StatesRoles(Protocol):
+    """A model that says what its parts are."""
+
+    def roles(self) -> RoleTable:
+        """The table."""
+
+
+def roles_of(model: nn.Module) -> RoleTable:
+    """`model.roles()`. Raises ConfigError for a model that has none."""
+    if isinstance(model, StatesRoles):
+        return model.roles()
+    raise ConfigError(
+        f"Got a {type(model).__name__} without roles. They say what the parts of a model are. Give roles, or let the "
+        "model have a method roles()."
+    )

@@ -1,0 +1,82 @@
+"""The reference: the plain model in one process, with nothing of this package around it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_parallel.check.batch import CheckBatch
+from titan_parallel.check.lift import computing_in
+from titan_parallel.check.trial import MAX_NORM, Trial
+from titan_parallel.equality import norm_of
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run of the plain model left; weights and gradients by every name that a parameter has."""
+
+    batch: dict[str, Any]
+    denominator: float
+    losses: list[float]
+    """The mean loss of each step, and one more after the last."""
+    norms: list[float]
+    """The norm of all gradients of each step, before clipping."""
+    initial: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    """Of the first step, before clipping; those of parameters that get none are missing."""
+    weights: dict[str, Tensor]
+    """After the last step."""
+    names: dict[str, str]
+    """Every name that a parameter has -> the first of them, in the model's order."""
+
+    def save(self, path: Path) -> None:
+        """Write it for the ranks."""
+        torch.save(asdict(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """As it was saved; tensors are read when they are needed."""
+        return cls(**torch.load(path, mmap=True, weights_only=True))
+
+
+def run_plain(trial: Trial, batch: CheckBatch) -> Record:
+    """Train the plain model for a few steps on the whole batch at once."""
+    with computing_in(trial.dtype):
+        model = trial.model()
+        initial = _named(model, weights=True)
+        optimizer = trial.optimizer(model)
+        losses, norms, gradients, denominator = [], [], {}, 1.0
+        for step in range(trial.steps):
+            optimizer.zero_grad()
+            loss_sum, count = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
+            denominator = denominator if step else float(count)
+            (loss_sum / denominator).backward()
+            if not step:
+                gradients = _named(model, weights=False)
+            norms.append(_clip(model))
+            losses.append(float(loss_sum.detach()) / denominator)
+            optimizer.step()
+        with torch.no_grad():
+            loss_sum, _ = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
+        losses.append(float(loss_sum) / denominator)
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    names = {name: first[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    weights = _named(model, weights=True)
+    return Record(asdict(batch), denominator, losses, norms, initial, gradients, weights, names)
+
+
+def _named(model: nn.Module, weights: bool) -> dict[str, Tensor]:
+    tensors = {n: p if weights else p.grad for n, p in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _clip(model: nn.Module) -> float:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(norm_of(gradients))
+    for gradient in gradients:
+        gradient.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
+    return norm

@@ -1,0 +1,88 @@
+"""What a check runs, alike without a mesh and on any: a few steps of one model on one batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from titan_config import ConfigError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titan_parallel.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.batch import Head, Loss
+from titan_parallel.check.model_roles import roles_of
+from titan_parallel.compile import Compile
+from titan_parallel.cross_entropy import cross_entropy
+from titan_parallel.roles import RoleTable
+
+MAX_NORM = 0.1
+"""Gradients are clipped to this norm, so that a wrong norm shows in the weights."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The arguments of `check_parallel` that do not depend on the mesh."""
+
+    build: Callable[[], nn.Module]
+    roles: RoleTable | None
+    loss: Loss | None
+    output: Callable[[Any], Tensor] | None
+    dtype: torch.dtype
+    steps: int
+    num_microbatches: int
+    activation_checkpoint: ActivationCheckpoint.Config | None
+    compile: Compile.Config | None
+    seed: int
+
+    def model(self) -> nn.Module:
+        """A new model with the same weights on each call, without dropout.
+
+        A little noise is added to every weight: a norm of ones or a bias of zeros would hide what is done to it.
+        """
+        random.seed(self.seed)
+        torch.manual_seed(self.seed)
+        model = self.build().to(self.dtype).eval()
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=self.dtype))
+                if not parameter.isfinite().all():
+                    raise ConfigError(
+                        f"Got {name} with weights that are not finite. A check begins with a model that could be "
+                        "trained. Initialise it in build: config.build() and then init_weights(0), say."
+                    )
+        return model
+
+    def roles_of(self, model: nn.Module) -> RoleTable:
+        """The table that was given, or that of the model."""
+        return self.roles if self.roles is not None else roles_of(model)
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in what the model returns."""
+        if self.output is not None:
+            return self.output(output)
+        return output if isinstance(output, Tensor) else output.logits
+
+    @property
+    def parallel_loss(self) -> Loss:
+        """The loss on a mesh."""
+        return self.loss or _cross_entropy
+
+    def plain_loss(self, logits: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of one process: torch's own cross-entropy where none was given."""
+        if self.loss is not None:
+            return self.loss(lambda whole: whole, logits, targets)
+        labels = targets["labels"].flatten()
+        return functional.cross_entropy(logits.flatten(0, -2), labels, reduction="sum"), (labels != -100).sum()
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD: Adam would hide constant factors of gradients."""
+        return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, foreach=False)
+
+
+def _cross_entropy(head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    return cross_entropy(head(hidden), targets["labels"]), (targets["labels"] != -100).sum()
