@@ -93,16 +93,14 @@ WIDE_ROLES = {
 
 @pytest.mark.parametrize("recomputation", [None, FullRecompute.Config()], ids=["keep", "full"])
 def test_float32_islands_of_foreign_code_are_lifted_also_in_recomputation(recomputation):
-    report = check_parallel(
-        Wide, meshes("fsdp2", "tp2_sp"), roles=WIDE_ROLES, activation_checkpoint=recomputation
-    )
+    report = check_parallel(Wide, meshes("fsdp2", "tp2_sp"), roles=WIDE_ROLES, activation_checkpoint=recomputation)
     assert report.ok, report
     assert report.meshes["tp2_sp"].kinds["gradients"].worst < 0.01
     assert torch.get_default_dtype() is torch.float32
 
 
 def test_nothing_of_the_caller_is_needed_or_changed(check):
-    """A process that used all cores and made gradients, closures, other numbers of ranks, rows and labels of one's own."""
+    """A process that made gradients; closures, three ranks, a batch of one's own."""
     weight = torch.randn(300, 300, requires_grad=True)
     (weight @ weight).exp().sum().backward()
     before = torch.get_rng_state()
