@@ -41,10 +41,10 @@ def change(config: Configurable.Config, changes: dict) -> None:
 
 @pytest.fixture
 def small_run(recipe, tmp_path):
-    """`small_run("name", {"training.steps": 5})`: llama3_debug with two narrow layers and 8 rows of 64 tokens."""
+    """`small_run("name", {"training.steps": 5})`: a debug recipe with two narrow layers and 8 rows of 64 tokens."""
 
-    def config(name: str = "run", changes: dict | None = None):
-        run = recipe("llama3_debug").llama3_debug()
+    def config(name: str = "run", changes: dict | None = None, flavor: str = "llama3_debug"):
+        run = getattr(recipe(flavor), flavor)()
         small = {
             "model.num_layers": 2,
             "model.dim": 64,

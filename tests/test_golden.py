@@ -8,7 +8,16 @@ import pytest
 from titan_config import to_text
 
 REPO = Path(__file__).parent.parent
-RECIPES = ["llama3_debug", "llama3_debug_ft", "llama3_8b", "llama3_70b", "llama3_405b"]
+RECIPES = [
+    "llama3_debug",
+    "llama3_debug_ft",
+    "llama3_8b",
+    "llama3_70b",
+    "llama3_405b",
+    "qwen3_debug",
+    "qwen3_0_6b",
+    "qwen3_8b",
+]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -23,6 +23,8 @@ MESHES = {
     "HSDP 2x2": (4, {"data_parallel_replicate_degree": 2}),
     "FSDP 2 x TP 2": (4, {"tensor_parallel_degree": 2}),
 }
+FAMILIES = ["llama3_debug", "qwen3_debug"]
+LAST_MESH = next(reversed(MESHES))
 RECOMPUTATIONS = {
     "none": None,
     "full": FullRecompute.Config(),
@@ -82,19 +84,27 @@ def references() -> dict:
 
 
 @pytest.fixture
-def reference(references, small_run, run_ranks):
-    """Initial weights, gradients of step 1 and losses of 20 steps of the flat loop."""
+def reference_of(references, small_run, run_ranks):
+    """`reference_of(flavor)`: initial weights, gradients of step 1 and losses of 20 steps of the flat loop."""
 
-    def compute():
-        loop = FlatLoop(small_run())
+    def compute(flavor: str):
+        loop = FlatLoop(small_run(flavor=flavor))
         weights = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
         loop.backward()
         gradients = loop.gradients()
-        return weights, gradients, FlatLoop(small_run()).losses(20)
+        return weights, gradients, FlatLoop(small_run(flavor=flavor)).losses(20)
 
-    if not references:
-        references["found"] = run_ranks(1, compute)[0]
-    return references["found"]
+    def find(flavor: str) -> tuple:
+        if flavor not in references:
+            references[flavor] = run_ranks(1, compute, flavor)[0]
+        return references[flavor]
+
+    return find
+
+
+@pytest.fixture
+def reference(reference_of):
+    return reference_of("llama3_debug")
 
 
 def gradient_errors(found: dict, wanted: dict) -> dict[str, float]:
@@ -130,22 +140,29 @@ def changes(parallelism: dict, recomputation=None, **more) -> dict:
     return {**fields, "activation_checkpoint": recomputation, **more}
 
 
-def cases(full: bool) -> list:
-    """Every mesh with one recomputation or another; with all of them in the full set."""
+def cases() -> list:
+    """Every mesh with one recomputation or another, the last mesh also for other families; all in the full set."""
     return [
         pytest.param(
-            mesh, recomputation, id=f"{mesh}, recompute {recomputation}", marks=[pytest.mark.full] * (not chosen)
+            flavor,
+            mesh,
+            recomputation,
+            id=f"{flavor}, {mesh}, recompute {recomputation}",
+            marks=[pytest.mark.full] * (i % len(RECOMPUTATIONS) != j or flavor != FAMILIES[0] and mesh != LAST_MESH),
         )
-        for (i, mesh), (j, recomputation) in itertools.product(enumerate(MESHES), enumerate(RECOMPUTATIONS))
-        if (chosen := i % len(RECOMPUTATIONS) == j) or full
+        for flavor, (i, mesh), (j, recomputation) in itertools.product(
+            FAMILIES, enumerate(MESHES), enumerate(RECOMPUTATIONS)
+        )
     ]
 
 
-@pytest.mark.parametrize(("mesh", "recomputation"), cases(full=True))
-def test_weights_gradients_and_losses_are_those_of_the_flat_loop(small_run, run_ranks, reference, mesh, recomputation):
+@pytest.mark.parametrize(("flavor", "mesh", "recomputation"), cases())
+def test_weights_gradients_and_losses_are_those_of_the_flat_loop(
+    small_run, run_ranks, reference_of, flavor, mesh, recomputation
+):
     world_size, parallelism = MESHES[mesh]
-    config = small_run(changes=changes(parallelism, RECOMPUTATIONS[recomputation]))
-    weights, gradients, losses = reference
+    config = small_run(changes=changes(parallelism, RECOMPUTATIONS[recomputation]), flavor=flavor)
+    weights, gradients, losses = reference_of(flavor)
 
     def run():
         judged = judge_first_step(config, weights, gradients)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from titan_models.llama3 import Llama3
+from titan_models import Decoder
 
 
-def _shrunk(flavor: Callable[[], Llama3.Config]) -> Llama3.Config:
+def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     config = flavor()
     attention = config.block.attention
     groups = attention.num_heads // attention.num_kv_heads
@@ -17,20 +17,21 @@ def _shrunk(flavor: Callable[[], Llama3.Config]) -> Llama3.Config:
     attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
     config.block.feed_forward.hidden_dim = 80
     config.rope.dim = 8
-    config.rope.scaling.original_max_seq_len = 32
+    if config.rope.scaling is not None:
+        config.rope.scaling.original_max_seq_len = 32
     config.max_seq_len = 1024
     return config
 
 
 @pytest.fixture(scope="session")
-def shrunk() -> Callable[[Callable[[], Llama3.Config]], Llama3.Config]:
+def shrunk() -> Callable[[Callable[[], Decoder.Config]], Decoder.Config]:
     """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 layers 48 wide, original length 32."""
     return _shrunk
 
 
-def _made(config: Llama3.Config, dtype: torch.dtype = torch.float32) -> Llama3:
+def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int = 1) -> Decoder:
     model = config.build()
-    model.init_weights(seed=1)
+    model.init_weights(seed=seed)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,8 +41,8 @@ def _made(config: Llama3.Config, dtype: torch.dtype = torch.float32) -> Llama3:
 
 
 @pytest.fixture(scope="session")
-def made() -> Callable[..., Llama3]:
-    """`made(config, dtype)`: the model with weights, its norms not all ones."""
+def made() -> Callable[..., Decoder]:
+    """`made(config, dtype, seed)`: the model with weights, its norms not all ones."""
     return _made
 
 

@@ -9,6 +9,15 @@ import torch
 from titan_models import Flops
 from titan_models.counts import count_flops_per_token
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from titan_models.qwen3 import (
+    qwen3_0_6b,
+    qwen3_1_7b,
+    qwen3_4b,
+    qwen3_8b,
+    qwen3_14b,
+    qwen3_32b,
+    qwen3_debug,
+)
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +29,13 @@ PARAMETERS = {
     llama3_8b: 8_030_261_248,
     llama3_70b: 70_553_706_496,
     llama3_405b: 405_853_388_800,
+    qwen3_debug: 5_246_592,
+    qwen3_0_6b: 596_049_920,
+    qwen3_1_7b: 1_720_574_976,
+    qwen3_4b: 4_022_468_096,
+    qwen3_8b: 8_190_735_360,
+    qwen3_14b: 14_768_307_200,
+    qwen3_32b: 32_762_123_264,
 }
 
 
@@ -40,7 +56,7 @@ def test_a_tied_head_counts_as_a_product() -> None:
     assert llama3_1b().flops_per_token(1).full == 6 * matmul + 6 * 16 * 32 * 128
 
 
-@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b])
+@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b])
 def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:
     model = made(shrunk(flavor))
     tokens = torch.randint(97, (2, 24))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from titan_models import HfAdapter, RMSNorm
 from titan_models.llama3 import llama3_1b, llama3_8b
+from titan_models.qwen3 import qwen3_0_6b, qwen3_8b
 from torch import Tensor, nn
 
 
@@ -22,7 +23,7 @@ def adapter(shrunk: Any) -> HfAdapter:
     return shrunk(llama3_8b).hf_adapter()
 
 
-@pytest.mark.parametrize("flavor", [llama3_1b, llama3_8b])
+@pytest.mark.parametrize("flavor", [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b])
 def test_there_and_back_is_the_same_tensors(flavor: Any, shrunk: Any, made: Any) -> None:
     state = made(shrunk(flavor)).state_dict()
     adapter = shrunk(flavor).hf_adapter()
@@ -102,6 +103,16 @@ def test_a_model_that_llama_cannot_be_is_refused(shrunk: Any) -> None:
     config = shrunk(llama3_8b)
     config.norm = RMSNorm.Config(eps=1e-6)
     with pytest.raises(ValueError, match="different eps"):
+        config.hf_adapter()
+
+
+def test_a_model_that_qwen3_cannot_be_is_refused(shrunk: Any) -> None:
+    config = shrunk(qwen3_8b)
+    config.block.attention.qk_norm.eps = 1e-5
+    with pytest.raises(ValueError, match="different eps"):
+        config.hf_adapter()
+    config.block.attention.qk_norm = None
+    with pytest.raises(ValueError, match=r"rules that fit no parameter: layers\.\*\.attention\.k_norm\.weight"):
         config.hf_adapter()
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import keyed
-from titan_models.llama3 import Llama3, llama3_1b, llama3_8b
+from titan_models import Decoder, keyed
+from titan_models.llama3 import llama3_1b, llama3_8b
 
 
-def uneven(shrunk: Any, flavor: Any) -> Llama3.Config:
+def uneven(shrunk: Any, flavor: Any) -> Decoder.Config:
     """Several tiles, and sizes that no number of ranks divides."""
     config = shrunk(flavor)
     config.vocab_size, config.dim, config.num_layers = 391, 151, 2
@@ -19,7 +19,7 @@ def uneven(shrunk: Any, flavor: Any) -> Llama3.Config:
     return config
 
 
-def weights(model: Llama3) -> dict[str, torch.Tensor]:
+def weights(model: Decoder) -> dict[str, torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
     return {
@@ -28,7 +28,7 @@ def weights(model: Llama3) -> dict[str, torch.Tensor]:
     }
 
 
-def sharded(config: Llama3.Config, case: str) -> Llama3:
+def sharded(config: Decoder.Config, case: str) -> Decoder:
     """The model on a mesh of all ranks, initialised."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

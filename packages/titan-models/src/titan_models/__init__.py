@@ -3,6 +3,7 @@
 from titan_models.attention import Attention
 from titan_models.block import Block
 from titan_models.cores import AttentionCore, Flex, Sdpa
+from titan_models.decoder import Decoder
 from titan_models.embedding import Embedding
 from titan_models.flops import Flops
 from titan_models.hf_adapter import HfAdapter
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionCore",
     "Block",
     "Constant",
+    "Decoder",
     "Embedding",
     "Flex",
     "Flops",

@@ -10,6 +10,7 @@ from titan_models.cores import AttentionCore, Sdpa
 from titan_models.flops import Flops
 from titan_models.linear import Linear
 from titan_models.part import Part
+from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles
 from titan_models.rope import rotate
 
@@ -37,6 +38,9 @@ class Attention(Part):
         output: Linear.Config = Linear.Config()
         """The projection back."""
 
+        qk_norm: RMSNorm.Config | None = None
+        """Of queries and keys, head by head, before they rotate; a gain for each of the two. None: there is none."""
+
         core: AttentionCore.Config = Sdpa.Config()
         """The kernel."""
 
@@ -58,13 +62,15 @@ class Attention(Part):
         self.k_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
         self.v_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
         self.o_proj: Linear = config.output.build(in_features=heads_dim, out_features=dim)
+        self.q_norm: nn.Module = _head_norm(config)
+        self.k_norm: nn.Module = _head_norm(config)
         self.core: AttentionCore = config.core.build()
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
         """`cos` and `sin` come from `Rope`, `mask` from `core.realise`."""
         B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), cos, sin)
-        k_BTGK = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), cos, sin)
+        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
+        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
         v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale)
         return self.o_proj(output_BTHK.flatten(2))
@@ -74,6 +80,7 @@ class Attention(Part):
         return Flops(full=full, causal=full // 2)
 
     def roles(self) -> Roles:
+        """The norms of heads are in no role: whole on every rank of a region, which holds some of the heads."""
         kv_heads = {"num_heads": self.config.num_kv_heads}
         return {
             "": "region",
@@ -83,3 +90,7 @@ class Attention(Part):
             "o_proj": "rowwise",
             "core": "attention",
         }
+
+
+def _head_norm(config: Attention.Config) -> nn.Module:
+    return nn.Identity() if config.qk_norm is None else config.qk_norm.build(dim=config.head_dim)

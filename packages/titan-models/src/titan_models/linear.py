@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from titan_models.flops import Flops, matmul_flops
@@ -28,3 +30,11 @@ class Linear(Part, nn.Linear):
 
     def own_flops(self, seq_len: int) -> Flops:
         return matmul_flops(self.in_features * self.out_features)
+
+
+def into_stream(num_layers: int) -> Linear.Config:
+    """A projection that adds to the stream, two in each block: smaller, so that variance does not grow with depth.
+
+    Source: Radford et al., "Language models are unsupervised multitask learners" (2019), section 2.3.
+    """
+    return Linear.Config(weight_init=TruncatedNormal.Config(std=0.02 / math.sqrt(2 * num_layers)))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from titan_models.attention import Attention
 from titan_models.block import Block
-from titan_models.initializers import TruncatedNormal
-from titan_models.linear import Linear
+from titan_models.linear import Linear, into_stream
 from titan_models.llama3.model import Llama3
 from titan_models.rope import Llama3Scaling, Rope
 from titan_models.swiglu import SwiGLU
@@ -76,15 +73,10 @@ def _llama3(
         num_layers=num_layers,
         block=Block.Config(
             attention=Attention.Config(
-                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=_output(num_layers)
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=into_stream(num_layers)
             ),
-            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=_output(num_layers)),
+            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers)),
         ),
         rope=Rope.Config(dim=head_dim, theta=500_000.0, scaling=Llama3Scaling.Config(factor=rope_factor)),
         head=None if tied else Linear.Config(),
     )
-
-
-def _output(num_layers: int) -> Linear.Config:
-    """What each block adds to the stream, twice, starts smaller, so that variance does not grow with depth (GPT-2)."""
-    return Linear.Config(weight_init=TruncatedNormal.Config(std=0.02 / math.sqrt(2 * num_layers)))

@@ -1,116 +1,20 @@
-"""The Llama 3 family: a decoder of pre-norm blocks with grouped-query attention, rotary positions and SwiGLU."""
+"""The Llama 3 family: the shared decoder as it is."""
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor, nn
-
-from titan_models.block import Block
-from titan_models.embedding import Embedding
+from titan_models.decoder import Decoder
 from titan_models.hf_adapter import HfAdapter
-from titan_models.linear import Linear
-from titan_models.mask import Mask
-from titan_models.model import Model
-from titan_models.rms_norm import RMSNorm
-from titan_models.roles import Roles, under
-from titan_models.rope import Rope
-from titan_models.tied_linear import TiedLinear
 
 
-class Llama3(Model):
-    """Token ids to logits. B batch, T tokens, D width, V vocabulary."""
+class Llama3(Decoder):
+    """Pre-norm blocks of grouped-query attention and SwiGLU, with rotary positions scaled for long sequences."""
 
-    class Config(Model.Config):
-        dim: int
-        """Width of the stream."""
-
-        num_layers: int
-        """Blocks."""
-
-        block: Block.Config
-        """Every block."""
-
-        exceptions: dict[int, Block.Config] = {}
-        """Blocks that are different, by their number."""
-
-        rope: Rope.Config
-        """Rotary positions of queries and keys."""
-
-        embedding: Embedding.Config = Embedding.Config()
-        """The table of tokens."""
-
-        norm: RMSNorm.Config = RMSNorm.Config()
-        """Before the head."""
-
-        head: Linear.Config | None = Linear.Config()
-        """The projection to the vocabulary. None: it is tied, its weight is the embedding's."""
-
+    class Config(Decoder.Config):
         max_seq_len: int = 131_072
         """Tokens that the model is meant for; exported as max_position_embeddings."""
-
-        def blocks(self) -> list[Block.Config]:
-            """The config of each block."""
-            return [self.exceptions.get(layer, self.block) for layer in range(self.num_layers)]
-
-        def validate(self) -> None:
-            for name in ("vocab_size", "dim", "num_layers", "max_seq_len"):
-                if getattr(self, name) < 1:
-                    raise ValueError(f"Got {name} {getattr(self, name)}. A model has some of it. Set it to 1 or more.")
-            if unknown := [layer for layer in self.exceptions if not 0 <= layer < self.num_layers]:
-                raise ValueError(
-                    f"Got exceptions for the blocks {unknown}. There are {self.num_layers}, numbered from 0. Remove "
-                    "them, or raise num_layers."
-                )
-            for block in self.blocks():
-                if block.attention.head_dim != self.rope.dim:
-                    raise ValueError(
-                        f"Got rope.dim {self.rope.dim} and head_dim {block.attention.head_dim}. All features of a head "
-                        f"rotate. Set rope.dim to {block.attention.head_dim}."
-                    )
-                if block.attention.core != self.block.attention.core:
-                    raise ValueError(
-                        "Got blocks with different attention cores. The mask is realised once for all of them. Give "
-                        "every exception the core of block."
-                    )
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of transformers' `LlamaForCausalLM`."""
             from titan_models.llama3.hf import hf_adapter
 
             return hf_adapter(self)
-
-    def __init__(self, config: Config) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-        self.embedding: Embedding = config.embedding.build(vocab_size=config.vocab_size, dim=config.dim)
-        self.rope: Rope = config.rope.build()
-        self.layers = nn.ModuleList(block.build(dim=config.dim) for block in config.blocks())
-        self.norm: RMSNorm = config.norm.build(dim=config.dim)
-        self.head: nn.Module
-        if config.head is None:
-            self.head = TiedLinear.Config().build(embedding=self.embedding)
-        else:
-            self.head = config.head.build(in_features=config.dim, out_features=config.vocab_size)
-
-    def forward(self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` for `tokens`, `positions` and `document_ids` `[B, T]`: whatever the head returns.
-
-        Positions restart with each document, and documents do not see each other. Without `document_ids` a row is one
-        document, whose positions rise.
-        """
-        x_BTD = self.embedding(tokens)
-        cos, sin = self.rope(positions, x_BTD.dtype)
-        mask = cast(Block, self.layers[0]).attention.core.realise(Mask.causal(positions, document_ids))
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, cos, sin, mask)
-        x_BTD = self.norm(x_BTD)
-        return self.head(x_BTD)
-
-    def roles(self) -> Roles:
-        roles: Roles = {"embedding": "embedding", "norm": "norm", "head": "head"}
-        if not self.config.exceptions:
-            return roles | under("layers.*", cast(Block, self.layers[0]).roles())
-        for number, layer in enumerate(self.layers):
-            roles |= under(f"layers.{number}", cast(Block, layer).roles())
-        return roles

@@ -9,20 +9,22 @@ from typing import Any
 import pytest
 import titan_config
 import torch
-from titan_models import Flex, Llama3Scaling, Mask, Rope, Sdpa, TruncatedNormal
+from titan_models import Decoder, Flex, Llama3Scaling, Mask, Rope, Sdpa, TruncatedNormal
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from titan_models.qwen3 import qwen3_8b, qwen3_debug
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b]
+FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b]
 
 
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
 @pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
 def test_packed_documents_equal_the_documents_one_by_one(
-    core: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+    core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
 ) -> None:
-    config = shrunk(llama3_8b)
+    config = shrunk(flavor)
     config.block.attention.core = core
     model = made(config)
     with torch.no_grad():
@@ -149,12 +151,14 @@ def test_recomputed_blocks_give_the_same_gradients(shrunk: Any, made: Any, packe
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_every_module_with_weights_has_one_role(flavor: Any) -> None:
+def test_every_module_with_weights_has_one_role_or_is_a_norm_of_heads_in_a_region(flavor: Any) -> None:
     model = flavor().on_meta()
     roles = model.roles()
     for name, module in model.named_modules():
         fitting = [p for p in roles if len(p.split(".")) == len(name.split(".")) and fnmatch.fnmatch(name, p)]
         owns = next(module.parameters(recurse=False), None) is not None
+        if name.endswith(("attention.q_norm", "attention.k_norm")):
+            owns = False
         assert len(fitting) == 1 or (not owns and not fitting), name
     assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_modules()) for p in roles)
 
@@ -190,7 +194,7 @@ def test_an_exception_is_its_own_block(shrunk: Any, made: Any, packed: dict[str,
     assert model.roles()["layers.1.attention.k_proj"] == ("colwise", {"num_heads": 1})
     assert model.roles()["layers.2.attention.k_proj"] == ("colwise", {"num_heads": 2})
     assert model(**packed).shape == (2, 40, 97)
-    with pytest.raises(ValueError, match="different num_kv_heads"):
+    with pytest.raises(ValueError, match="different hidden_dim"):
         config.hf_adapter()
 
 
@@ -266,9 +270,10 @@ def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str
         assert torch.equal(models[0](**packed), models[1](**packed))
 
 
-def test_heads_can_be_split_without_telling_the_model(shrunk: Any, made: Any) -> None:
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
+def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, made: Any) -> None:
     """Half of the heads each, by weights alone: the two outputs add up to the whole, as under tensor parallelism."""
-    model = made(shrunk(llama3_8b))
+    model = made(shrunk(flavor))
     x, positions = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0)), torch.arange(10).expand(2, 10)
     whole = model.layers[0].attention
     inputs = (x, *model.rope(positions, x.dtype), whole.core.realise(Mask.causal(positions)))
@@ -288,3 +293,21 @@ def test_positions_come_with_the_batch_and_are_made_nowhere(
     model = made(shrunk(llama3_8b))
     monkeypatch.setattr(torch, "arange", None)
     assert model(**packed).shape == (2, 40, 97)
+
+
+def test_a_decoder_without_a_family_is_a_model(shrunk: Any, packed: dict[str, Tensor]) -> None:
+    """Llama 3 is a config of the shared decoder: the same names, weights and logits without the family's class."""
+    family = shrunk(llama3_8b)
+    config = Decoder.Config(**{name: copy.deepcopy(value) for name, value in vars(family).items()})
+    models = [family.build(), config.build()]
+    for model in models:
+        model.init_weights(seed=5)
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(models[0](**packed), models[1](**packed))
+
+
+def test_a_config_saved_before_heads_had_norms_is_read(shrunk: Any) -> None:
+    data = titan_config.to_dict(shrunk(llama3_8b))
+    del data["block"]["attention"]["qk_norm"]
+    assert titan_config.from_dict(data) == shrunk(llama3_8b)

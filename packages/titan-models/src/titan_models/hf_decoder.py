@@ -1,0 +1,76 @@
+"""The decoder in the layout that Hugging Face gave to Llama, and to the many models that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from titan_models.decoder import Decoder
+from titan_models.hf_adapter import HfAdapter
+
+_RULES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+    "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight",
+    "layers.*.attention.k_proj.weight": "model.layers.*.self_attn.k_proj.weight",
+    "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
+    "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
+    "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
+    "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
+    "layers.*.feed_forward.down_proj.weight": "model.layers.*.mlp.down_proj.weight",
+    "norm.weight": "model.norm.weight",
+}
+_HEAD = {"head.weight": "lm_head.weight"}
+_REPEATS = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def decoder_adapter(config: Decoder.Config, hf_config: Mapping[str, Any], rules: Mapping[str, str]) -> HfAdapter:
+    """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
+
+    Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
+    """
+    tied = config.head is None
+    return HfAdapter(
+        config.on_meta(),
+        rules={**_RULES, **({} if tied else _HEAD), **rules},
+        repeats=_REPEATS if tied else {},
+        config={**_hf_config(config), **hf_config},
+    )
+
+
+def same_in_all(name: str, values: list[Any]) -> Any:
+    """The one value that all blocks or norms have. Raises ValueError where they differ."""
+    if any(value != values[0] for value in values):
+        raise ValueError(
+            f"Got blocks or norms with different {name}: {values}. The family in transformers has one for all. "
+            "Make them equal to export the model."
+        )
+    return values[0]
+
+
+def _hf_config(config: Decoder.Config) -> dict[str, Any]:
+    blocks = config.blocks()
+    attentions = [block.attention for block in blocks]
+    head_norms = [attention.qk_norm for attention in attentions if attention.qk_norm is not None]
+    norms = [config.norm, *(block.norm for block in blocks), *head_norms]
+    scaling = {"rope_type": "default"} if config.rope.scaling is None else config.rope.scaling.build().hf_parameters()
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": same_in_all("hidden_dim", [block.feed_forward.hidden_dim for block in blocks]),
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": same_in_all("num_heads", [attention.num_heads for attention in attentions]),
+        "num_key_value_heads": same_in_all("num_kv_heads", [attention.num_kv_heads for attention in attentions]),
+        "head_dim": config.rope.dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": 0.02,
+        "rms_norm_eps": same_in_all("eps", [norm.eps for norm in norms]),
+        "rope_parameters": {"rope_theta": config.rope.theta, **scaling},
+        "tie_word_embeddings": config.head is None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "pad_token_id": None,
+    }

@@ -1,0 +1,80 @@
+"""The released sizes of Qwen3, and a small one for development. Each call makes a config of its own, to change."""
+
+from __future__ import annotations
+
+from titan_models.attention import Attention
+from titan_models.block import Block
+from titan_models.linear import Linear, into_stream
+from titan_models.qwen3.model import Qwen3
+from titan_models.rms_norm import RMSNorm
+from titan_models.rope import Rope
+from titan_models.swiglu import SwiGLU
+
+
+def qwen3_debug() -> Qwen3.Config:
+    """5 million parameters, with a vocabulary of 2048: trains on a laptop."""
+    return _qwen3(
+        vocab_size=2048, dim=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, hidden_dim=768, tied=True
+    )
+
+
+def qwen3_0_6b() -> Qwen3.Config:
+    """Qwen3 0.6B."""
+    return _qwen3(dim=1024, num_layers=28, num_heads=16, num_kv_heads=8, hidden_dim=3072, tied=True)
+
+
+def qwen3_1_7b() -> Qwen3.Config:
+    """Qwen3 1.7B."""
+    return _qwen3(dim=2048, num_layers=28, num_heads=16, num_kv_heads=8, hidden_dim=6144, tied=True)
+
+
+def qwen3_4b() -> Qwen3.Config:
+    """Qwen3 4B."""
+    return _qwen3(dim=2560, num_layers=36, num_heads=32, num_kv_heads=8, hidden_dim=9728, tied=True)
+
+
+def qwen3_8b() -> Qwen3.Config:
+    """Qwen3 8B."""
+    return _qwen3(dim=4096, num_layers=36, num_heads=32, num_kv_heads=8, hidden_dim=12288)
+
+
+def qwen3_14b() -> Qwen3.Config:
+    """Qwen3 14B."""
+    return _qwen3(dim=5120, num_layers=40, num_heads=40, num_kv_heads=8, hidden_dim=17408)
+
+
+def qwen3_32b() -> Qwen3.Config:
+    """Qwen3 32B."""
+    return _qwen3(dim=5120, num_layers=64, num_heads=64, num_kv_heads=8, hidden_dim=25600)
+
+
+def _qwen3(
+    *,
+    vocab_size: int = 151_936,
+    dim: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int = 128,
+    hidden_dim: int,
+    tied: bool = False,
+) -> Qwen3.Config:
+    return Qwen3.Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        num_layers=num_layers,
+        block=Block.Config(
+            attention=Attention.Config(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                output=into_stream(num_layers),
+                qk_norm=RMSNorm.Config(eps=1e-6),
+            ),
+            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers)),
+            norm=RMSNorm.Config(eps=1e-6),
+        ),
+        rope=Rope.Config(dim=head_dim, theta=1_000_000.0),
+        norm=RMSNorm.Config(eps=1e-6),
+        head=None if tied else Linear.Config(),
+    )

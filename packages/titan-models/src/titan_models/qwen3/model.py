@@ -1,0 +1,20 @@
+"""The Qwen3 family: the shared decoder with queries and keys normalised head by head."""
+
+from __future__ import annotations
+
+from titan_models.decoder import Decoder
+from titan_models.hf_adapter import HfAdapter
+
+
+class Qwen3(Decoder):
+    """Pre-norm blocks of grouped-query attention with `qk_norm`, and SwiGLU."""
+
+    class Config(Decoder.Config):
+        max_seq_len: int = 40_960
+        """Tokens that the model is meant for; exported as max_position_embeddings."""
+
+        def hf_adapter(self) -> HfAdapter:
+            """Renames the weights to and from those of transformers' `Qwen3ForCausalLM`."""
+            from titan_models.qwen3.hf import hf_adapter
+
+            return hf_adapter(self)

@@ -1,0 +1,202 @@
+"""Logits and gradients of each family equal those of transformers' model with the same weights, through the adapter."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from titan_models import Decoder, Rope
+from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
+from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_debug
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+FLAVORS = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
+TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b]
+LENGTH = 96  # three times the shrunk original length
+
+
+class InDouble(TorchFunctionMode):
+    """Compute in fp64 what the reference insists on computing in fp32: norms, rope, softmax."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Callable[..., Any]:
+    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is."""
+    from safetensors.torch import save_file
+
+    def load(model: Decoder, dtype: torch.dtype = torch.float32) -> Any:
+        adapter = model.config.hf_adapter()
+        state = {name: tensor.contiguous() for name, tensor in adapter.to_hf(model.state_dict()).items()}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(adapter.hf_config(dtype)))
+        theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager", dtype=dtype, output_loading_info=True
+        )
+        assert not any(loading.values())
+        assert [type(theirs).__name__] == theirs.config.architectures == adapter.hf_config()["architectures"]
+        return theirs.train()
+
+    return load
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    tokens = torch.randint(97, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    return {"tokens": tokens, "positions": torch.arange(LENGTH).expand(2, LENGTH)}
+
+
+def logits_and_gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seed", "atol", "relative"),
+    [(torch.float32, 1, 1e-5, 1e-5), (torch.float64, 1, 1e-9, 1e-10), (torch.float64, 2, 1e-9, 1e-10)],
+)
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_logits_and_gradients_are_equal(
+    flavor: Any,
+    dtype: torch.dtype,
+    seed: int,
+    atol: float,
+    relative: float,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    batch: dict[str, Tensor],
+) -> None:
+    model = made(shrunk(flavor), dtype, seed)
+    theirs = reference(model, dtype)
+    with InDouble() if dtype is torch.float64 else nullcontext():
+        their_logits = theirs(batch["tokens"]).logits
+    logits, own_gradients = logits_and_gradients(model, model(**batch), batch["tokens"])
+    expected_logits, expected = logits_and_gradients(theirs, their_logits, batch["tokens"])
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=atol)
+    gradients = model.config.hf_adapter().to_hf(own_gradients)
+    assert gradients.keys() == expected.keys()
+    norm_of_all = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).norm()
+        assert error <= relative * expected[name].norm() + 1e-3 * relative * norm_of_all, name
+
+
+@pytest.mark.parametrize(
+    ("flavor", "part"),
+    [
+        (qwen3_8b, "block.attention.qk_norm"),
+        (qwen3_8b, "rope.theta"),
+        (llama3_8b, "rope.scaling"),
+        (llama3_8b, "block.norm.eps"),
+    ],
+)
+def test_a_model_without_a_part_is_noticed(
+    flavor: Any, part: str, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+) -> None:
+    """The reference is loaded with what our model then lacks, or has another value of."""
+    config = shrunk(flavor)
+    model = made(config, torch.float64)
+    their_model = reference(model, torch.float64)
+    with torch.no_grad(), InDouble():
+        theirs = their_model(batch["tokens"]).logits
+    without = {"rope.theta": 10_000.0, "block.norm.eps": 1e-3}
+    *parents, name = part.split(".")
+    setattr(functools.reduce(getattr, parents, config), name, without.get(part))
+    other = config.build().double()
+    other.load_state_dict({name: model.state_dict()[name] for name in other.state_dict()})
+    with torch.no_grad():
+        assert (other(**batch) - theirs).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
+def test_logits_equal_without_scaling_and_with_other_theta(
+    flavor: Any, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+) -> None:
+    config = shrunk(flavor)
+    config.rope = Rope.Config(dim=8, theta=20_000.0)
+    model = made(config, torch.float64)
+    their_model = reference(model, torch.float64)
+    with torch.no_grad(), InDouble():
+        theirs = their_model(batch["tokens"]).logits
+    torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
+
+
+def test_logits_equal_far_from_the_start(shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]) -> None:
+    model = made(shrunk(llama3_1b), torch.float64)
+    batch["positions"] = batch["positions"] + 900
+    their_model = reference(model, torch.float64)
+    with torch.no_grad(), InDouble():
+        theirs = their_model(batch["tokens"], position_ids=batch["positions"]).logits
+    torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
+
+
+def test_positions_shifted_for_keys_alone_are_noticed(
+    shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rope is relative: shifting queries and keys changes nothing, shifting one of them must."""
+    model = made(shrunk(llama3_8b), torch.float64)
+    their_model = reference(model, torch.float64)
+    with torch.no_grad(), InDouble():
+        theirs = their_model(batch["tokens"]).logits
+    forward = Rope.forward
+    monkeypatch.setattr(Rope, "forward", lambda self, positions, dtype: forward(self, positions + 1, dtype))
+    assert (model(**batch) - theirs).abs().max() < 1e-9
+    monkeypatch.setattr(Rope, "forward", lambda self, positions, dtype: forward(self, positions * 2, dtype))
+    assert (model(**batch) - theirs).abs().max() > 1e-4
+
+
+def test_a_swapped_rotation_is_noticed(
+    shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pairs of features are halves of a head, not neighbours."""
+    model = made(shrunk(llama3_8b))
+    theirs = reference(model, torch.float32)(batch["tokens"]).logits
+
+    def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+
+    monkeypatch.setattr("titan_models.attention.rotate", neighbours)
+    assert (model(**batch) - theirs).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("flavor", TIED_AND_NOT)
+def test_weights_come_in_from_transformers(flavor: Any, shrunk: Any, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    """From the files that transformers writes."""
+    from safetensors.torch import load_file
+
+    config = shrunk(flavor)
+    adapter = config.hf_adapter()
+    hf_config = adapter.hf_config()
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config)
+    )
+    theirs.save_pretrained(tmp_path)
+    model = config.build()
+    model.load_state_dict(adapter.from_hf(load_file(tmp_path / "model.safetensors")))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch), theirs(batch["tokens"]).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_rope_frequencies_have_the_bits_of_transformers(flavor: Any) -> None:
+    config = flavor()
+    hf_config = transformers.LlamaConfig.from_dict(config.hf_adapter().hf_config())
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq
+    assert torch.equal(config.rope.build().frequencies, theirs)
