@@ -29,7 +29,7 @@ def errors_of(attempts, where) -> list[str]:
         began = time.monotonic()
         with pytest.raises(ValueError) as caught:
             attempt(dist.get_rank() in where)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 100  # not until the group gives up
         said.append(str(caught.value))
     dist.barrier()
     return said

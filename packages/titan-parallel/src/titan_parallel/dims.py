@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cached_property
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from titan_config import ConfigError, Configurable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_parallel._torch import concatenate, flatten
+from titan_parallel._torch import concatenate, default_group, flatten
 from titan_parallel.agreement import Agreement, host_device_type
 
 # The order of the axes, slowest first: ranks next to each other exchange most. (Experts will be a second view of the
@@ -67,10 +68,10 @@ class ParallelDims(Configurable):
         self.num_tensor = config.tensor_parallel_degree
         self.sequence_parallel = config.sequence_parallel and self.num_tensor > 1
         self.loss_parallel = config.loss_parallel and self.num_tensor > 1
-        self.mesh: DeviceMesh = init_device_mesh(
+        self.mesh: DeviceMesh = _mesh(
+            default_group(),
             device_type,
             (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor),
-            mesh_dim_names=AXES,
         )
         self.data_group: dist.ProcessGroup = _along(self.mesh, "dp_replicate", "dp_shard").get_group()
         """The ranks that see other samples, and are alike in all else; never None, also for a rank alone."""
@@ -114,6 +115,12 @@ class ParallelDims(Configurable):
         """
         shard = _along(self.mesh, "dp_shard", "cp")
         return shard if self.num_replicate == 1 else concatenate(self.mesh["dp_replicate"], shard)
+
+
+@functools.cache
+def _mesh(world: dist.ProcessGroup, device_type: str, degrees: tuple[int, ...]) -> DeviceMesh:
+    """One mesh for all who ask for its shape: each of its groups has threads of its own."""
+    return init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
 
 
 def _along(mesh: DeviceMesh, outer: str, inner: str) -> DeviceMesh:
