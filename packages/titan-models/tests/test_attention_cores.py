@@ -121,3 +121,57 @@ def test_impossible_masks_are_refused() -> None:
         Mask.causal(positions, chunk=-1)
     with pytest.raises(ValueError, match="both or neither"):
         Mask(positions, positions, query_documents=positions)
+
+
+@pytest.fixture
+def flex_trains_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses flex attention's backward on a CPU, but can compute it: tests need no GPU."""
+    import torch.nn.attention.flex_attention as module
+
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+def naive_lse(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
+    q, k = q.double(), k.double()
+    group, lse = q.shape[2] // k.shape[2], torch.full(q.shape[:3], -torch.inf, dtype=torch.float64)
+    for row, query, head in itertools.product(*map(range, q.shape[:3])):
+        seen = [key for key in range(k.shape[1]) if sees(mask, row, query, key)]
+        if seen:
+            lse[row, query, head] = (scale * k[row, seen, head // group] @ q[row, query, head]).logsumexp(0)
+    return lse
+
+
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_log_sum_exps_and_their_gradients_equal_naive_attention(
+    core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
+) -> None:
+    attention, weights = core.build(), torch.rand(2, 40, 4, dtype=torch.float64)
+    for name in ("causal", "documents", "documents, window, chunk"):
+        ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
+        output, lse = attention.with_lse(*ours, attention.realise(masks[name]), 0.3)
+        expected, expected_lse = naive(*theirs, masks[name], 0.3), naive_lse(*theirs[:2], masks[name], 0.3)
+        torch.testing.assert_close((output, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
+        (output.square().sum() + (weights * lse).sum()).backward()
+        (expected.square().sum() + (weights * expected_lse).sum()).backward()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(core: Any, flex_trains_on_cpus: None) -> None:
+    """As under a ring: the keys of another rank, the last ten of which lie after all queries but five."""
+    attention, line = core.build(), torch.arange(40).expand(2, 40)
+    mask = Mask(line[:, :20], line[:, 15:35])
+    q, k, v = (x.double().requires_grad_() for x in tensors(20, 20))
+    output, lse = attention.with_lse(q, k, v, attention.realise(mask), 0.3)
+    assert (output[:, :15] == 0).all() and (lse[:, :15] == -torch.inf).all() and lse[:, 15:].isfinite().all()
+    (output.sum() + lse[:, 15:].sum()).backward()
+    assert (q.grad[:, :15] == 0).all() and q.grad[:, 15:].abs().min() > 0
+    assert (k.grad[:, 5:] == 0).all() and (v.grad[:, 5:] == 0).all() and v.grad.isfinite().all()
+
+
+def test_log_sum_exps_are_wide_in_half_precision(masks: dict[str, Mask]) -> None:
+    attention = Sdpa.Config().build()
+    output, lse = attention.with_lse(*(x.bfloat16() for x in tensors()), None, 0.3)
+    assert (output.dtype, lse.dtype) == (torch.bfloat16, torch.float32)

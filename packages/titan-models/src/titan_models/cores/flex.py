@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from titan_models.cores.core import AttentionCore
 from titan_models.mask import Mask
@@ -40,15 +40,24 @@ class Flex(AttentionCore):
         return create(_mask_function(mask), *shape, device=device, BLOCK_SIZE=self.block_size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
-        output: Tensor = _for(q.device, flex_attention)(
+        output: Tensor = self._attention(q, k, v, mask, scale)
+        return output.transpose(1, 2)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp `[B, T, H]`, which the kernel makes anyway."""
+        output, auxiliary = self._attention(q, k, v, mask, scale, return_aux=AuxRequest(lse=True))
+        return output.transpose(1, 2), auxiliary.lse.transpose(1, 2)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, **options: Any) -> Any:
+        return _for(q.device, flex_attention)(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             block_mask=mask,
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
+            **options,
         )
-        return output.transpose(1, 2)
 
 
 def _mask_function(mask: Mask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
