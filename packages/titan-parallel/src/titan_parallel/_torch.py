@@ -64,6 +64,12 @@ def reduce_scatter(tensor: Tensor, group_size: int, group_name: str) -> Tensor:
     return ops.wait_tensor(ops.reduce_scatter_tensor(tensor.contiguous(), "sum", group_size, group_name))
 
 
+def all_to_all(tensor: Tensor, group_name: str) -> Tensor:
+    """Chunk r along dim 0 goes to rank r; what came, in order of rank. As many chunks as ranks in the group."""
+    ops, equal = torch.ops._c10d_functional, [1] * len(tensor)
+    return ops.wait_tensor(ops.all_to_all_single(tensor.contiguous(), equal, equal, group_name))
+
+
 @contextmanager
 def around_backward(mode: TorchFunctionMode) -> Iterator[None]:
     """Within, `mode` is on in backwards too, where recomputation runs: on its own it ends where the engine begins."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,5 +89,21 @@ def _dear_operators() -> frozenset[Any]:
     return frozenset({*named, torch.ops.higher_order.flex_attention})
 
 
+_is_made_again = False
+
+
+@contextmanager
+def made_again() -> Iterator[None]:
+    """Nothing made herein is dear: for what keeps less than its matrix products, such as a ring."""
+    global _is_made_again
+    before, _is_made_again = _is_made_again, True
+    try:
+        yield
+    finally:
+        _is_made_again = before
+
+
 def _keep_what_is_dear(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    if _is_made_again:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE if operator in _dear_operators() else CheckpointPolicy.PREFER_RECOMPUTE

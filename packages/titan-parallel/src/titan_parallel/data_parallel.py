@@ -38,7 +38,7 @@ def shard_over_data_ranks(
 def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
     """Whether a unit ("" is the root) frees its gathered weights after the forward. The backward begins at the head."""
     choice = dims.config.fsdp_reshard_after_forward
-    if dims.num_shard == 1 or choice == "never":
+    if dims.num_shard * dims.num_context == 1 or choice == "never":
         return False
     return choice == "always" or unit not in ("", roles.head)
 

@@ -39,6 +39,10 @@ class ParallelDims(Configurable):
         """Ranks that hold one after the other part of the stack."""
         context_parallel_degree: int = 1
         """Ranks that share the tokens of each sequence."""
+        context_parallel_method: Literal["gather", "ulysses", "ring"] = "gather"
+        """How their queries meet all keys: keys are gathered, tokens exchanged for heads, or keys sent round a ring."""
+        context_parallel_load_balance: bool = True
+        """Give each context rank an early and a late part of a sequence: equal work under causal masks."""
         sequence_parallel: bool = True
         """Under tensor parallel, split the residual stream over the sequence between regions."""
         loss_parallel: bool = True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.head import HeadForward
+
+if TYPE_CHECKING:
+    from titan_parallel.context_parallel import ContextParallel
 
 
 class LossForward:
@@ -21,11 +24,13 @@ class LossForward:
         *,
         head: HeadForward | None,
         output: Callable[[Any], Tensor] | None,
+        context: ContextParallel | None = None,
     ) -> None:
         self.model = model
         self._device_type = device_type
         self._head = head
         self._output = output or (lambda logits: logits)
+        self._context = context
 
     def __call__(self, batch: Batch, loss: Loss) -> tuple[Tensor, Tensor]:
         """The loss's (sum, count) over what this rank sees of `batch`."""
@@ -34,7 +39,11 @@ class LossForward:
 
     def local(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This rank's part of the inputs and the targets, on its device."""
-        return self._on_device(batch.inputs), self._on_device(batch.targets)
+        inputs, targets = batch.inputs, batch.targets
+        if self._context is not None:
+            inputs = self._context.local_inputs(inputs, batch.sequence_dims)
+            targets = self._context.local(targets, batch.sequence_dims)
+        return self._on_device(inputs), self._on_device(targets)
 
     def of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
         """The loss's (sum, count) for what `local` returned."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,18 +18,28 @@ from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import gradient_norm, local, scale_gradients_
 
+if TYPE_CHECKING:
+    from titan_parallel.context_parallel import ContextParallel
+
 
 class ParallelModel:
     """What `parallelize` returns. `model` is the module it was given; called directly it returns what it always did."""
 
     def __init__(
-        self, model: nn.Module, dims: ParallelDims, *, schedule: Schedule, partial_parameters: Sequence[str]
+        self,
+        model: nn.Module,
+        dims: ParallelDims,
+        *,
+        schedule: Schedule,
+        partial_parameters: Sequence[str],
+        context: ContextParallel | None = None,
     ) -> None:
         self.model = model
         self.dims = dims
         self._schedule = schedule
         self._partial_parameters = partial_parameters
         self._ranks_of_data_rank = dims.ranks_of_data_rank
+        self._context = context
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Set all gradients to those of loss sum / `denominator`, and return the loss sum.
@@ -38,7 +50,8 @@ class ParallelModel:
         """
         self._agree_on(batches, "forward_backward")
         self.model.zero_grad(set_to_none=True)
-        total = self._schedule.forward_backward(batches, loss, denominator)
+        with self._sharing_sequences():
+            total = self._schedule.forward_backward(batches, loss, denominator)
         self._sum_partial_gradients()
         return self._sum_over_mesh(total)
 
@@ -51,7 +64,9 @@ class ParallelModel:
         self._agree_on(batches, "evaluate")
         was_training = self.model.training
         self.model.eval()
-        totals = self._sum_over_mesh(self._schedule.evaluate(batches, loss))
+        with self._sharing_sequences():
+            totals = self._schedule.evaluate(batches, loss)
+        totals = self._sum_over_mesh(totals)
         self.model.train(was_training)
         return totals[0], totals[1].to(torch.int64)
 
@@ -73,6 +88,9 @@ class ParallelModel:
         changes the tensor in place (a sum over replicas), and everything after sees the changed one.
         """
         self._schedule.set_gradient_hook(hook)
+
+    def _sharing_sequences(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._context is None else self._context.sharing()
 
     def _sum_over_mesh(self, totals: Tensor) -> Tensor:
         """Over all ranks that saw other rows, tokens or stages; those of the tensor axis all have the same."""
@@ -111,8 +129,13 @@ class ParallelModel:
             raise ValueError(
                 "Got no batches. A step has at least one on every rank. Give each data rank as many as the others."
             )
-        if not self.dims.sequence_parallel:
-            return
+        if self._context is not None:
+            for batch in batches:
+                self._context.check(batch)
+        elif self.dims.sequence_parallel:
+            self._check_divides(batches)
+
+    def _check_divides(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
             for name, dim in batch.sequence_dims.items():
                 if name in batch.inputs and batch.inputs[name].size(dim) % self.dims.num_tensor:

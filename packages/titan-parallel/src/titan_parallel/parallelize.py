@@ -22,6 +22,7 @@ from titan_parallel.roles import Roles, RoleTable
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+    from titan_parallel.context_parallel import ContextParallel
     from titan_parallel.tensor_parallel import TensorParallel
 
 
@@ -54,7 +55,8 @@ def parallelize(
         agreement.on("compile", repr(compile))
         agreement.on("mixed_precision", repr(mixed_precision))
 
-        # The order: tensor and sequence parallel, then recomputation and compilation of blocks, then data parallel.
+        # The order: context, tensor and sequence parallel, recomputation and compilation of blocks, data parallel.
+        context = _share_sequences(model, matched, dims)
         tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
         partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
         _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
@@ -63,8 +65,18 @@ def parallelize(
             model.forward = tensor_parallel.local_view("")(model.forward)
     units = _shard_over_data_ranks(model, matched, dims, precision)
 
-    forward = LossForward(model, dims.device_type, head=head, output=output)
-    return ParallelModel(model, dims, schedule=Accumulation(forward, units), partial_parameters=partial)
+    forward = LossForward(model, dims.device_type, head=head, output=output, context=context)
+    return ParallelModel(
+        model, dims, schedule=Accumulation(forward, units), partial_parameters=partial, context=context
+    )
+
+
+def _share_sequences(model: nn.Module, roles: Roles, dims: ParallelDims) -> ContextParallel | None:
+    if dims.num_context == 1:
+        return None
+    from titan_parallel.context_parallel import ContextParallel
+
+    return ContextParallel(model, roles, dims)
 
 
 def _described(model: nn.Module) -> str:

@@ -14,13 +14,11 @@ from titan_models.mask import Mask
 class AttentionCore(Configurable, nn.Module, abc.ABC):
     """`softmax(scale q k^T, masked) v`, and nothing else: no weights, no positions, no knowledge of meshes.
 
-    B batch, T queries, S keys, H query heads, G key-value heads (H a multiple of G), K and V features of a head. A query
-    that sees no key gets zeros. A core that a ring of context ranks can use also has
+    B batch, T queries, S keys, H query heads, G key-value heads (H a multiple of G), K and V features of a head.
 
-        with_lse(q, k, v, mask, scale) -> (output, lse)
-
-    with `lse [B, T, H]` the log of the sum of exp of what a query sees, -inf where it sees nothing, in fp32 or wider;
-    both are differentiable.
+    A query that sees no key gets zeros. A core for a ring of context ranks also has `with_lse(q, k, v, mask, scale)`,
+    which returns the output and its log-sum-exp: `[B, T, H]`, fp32 or wider, -inf where a query sees nothing, and with
+    a gradient of its own.
     """
 
     @abc.abstractmethod

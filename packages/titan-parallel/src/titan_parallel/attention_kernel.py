@@ -1,0 +1,67 @@
+"""What context parallel needs of an attention core: of a model's own, or of one that stands for a foreign model's.
+
+B batch, T queries, S keys, H heads, V features of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class MaskDescription(Protocol):
+    """A dataclass that describes which keys queries see, by fields of which any part of the sequence may be put in."""
+
+    @property
+    def query_positions(self) -> Tensor:
+        """[B, T] integers."""
+
+    @property
+    def key_positions(self) -> Tensor:
+        """[B, S] integers."""
+
+    @property
+    def query_documents(self) -> Tensor | None:
+        """[B, T] integers, or None: a row is one document."""
+
+    @property
+    def key_documents(self) -> Tensor | None:
+        """[B, S] integers; given when `query_documents` is."""
+
+    def visible(self) -> Tensor:
+        """[B, T, S] bool: whether a query sees a key."""
+
+
+Realise = Callable[[Any], Any]
+"""A core's `realise`: a description to what its kernel wants."""
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """Attention of any queries to any keys: `(q, k, v, realised mask)`, all `[B, tokens, heads, features]`."""
+
+    output: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+    """To `[B, T, H, V]`."""
+    output_and_lse: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+    """Also the log-sum-exp `[B, T, H]`, -inf where a query sees nothing; both differentiable."""
+    sinks: Tensor | None = None
+    """[H]: a score of each head that has no value."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
+        """The output, sinks counted."""
+        if self.sinks is None:
+            return self.output(q, k, v, realised)
+        return self.sunk(*self.output_and_lse(q, k, v, realised))
+
+    def sunk(self, output: Tensor, lse_BTH: Tensor) -> Tensor:
+        """An output whose softmax did not yet count the sinks, as if it had."""
+        if self.sinks is None:
+            return output
+        return output * (lse_BTH - self.sinks.to(lse_BTH.dtype)).sigmoid().unsqueeze(-1).to(output.dtype)
+
+    def of_heads(self, rank: int, num_ranks: int) -> AttentionKernel:
+        """The kernel of one rank's equal share of the heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.chunk(num_ranks)[rank])
