@@ -312,13 +312,13 @@ def fail(path, data):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities for threads")
 def test_only_the_thread_that_writes_beside_training_yields_to_it(tmp_path, monkeypatch):
     priorities = []
-    write_tensors = saving.write_tensors
+    publish = saving.publish
 
-    def record(path, tensors):
+    def record(temporary, final):
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        return write_tensors(path, tensors)
+        publish(temporary, final)
 
-    monkeypatch.setattr(saving, "write_tensors", record)
+    monkeypatch.setattr(saving, "publish", record)
     here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     for mode in ("disabled", "async"):
         build(tmp_path / mode, async_mode=mode).save(1, {"part": Values(w=torch.ones(2))}, last=True)

@@ -1,5 +1,6 @@
 """Several ranks save one checkpoint together, and any other number of ranks on any mesh loads the same bits."""
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from titan_ckpt import Checkpointer, CheckpointError, loading, saving
+from titan_ckpt import Checkpointer, CheckpointError, TensorReader, check_whole, loading
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -168,19 +169,19 @@ def test_values_of_ranks_are_united_and_a_disagreement_is_an_error_on_all(run_ra
 
 
 def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_published(run_ranks, tmp_path, monkeypatch):
-    write_tensors = saving.write_tensors
+    pwrite = os.pwrite
 
-    def write_on_a_full_disk(path, tensors):
-        raise OSError(28, "No space left on device", str(path))
+    def pwrite_on_a_full_disk(descriptor, data, place):
+        raise OSError(28, "No space left on device")
 
     def work(folder):
         rank = dist.get_rank()
         checkpointer = build(folder)
         bad_state = message_of(lambda: checkpointer.save(1, {"part": Values(a=object() if rank == 1 else 1)}))
-        monkeypatch.setattr(saving, "write_tensors", write_on_a_full_disk if rank == 1 else write_tensors)
+        monkeypatch.setattr(os, "pwrite", pwrite_on_a_full_disk if rank == 1 else pwrite)
         checkpointer.save(2, {"part": Values(**{f"w{rank}": torch.ones(4)})})
         bad_write = message_of(checkpointer.wait)
-        monkeypatch.setattr(saving, "write_tensors", write_tensors)
+        monkeypatch.setattr(os, "pwrite", pwrite)
         checkpointer.save(4, {"part": Values(w=torch.ones(2))}, last=True)
         here = {"w": torch.ones(2), f"x{rank}": torch.ones(1)}
         missing = message_of(lambda: checkpointer.load({"part": Values(**here)}))
@@ -194,6 +195,27 @@ def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_published(run_r
         assert "part.x1" in missing
     published = [path.name for path in (tmp_path / "checkpoint").iterdir() if "." not in path.name]
     assert published == ["step-4"]
+
+
+def test_who_writes_what_is_agreed_anew_when_one_rank_holds_other_tensors(run_ranks, tmp_path):
+    here = {name: torch.arange(size) for name, size in {"a": 5, "b": 6, "c": 7}.items()}
+    held = {1: ["ab", "ab"], 2: ["ab", "a"], 3: ["ab", "ac"], 4: ["ab", "ac"]}
+    writers = {1: {"a": 0, "b": 1}, 2: {"a": 0, "b": 0}, 3: {"a": 0, "b": 0, "c": 1}, 4: {"a": 0, "b": 0, "c": 1}}
+
+    def work(folder):
+        checkpointer = build(folder)
+        for step, names in held.items():
+            checkpointer.save(step, {"part": Values(**{name: here[name] for name in names[dist.get_rank()]})})
+        checkpointer.close()
+
+    run_ranks(2, work, tmp_path)
+    for step, writer in writers.items():
+        check_whole(tmp_path / "checkpoint" / f"step-{step}")
+        with TensorReader(tmp_path / "checkpoint" / f"step-{step}") as reader:
+            files = {name: stored.chunks[0].file for name, stored in reader.index.items()}
+            assert files == {f"part.{name}": f"rank-{rank:05}.safetensors" for name, rank in writer.items()}
+            for name in writer:
+                assert torch.equal(reader.read(f"part.{name}"), here[name]), (step, name)
 
 
 def test_ranks_whose_tensors_do_not_go_together_are_an_error(run_ranks, tmp_path):

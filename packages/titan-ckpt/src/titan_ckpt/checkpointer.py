@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +16,19 @@ import torch
 from titan_config import Configurable, to_dict
 
 from titan_ckpt.adapter import adapter_of
-from titan_ckpt.chunks import is_dtensor, is_writer, local_chunks
+from titan_ckpt.chunks import Chunk, is_dtensor, is_writer, local_chunks
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf
 from titan_ckpt.hf_import import load_hf
 from titan_ckpt.loading import PassedOver, damage_of, find_newest_whole, load_parts
+from titan_ckpt.plan import Planner
 from titan_ckpt.random_state import RandomState
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.saving import Snapshot, save
 from titan_ckpt.shelf import Shelf
 from titan_ckpt.staging import Staging
 from titan_ckpt.state import Part, split_parts
+from titan_ckpt.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class Checkpointer(Configurable):
         self._run_config = config
         self._run_data = None if config is None else to_dict(config)
         self._ranks = Ranks()
+        self._planner = Planner(self._ranks)
         self._staging = Staging()
         initializer = _yield_to_training if own.async_mode == "async" else None
         self._writer = ThreadPoolExecutor(1, "titan-ckpt", initializer)
@@ -108,7 +112,7 @@ class Checkpointer(Configurable):
         self.wait()
         is_new = step != self._newest
         if is_new:
-            snapshot = self._ranks.together(lambda: self._take(step, parts))
+            snapshot = self._take(step, parts)
             self._pending = self._writer.submit(self._write, snapshot)
         if last or self.config.async_mode == "disabled":
             self.wait()
@@ -156,15 +160,15 @@ class Checkpointer(Configurable):
             self._writer.shutdown()
 
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
-        tensors, values, _ = split_parts(_with_random_state(parts))
-        chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
-        replicated = frozenset(name for name, tensor in tensors.items() if not is_dtensor(tensor))
-        if self.config.async_mode == "async":
-            chunks = self._staging.copy(chunks)
-        return Snapshot(step, chunks, replicated, values)
+        chunks, replicated, values = self._ranks.together(lambda: _hold(parts))
+        plan = self._planner.plan(chunks, replicated)
+        mine = {chunk.key: chunk.data for chunk in chunks if chunk.name in plan.mine}
+        if self.config.async_mode == "disabled":
+            return Snapshot(step, plan, partial(write_tensors, tensors=mine), values)
+        self._ranks.together(lambda: self._staging.copy(mine))
+        return Snapshot(step, plan, self._staging.write, values)
 
     def _write(self, snapshot: Snapshot) -> None:
-        self._staging.wait()
         save(snapshot, self.shelf, self._ranks, self._run_data)
         self._newest = snapshot.step
         logger.info("Saved %s.", self.shelf.path(snapshot.step))
@@ -227,6 +231,13 @@ def _yield_to_training() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)
+
+
+def _hold(parts: Mapping[str, Part]) -> tuple[list[Chunk], frozenset[str], Mapping[str, Any]]:
+    """What this rank may have to write: its chunks, which of them other ranks have too, and its values."""
+    tensors, values, _ = split_parts(_with_random_state(parts))
+    chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
+    return chunks, frozenset(name for name, tensor in tensors.items() if not is_dtensor(tensor)), values
 
 
 def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:

@@ -10,8 +10,8 @@ from titan_config import diff
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError, listed
-from titan_ckpt.files import DTYPE_NAMES
 from titan_ckpt.index import Index
+from titan_ckpt.tensor_file import DTYPE_NAMES
 
 
 def describe_misfit(index: Index, chunks: Mapping[str, Chunk], names_of_all_ranks: set[str]) -> list[str]:

@@ -5,36 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""torch's types and their names in a safetensors file."""
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _BLOCK = 1 << 24
 
 
@@ -63,32 +40,14 @@ def write_blocks(path: Path, blocks: Iterable[Any]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
+def encode_json(data: Any) -> bytes:
+    """Return `data` as the content of a JSON file, on one line: Python's fast encoder does not indent."""
+    return (json.dumps(data) + "\n").encode()
+
+
 def write_json(path: Path, data: Any) -> FileRecord:
-    """Write `data` as a new JSON file, on one line: Python's fast encoder does not indent; returns its record."""
-    return write_blocks(path, [(json.dumps(data) + "\n").encode()])
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
-    """Write tensors as a new safetensors file, one after the other without a copy in memory; returns its record.
-
-    Source: https://github.com/huggingface/safetensors, "Format". `safetensors` itself would write the same file, but
-        makes it in memory and cannot hash it on the way.
-    """
-    return write_blocks(path, _safetensors_blocks(tensors, metadata or {}))
-
-
-def _safetensors_blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterable[Any]:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """Write `data` as a new JSON file; returns its record."""
+    return write_blocks(path, [encode_json(data)])
 
 
 def record_of(path: Path) -> FileRecord:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import DTYPES, publish, write_json, write_tensors
+from titan_ckpt.files import publish, write_json
 from titan_ckpt.ranks import Ranks
+from titan_ckpt.tensor_file import DTYPES, write_tensors
 
 INDEX = "model.safetensors.index.json"
 

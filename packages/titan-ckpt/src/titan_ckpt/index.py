@@ -13,7 +13,8 @@ import torch
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import DTYPE_NAMES, DTYPES, FileRecord, write_json
+from titan_ckpt.files import encode_json
+from titan_ckpt.tensor_file import DTYPE_NAMES, DTYPES
 
 if TYPE_CHECKING:  # a second of imports: left to the first save or load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -95,13 +96,13 @@ def join_indices(indices: Iterable[Index]) -> Index:
     return joined
 
 
-def write_index(folder: Path, index: Index) -> FileRecord:
-    """Write the index as a new file of `folder`; returns its record."""
+def encode_index(index: Index) -> bytes:
+    """Return the index as the content of its file."""
     data = {
         name: {"dtype": tensor.dtype, "shape": tensor.shape, "chunks": [vars(chunk) for chunk in tensor.chunks]}
         for name, tensor in sorted(index.items())
     }
-    return write_json(folder / INDEX, data)
+    return encode_json(data)
 
 
 def read_index(folder: Path) -> Index:

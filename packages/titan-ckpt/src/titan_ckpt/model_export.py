@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.manifest import check_whole
+from titan_ckpt.plan import make_plan
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.reading import TensorReader, read_config, read_values
 from titan_ckpt.saving import Snapshot, save
 from titan_ckpt.shelf import Shelf
+from titan_ckpt.tensor_file import write_tensors
 
 
 def export_model(checkpoint: Path, folder: Path) -> Path:
@@ -34,6 +37,8 @@ def export_model(checkpoint: Path, folder: Path) -> Path:
         tensors = {name: reader.read(name) for name in names}
     chunks = [Chunk(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor) for name, tensor in tensors.items()]
     shelf = Shelf(folder)
-    snapshot = Snapshot(manifest.step, chunks, frozenset(), {"model": values["model"]})
-    save(snapshot, shelf, Ranks(alone=True), read_config(checkpoint))
+    ranks = Ranks(alone=True)
+    write = partial(write_tensors, tensors={chunk.key: chunk.data for chunk in chunks})
+    snapshot = Snapshot(manifest.step, make_plan(chunks, frozenset(), ranks), write, {"model": values["model"]})
+    save(snapshot, shelf, ranks, read_config(checkpoint))
     return shelf.path(manifest.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from titan_ckpt.errors import CheckpointError
@@ -55,6 +56,14 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
+    def any(self, flag: bool) -> bool:
+        """Return on every rank whether `flag` is true on any; it costs less than a `gather`."""
+        if self._group is None:
+            return flag
+        highest = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
+        return bool(highest)
+
     def together(self, action: Callable[[], T]) -> T:
         """Do `action` on every rank and return this rank's result.
 
@@ -68,10 +77,10 @@ class Ranks:
             result.append(action())
         except Exception as error:  # raised again below, after the other ranks were told
             failure = error
-        reports = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        failed = {rank: report for rank, report in enumerate(reports) if report is not None}
-        if failed:
+        if self.any(failure is not None):
+            reports = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            if failure is not None:
+                raise failure
+            failed = {rank: report for rank, report in enumerate(reports) if report is not None}
             raise CheckpointError("\n".join(f"Rank {rank} failed: {report}" for rank, report in failed.items()))
         return result[0]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import DTYPE_NAMES
+from titan_ckpt.tensor_file import DTYPE_NAMES
 
 _TUPLE = "__tuple__"  # JSON has no tuples; {"__tuple__": [...]} is one
 

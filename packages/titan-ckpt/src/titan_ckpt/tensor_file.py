@@ -1,0 +1,84 @@
+"""A safetensors file: which tensor is where in it, and how it is written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_ckpt.files import FileRecord, write_blocks
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""torch's types and their names in a safetensors file."""
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file begins with, the first byte of each tensor in it (in that order), and its size in bytes.
+
+    Each tensor begins at a multiple of its item's size, and the next one where it ends.
+    """
+
+    header: bytes
+    starts: dict[str, int]
+    size: int
+
+
+def layout_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
+    """Return where tensors go in a safetensors file.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    keys = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # so that every item is aligned
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    ends = [0]
+    for key in keys:
+        tensor = tensors[key]
+        ends.append(ends[-1] + tensor.nbytes)
+        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends[-2:]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    starts = {key: begin + end for key, end in zip(keys, ends[:-1], strict=True)}
+    return Layout(len(text).to_bytes(8, "little") + text, starts, begin + ends[-1])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
+    """Write tensors as a new safetensors file, one after the other without a copy in memory; returns its record.
+
+    `safetensors` itself would write the same file, but makes it in memory and cannot hash it on the way.
+
+    Raises:
+        FileExistsError: when there is a file of that name.
+    """
+    layout = layout_of(tensors, metadata)
+    contents = (
+        tensors[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for key in layout.starts
+        if tensors[key].numel()
+    )
+    return write_blocks(path, chain([layout.header], contents))
