@@ -1,105 +1,208 @@
-"""The check of gradients sees what could be wrong: each test breaks the engine on purpose."""
+"""The check sees what could be wrong: each test breaks the engine, or a table, and reads what the check says."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from titan_parallel import collectives, gradient_norm, local_view, parallel_model
-from titan_parallel.testing import check_same_gradients, full_gradients
+from titan_parallel import (
+    accumulation,
+    check_parallel,
+    collectives,
+    gradient_norm,
+    local_view,
+    parallel_model,
+    tensor_parallel,
+)
+from titan_parallel.check import meshes
+from titan_parallel.check.factor import explain, sizes_of
+from titan_parallel.equality import compare, norm
+from titan_parallel.testing import check_same_gradients
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def complaint(small, mesh, before=None, after=None, share=None) -> str:
-    """What the check says of a mesh, with the engine changed by `before` and the model by `after`."""
-    if before is not None:
-        before()
-    model = small.make_model()
-    batch = small.make_batch()
-    _, expected, count = small.plain_step(model, batch)
-    parallel = small.put_on(mesh, model)
-    if after is not None:
-        after(model)
-    batches = small.micro_batches(batch, parallel.dims)
-    if share is not None:
-        count = share(batches, count)
-    parallel.forward_backward(batches, small.chunked_loss, count)
-    try:
-        check_same_gradients(full_gradients(model), expected)
-    except AssertionError as error:
-        return str(error)
-    return ""
+def first_finding(small, mesh, steps=1, **options):
+    """What the check names first, of the small transformer on a mesh."""
+    options = {"roles": small.ROLES, "steps": steps, "num_microbatches": 3, **options}
+    report = check_parallel(small.make_model, meshes(mesh), **options)
+    assert not report.ok
+    assert report.meshes[mesh].failure is None, report
+    assert report.meshes[mesh].findings[0].name in str(report)
+    return report.meshes[mesh].findings[0]
 
 
-def drop_partial_gradient_sum():
-    parallel_model.ParallelModel._sum_partial_gradients = lambda self: None
+def drop_partial_gradient_sum(patch):
+    patch.setattr(parallel_model.ParallelModel, "_sum_partial_gradients", lambda self: None)
 
 
-def drop_sum_on_exit():
-    collectives.Axis.sum = lambda self, x: x
+def sum_gradients_that_are_whole(patch):
+    def all_that_are_not_split(self, split):
+        return [name for name, parameter in self._model.named_parameters() if parameter not in split]
+
+    patch.setattr(tensor_parallel.TensorParallel, "_find_partial", all_that_are_not_split)
 
 
-def drop_gradient_sum_on_entry():
-    collectives.Axis.copy = lambda self, x: x
+def drop_sum_on_exit(patch):
+    patch.setattr(collectives.Axis, "sum", lambda self, x: x)
 
 
-def take_own_tokens_without_sum():
-    collectives.Axis.sum_scatter_sequence = lambda self, x: x.chunk(self.size, -2)[self.rank]
+def drop_gradient_sum_on_entry(patch):
+    patch.setattr(collectives.Axis, "copy", lambda self, x: x)
 
 
-def add_biases_on_every_rank():
-    local_view.LocalView._local = lambda self, module, name: module._parameters[name].to_local()
+def take_own_tokens_without_sum(patch):
+    patch.setattr(collectives.Axis, "sum_scatter_sequence", lambda self, x: x.chunk(self.size, -2)[self.rank])
 
 
-def average_over_ranks(model):
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(2.0)
+def add_biases_on_every_rank(patch):
+    patch.setattr(local_view.LocalView, "_local", lambda self, module, name: module._parameters[name].to_local())
 
 
-def never_synchronise(model):
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync = lambda *args, **kwargs: None
-            FSDPModule.set_requires_gradient_sync(module, False)
+def average_over_data_ranks(patch):
+    set_factor = FSDPModule.set_gradient_divide_factor
+    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, factor: set_factor(self, 2.0))
 
 
-def own_count(batches, count):
-    return sum(int((batch.targets["labels"] != -100).sum()) for batch in batches)
+def never_synchronise(patch):
+    set_sync = FSDPModule.set_requires_gradient_sync
+    patch.setattr(FSDPModule, "set_requires_gradient_sync", lambda self, *_, **__: set_sync(self, False))
+
+
+def divide_by_own_count(patch):
+    right = accumulation.Accumulation.forward_backward
+
+    def wrong(self, batches, loss, denominator):
+        return right(self, batches, loss, sum(int((batch.targets["labels"] != -100).sum()) for batch in batches))
+
+    patch.setattr(accumulation.Accumulation, "forward_backward", wrong)
+
+
+def skip_a_micro_batch(patch):
+    right = accumulation.Accumulation.forward_backward
+    patch.setattr(
+        accumulation.Accumulation, "forward_backward", lambda self, batches, *rest: right(self, batches[1:], *rest)
+    )
+
+
+def keep_losses_to_oneself(patch):
+    patch.setattr(parallel_model.ParallelModel, "_sum_over_mesh", lambda self, totals: totals)
+
+
+def count_replicas_in_the_norm(patch):
+    patch.setattr(gradient_norm, "_counts_here", lambda gradient: True)
+
+
+def do_not_clip(patch):
+    patch.setattr(parallel_model, "scale_gradients_", lambda *_: None)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "change", "says"),
+    ("mesh", "sabotage", "kind", "name", "words"),
     [
-        ("tp2_both", {"before": drop_partial_gradient_sum}, "norm"),
-        ("tp2", {"before": drop_partial_gradient_sum}, "layers.0.attention"),
-        ("tp2", {"before": drop_sum_on_exit}, "differs"),
-        ("tp2", {"before": drop_gradient_sum_on_entry}, "differs"),
-        ("tp2_both", {"before": take_own_tokens_without_sum}, "differs"),
-        ("tp2_both", {"before": add_biases_on_every_rank}, "differs"),
-        ("fsdp2", {"after": average_over_ranks}, "x0.5,"),
-        ("fsdp2", {"after": never_synchronise}, "Only one side"),
-        ("fsdp2", {"share": own_count}, "differs"),
+        ("tp2", sum_gradients_that_are_whole, "gradients", "layers.0.attention_norm.weight", "x2.0: the tensor degree"),
+        ("tp2", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: nothing arrives"),
+        ("tp2", drop_sum_on_exit, "gradients", "embedding.weight", "no simple factor"),
+        ("tp2", drop_gradient_sum_on_entry, "gradients", "embedding.weight", "no simple factor"),
+        ("tp2_sp", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: nothing arrives"),
+        ("tp2_sp", take_own_tokens_without_sum, "gradients", "embedding.weight", "no simple factor"),
+        ("tp2_sp", add_biases_on_every_rank, "gradients", "embedding.weight", "no simple factor"),
+        ("fsdp2", average_over_data_ranks, "gradients", "embedding.weight", "x0.5: 1 / the data degree"),
+        ("fsdp2", never_synchronise, "gradients", "embedding.weight", "no gradient on the mesh"),
+        ("fsdp2", divide_by_own_count, "gradients", "embedding.weight", "no simple factor"),
+        ("fsdp2", skip_a_micro_batch, "gradients", "embedding.weight", "no simple factor"),
+        ("fsdp2", keep_losses_to_oneself, "losses", "loss of step 1", "x"),
+        ("ddp2", count_replicas_in_the_norm, "norms", "gradient norm of step 1", "x1.414: the square root of the data"),
+        ("fsdp2", do_not_clip, "losses", "loss of the evaluation", "x"),
     ],
 )
-def test_a_broken_engine_is_noticed_on_every_rank(run_ranks, small, mesh, change, says):
-    for said in run_ranks(2, lambda: complaint(small, mesh, **change)):
-        assert says in said
+def test_a_broken_engine_is_noticed_and_what_differs_is_named(small, monkeypatch, mesh, sabotage, kind, name, words):
+    sabotage(monkeypatch)
+    finding = first_finding(small, mesh)
+    assert (finding.kind, finding.name) == (kind, name)
+    assert finding.ranks == ((1,) if "bias" in name else (0, 1))  # a bias is added by rank 0
+    assert words in finding.words
+    assert finding.ratio > 1000
 
 
-def test_a_norm_that_counts_replicated_gradients_twice_is_noticed(run_ranks, small):
-    def norms() -> tuple[float, float]:
-        parallel = small.put_on("ddp2", small.make_model())
-        batch = small.make_batch()
-        parallel.forward_backward(small.micro_batches(batch, parallel.dims), small.chunked_loss, 1)
-        right = parallel.clip_grad_norm_(None)
-        gradient_norm._counts_here = lambda gradient: True
-        return float(right), float(parallel.clip_grad_norm_(None))
-
-    for right, wrong in run_ranks(2, norms):
-        assert wrong == pytest.approx(right * 2**0.5)
+def test_only_the_rank_that_is_wrong_is_named(small, monkeypatch):
+    right = parallel_model.ParallelModel.clip_grad_norm_
+    wrong_on_1 = lambda self, max_norm: right(self, max_norm) * (1 + self.dims.data_rank)  # noqa: E731
+    monkeypatch.setattr(parallel_model.ParallelModel, "clip_grad_norm_", wrong_on_1)
+    finding = first_finding(small, "fsdp2")
+    assert finding.name == "gradient norm of step 1" and finding.ranks == (1,)
+    assert "x2.0: the data degree" in finding.words
 
 
-def test_the_check_names_the_parameter_and_the_factor():
+class Layer(nn.Module):
+    """Somebody's own: the bias of its region is no part of a projection."""
+
+    def __init__(self, own_bias):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=not own_bias)
+        self.bias = nn.Parameter(torch.zeros(16)) if own_bias else None
+
+    def forward(self, x):
+        x = self.down(torch.tanh(self.up(x)))
+        return x if self.bias is None else x + self.bias
+
+
+class Model(nn.Module):
+    def __init__(self, own_bias):
+        super().__init__()
+        self.words, self.norm, self.head = nn.Embedding(20, 16), nn.LayerNorm(16), nn.Linear(16, 20)
+        self.layers = nn.ModuleList(Layer(own_bias) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        return self.head(x)
+
+
+TABLE = {
+    "words": "embedding",
+    "layers.*": "region",
+    "layers.*.up": "colwise",
+    "layers.*.down": "rowwise",
+    "head": "head",
+}
+
+
+def test_a_wrong_table_of_ones_own_is_caught_and_the_place_is_named():
+    swapped = {**TABLE, "layers.*.up": "rowwise", "layers.*.down": "colwise"}
+    in_no_region = {name: role for name, role in TABLE.items() if name != "layers.*"}
+    assert check_parallel(lambda: Model(False), meshes("fsdp2", "tp2"), roles=TABLE).ok
+
+    report = check_parallel(lambda: Model(False), meshes("fsdp2", "tp2"), roles=swapped)
+    assert report.meshes["fsdp2"].ok and "(in layers.0.up)" in report.meshes["tp2"].failure
+    with pytest.raises(ValueError, match="in no region"):
+        check_parallel(lambda: Model(False), meshes("tp2"), roles=in_no_region)
+
+    report = check_parallel(lambda: Model(True), meshes("fsdp2", "tp2"), roles=TABLE)
+    assert report.meshes["fsdp2"].ok
+    differing = [finding.name for finding in report.meshes["tp2"].findings if finding.kind == "gradients"]
+    assert differing[0] == "words.weight" and "layers.0.bias" in differing
+
+
+def test_factors_are_told_by_what_they_mean():
+    sizes = sizes_of(meshes("ddp3_fsdp5_tp2")["ddp3_fsdp5_tp2"], 30, 7)
+    expected = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def said(got) -> str:
+        return explain(compare(got, expected, norm(expected)), sizes)
+
+    assert said(2 * expected) == "x2.0: the tensor degree"
+    assert said(expected / 2) == "x0.5: 1 / the tensor degree"
+    assert said(-expected) == "x-1.0: the sign is turned"
+    assert said(0 * expected) == "x0: nothing arrives"
+    assert said(15 * expected) == "x15.0: the replicate degree x the shard degree"
+    assert said(-7 * expected) == "x-7.0: minus the number of micro-batches"
+    assert said(11 * expected) == "x11.0: no degree of this mesh"
+    assert said(expected.flip(0)) == "no simple factor"
+    assert said(expected * 5**0.5) == "x2.236: the square root of the shard degree"
+
+
+def test_the_rule_names_the_parameter_and_the_factor():
     expected = {"a": torch.ones(3), "b": torch.ones(3), "zero": torch.zeros(3)}
     check_same_gradients({**expected, "zero": torch.full((3,), 1e-9)}, expected)
     with pytest.raises(AssertionError, match=r"gradient of b .*x2,"):

@@ -37,8 +37,12 @@ def explain(found: Comparison, sizes: Mapping[str, int]) -> str:
     size, sign = abs(found.factor), "" if found.factor > 0 else "minus "
     if abs(size - 1) <= _CLOSE:
         return "x1.0, but for a small rest" if found.factor > 0 else "x-1.0: the sign is turned"
-    meanings = _products(sizes, size) or [f"1 / {words}" for words in _products(sizes, 1 / size)]
+    meanings = _meanings(sizes, size) or [f"the square root of {words}" for words in _meanings(sizes, size**2)]
     return f"x{_short(found.factor)}: {sign}{' or '.join(meanings) or 'no degree of this mesh'}"
+
+
+def _meanings(sizes: Mapping[str, int], value: float) -> list[str]:
+    return _products(sizes, value) or [f"1 / {words}" for words in _products(sizes, 1 / value)]
 
 
 def _products(sizes: Mapping[str, int], value: float) -> list[str]:
