@@ -38,9 +38,9 @@ class Axis:
         """The same on every rank; gradients are summed."""
         return _Copy.apply(x, self.group_name)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks; the gradient of the sum is everyone's gradient."""
-        return _Sum.apply(x, self.group_name)
+    def sum(self, x: Tensor, of_gradients: bool = False) -> Tensor:
+        """The sum over ranks. Its gradient is every rank's alike, or each has a share of it (`of_gradients`)."""
+        return _Sum.apply(x, self.group_name, of_gradients)
 
     def gather_sequence(self, x_BtD: Tensor) -> Tensor:
         """`[.., t, D]` of each rank to `[.., T, D]`; gradients are summed and split again."""
@@ -98,12 +98,13 @@ class _Copy(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group_name: str, of_gradients: bool) -> Tensor:
+        ctx.group_name, ctx.of_gradients = group_name, of_gradients
         return all_reduce(x, "sum", group_name)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_reduce(grad, "sum", ctx.group_name) if ctx.of_gradients else grad, None, None
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -41,25 +41,29 @@ def left(forward: Forward, leave: Border) -> Forward:
 
     @functools.wraps(forward)
     def forward_leave(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        return (leave(output[0]), *output[1:]) if isinstance(output, tuple) else leave(output)
+        return _with_first(forward(*args, **kwargs), leave)
 
     return forward_leave
 
 
-def split_at_first_block(block: nn.Module, axis: Axis) -> None:
-    """Let `block` see its rank's tokens of the stream. Gradients before it are those of the rank's own tokens.
+def split_sequence(first: nn.Module, last: nn.Module, axis: Axis) -> None:
+    """Give a rank its tokens of the stream from the `first` block to the `last`, and before and after them all tokens.
 
-    It is a hook, so that nothing is compiled or recomputed that other blocks do not have.
+    Gradients are a rank's share on either side: before, those of its own tokens; after, those by its own part of the
+    vocabulary. (Hooks, so that nothing is compiled or recomputed in these blocks that others do not have.)
     """
-    stream = _first_parameter(block.forward)
+    stream = _first_parameter(first.forward)
 
     def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (axis.own_tokens(args[0]), *args[1:]), kwargs
         return args, {**kwargs, stream: axis.own_tokens(kwargs[stream])}
 
-    block.register_forward_pre_hook(split, with_kwargs=True)
+    def gather(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return _with_first(output, axis.gather_sequence)
+
+    first.register_forward_pre_hook(split, with_kwargs=True)
+    last.register_forward_hook(gather)
 
 
 def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
@@ -76,6 +80,10 @@ def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
         return y_BTF.narrow(-1, axis.rank // copies * width, width)
 
     return norm
+
+
+def _with_first(output: Any, border: Border) -> Any:
+    return (border(output[0]), *output[1:]) if isinstance(output, tuple) else border(output)
 
 
 def _first_parameter(forward: Forward) -> str:

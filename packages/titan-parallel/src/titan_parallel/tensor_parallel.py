@@ -15,7 +15,7 @@ from titan_parallel.features import parts, side_by_side
 from titan_parallel.head import HeadForward
 from titan_parallel.local_sizes import set_local_sizes
 from titan_parallel.local_view import LocalView, Slot
-from titan_parallel.region import bordered, entered, left, normed_over_all_heads, split_at_first_block
+from titan_parallel.region import bordered, entered, left, normed_over_all_heads, split_sequence
 from titan_parallel.roles import Roles, inside
 from titan_parallel.tensor_parallel_checks import check_can_be_split, features_dim, one_split_dim
 
@@ -24,9 +24,9 @@ class TensorParallel:
     """Splits a model over the tensor axis in place: parameters become DTensors, regions get their borders.
 
     Without sequence parallel every rank holds the whole residual stream: its gradients are summed where it enters a
-    region, outputs where it leaves. With it a rank holds its part of the sequence from the first block to the head: the
-    stream is gathered on entry of a region, and summed and split again on exit. Before the first block it is whole, so
-    that a model that counts tokens there (positions, masks) counts all of them.
+    region, outputs where it leaves. With it a rank holds its part of the sequence from the first block to the last: the
+    stream is gathered on entry of a region, and summed and split again on exit. Before and after the blocks it is
+    whole, so that a model that counts tokens there (positions, masks, shapes) counts all of them.
     """
 
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
@@ -72,7 +72,9 @@ class TensorParallel:
                 stride=whole.stride(),
             )
 
-        return HeadForward(gathered, logits_for_loss=split if self._dims.loss_parallel else gathered, enter=self._enter)
+        for_loss = split if self._dims.loss_parallel else gathered
+        enter = None if self._dims.sequence_parallel else self._axis.copy
+        return HeadForward(gathered, logits_for_loss=for_loss, enter=enter)
 
     def _put_borders(self) -> None:
         roles, get = self._roles, self._model.get_submodule
@@ -90,7 +92,8 @@ class TensorParallel:
                     copies = features.copies(self._axis.size)
                     get(name).forward = normed_over_all_heads(get(name).forward, self._axis, copies)
         if self._dims.sequence_parallel:
-            split_at_first_block(get(roles.named("block")[0]), self._axis)
+            blocks = roles.named("block")
+            split_sequence(get(blocks[0]), get(blocks[-1]), self._axis)
 
     def _find_parts(self) -> dict[Slot, Callable[[Tensor], Tensor]]:
         """What a rank takes of parameters that are stored whole: pieces that no one placement describes.
@@ -114,8 +117,8 @@ class TensorParallel:
         """The names of the parameters whose gradients are this rank's share of a sum over the tensor axis.
 
         Those held whole inside a region, where each rank computes on its own features, and under sequence parallel
-        those in the stream, where each rank computes on its own tokens. (Before the first block each rank has the
-        gradients of its own tokens too: of the others it saw no more.)
+        those in the stream too: in blocks each rank computes on its own tokens, before them it is given gradients of
+        these, and after them gradients by its own part of the vocabulary.
         """
         names = [name for role in ("region", "colwise", "rowwise") for name in self._roles.named(role)]
         regions = [self._model.get_submodule(name) for name in names]
@@ -133,8 +136,7 @@ class TensorParallel:
         return self._axis.sum_scatter_sequence(partial) if self._dims.sequence_parallel else self._axis.sum(partial)
 
     def _sum_embeddings(self, partial: Tensor) -> Tensor:
-        whole = self._axis.sum(partial)
-        return self._axis.copy(whole) if self._dims.sequence_parallel else whole  # gradients are of own tokens: summed
+        return self._axis.sum(partial, of_gradients=self._dims.sequence_parallel)
 
     def _distribute_parameters(self) -> set[nn.Parameter]:
         """Make every parameter a DTensor on the tensor axis; return those that are split."""

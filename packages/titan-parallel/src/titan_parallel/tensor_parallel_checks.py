@@ -30,8 +30,9 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
         )
     if dims.sequence_parallel and not all(roles.named(role) for role in ("embedding", "block", "head")):
         raise ConfigError(
-            "Got sequence_parallel and roles without an embedding, a block or a head. The stream is split where it "
-            "enters the first block and gathered where it enters the head. Name them, or set sequence_parallel false."
+            "Got sequence_parallel and roles without an embedding, a block or a head. The stream is split between "
+            "the first block and the last, and gradients by parts of the vocabulary enter it from the head. Name all "
+            "three, or set sequence_parallel to false."
         )
     for name in roles.named("region"):
         _check_region(model.get_submodule(name), name)
