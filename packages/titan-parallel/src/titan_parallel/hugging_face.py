@@ -158,7 +158,9 @@ class _Table:
             return "region"
         own = vars(self._modules[region])
         sizes = {name: what for name, what in SIZES.items() if type(own.get(name)) is int}
-        if "num_heads" not in sizes.values() and any(self._is_packed(name, plan) for name in self._beside(region, plan)):
+        if "num_heads" not in sizes.values() and any(
+            self._is_packed(name, plan) for name in self._beside(region, plan)
+        ):
             sizes["config.num_attention_heads"] = "num_heads"
         return ("region", {"set": sizes}) if sizes else "region"
 
@@ -228,7 +230,9 @@ class _Table:
 
     def _skeleton(self) -> dict[str, str]:
         """The roles that need no knowledge of what is in a block."""
-        lists = [name for name, module in self._names_of(nn.ModuleList) if len(module) == self._config.num_hidden_layers]
+        lists = [
+            name for name, module in self._names_of(nn.ModuleList) if len(module) == self._config.num_hidden_layers
+        ]
         head = self._model.get_output_embeddings()
         return {
             self._names[self._model.get_input_embeddings()]: "embedding",

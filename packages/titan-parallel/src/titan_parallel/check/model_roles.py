@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from titan_config import ConfigError
 from torch import nn
 
+from titan_parallel import hugging_face
 from titan_parallel.roles import RoleTable
 
 
@@ -18,10 +19,22 @@ class StatesRoles(Protocol):
         """The table."""
 
 
+@runtime_checkable
+class DeclaresPlan(Protocol):
+    """A model of `transformers`: what it declares, and where its ends are."""
+
+    _tp_plan: dict[str, str]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head."""
+
+
 def roles_of(model: nn.Module) -> RoleTable:
-    """`model.roles()`. Raises ConfigError for a model that has none."""
+    """`model.roles()`, or those of a Hugging Face model. Raises ConfigError for a model that has none."""
     if isinstance(model, StatesRoles):
         return model.roles()
+    if isinstance(model, DeclaresPlan):
+        return hugging_face.roles_of(model)
     raise ConfigError(
         f"Got a {type(model).__name__} without roles. They say what the parts of a model are. Give roles, or let the "
         "model have a method roles()."
