@@ -48,7 +48,7 @@ PLANS: dict[str, dict[str, str]] = {
 """config.model_type -> the plan that a model which declares none might have declared, in the same words."""
 
 REFUSED = {
-    "bloom": "adds the residual stream inside its attention, and biases scores by the place of a head among all (alibi)",
+    "bloom": "adds the stream inside its attention, and biases scores by the place of a head among all (alibi)",
     "falcon": "computes one layout of fused heads of three, and position biases (alibi) for all heads at once",
     "mpt": "biases attention scores by the place of a head among all (alibi)",
 }
@@ -158,9 +158,8 @@ class _Table:
             return "region"
         own = vars(self._modules[region])
         sizes = {name: what for name, what in SIZES.items() if type(own.get(name)) is int}
-        if "num_heads" not in sizes.values() and any(
-            self._is_packed(name, plan) for name in self._beside(region, plan)
-        ):
+        packed = any(self._is_packed(name, plan) for name in self._beside(region, plan))
+        if packed and "num_heads" not in sizes.values():
             sizes["config.num_attention_heads"] = "num_heads"
         return ("region", {"set": sizes}) if sizes else "region"
 
@@ -190,7 +189,7 @@ class _Table:
         return {"num_heads": num_heads} if count == taken else {"packed": 1, "num_heads": num_heads}
 
     def _norms(self, region: str, plan: dict[str, str]) -> dict[str, Any]:
-        """Norms over all heads: where a plan gathers a projection and several do not lie in it, it does so for these."""
+        """Norms over all heads: for these a plan gathers a projection, unless several lie in it side by side."""
         gathered = [name for name in self._beside(region, plan) if plan[name] == "colwise_gather_output"]
         if not self._is_attention(region) or any(self._is_packed(name, plan) for name in gathered):
             return {}
@@ -249,8 +248,8 @@ class _Table:
         linear = dict.fromkeys(_starred(name) for name, _ in self._names_of(nn.Linear))
         inside = [name for name in linear if block and name.startswith(block)]
         return (
-            f"Write {skeleton} to shard it over data ranks; for tensor ranks add the role region for the parents of its "
-            f"projections, and colwise or rowwise for these: {', '.join(inside) or 'none was found'}."
+            f"Write {skeleton} to shard it over data ranks; for tensor ranks add the role region for the parents of "
+            f"its projections, and colwise or rowwise for these: {', '.join(inside) or 'none was found'}."
         )
 
 
