@@ -14,11 +14,11 @@ from titan_parallel.roles import Roles
 
 
 def shard_over_data_ranks(
-    model: nn.Module, roles: Roles, dims: ParallelDims, mixed_precision: MixedPrecision | None
+    model: nn.Module, roles: Roles, dims: ParallelDims, mixed_precision: MixedPrecision | None, root: nn.Module
 ) -> list[FSDPModule]:
     """Make each block, the embedding, the head, and the rest with tied weights, a unit gathered and reduced at once.
 
-    Gradients are summed, not averaged. Returns the units.
+    `root` is the model, or what runs it. Gradients are summed, not averaged. Returns the units.
     """
     options: dict[str, Any] = {"mesh": dims.fsdp_mesh}
     if mixed_precision is not None:
@@ -27,8 +27,8 @@ def shard_over_data_ranks(
     units = [*roles.named("block"), *_without_shared_parameters(model, ends)]
     for name in units:
         fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
-    fully_shard(model, reshard_after_forward=_frees_weights("", roles, dims), **options)
-    sharded: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    fully_shard(root, reshard_after_forward=_frees_weights("", roles, dims), **options)
+    sharded: list[FSDPModule] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
@@ -36,11 +36,14 @@ def shard_over_data_ranks(
 
 
 def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
-    """Whether a unit ("" is the root) frees its gathered weights after the forward. The backward begins at the head."""
+    """Whether a unit ("" is the root) frees its gathered weights after the forward.
+
+    The backward begins at the head. A pipeline goes to and fro: freed weights would be gathered for each micro-batch.
+    """
     choice = dims.config.fsdp_reshard_after_forward
     if dims.num_shard * dims.num_context == 1 or choice == "never":
         return False
-    return choice == "always" or unit not in ("", roles.head)
+    return choice == "always" or (dims.num_pipeline == 1 and unit not in ("", roles.head))
 
 
 def _without_shared_parameters(model: nn.Module, names: list[str]) -> list[str]:

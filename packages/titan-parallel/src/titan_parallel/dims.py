@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
@@ -37,6 +38,22 @@ class ParallelDims(Configurable):
         """Ranks that share the work of each matrix product."""
         pipeline_parallel_degree: int = 1
         """Ranks that hold one after the other part of the stack."""
+        pipeline_parallel_schedule: Literal[
+            "GPipe",
+            "1F1B",
+            "Interleaved1F1B",
+            "LoopedBFS",
+            "InterleavedZeroBubble",
+            "ZBVZeroBubble",
+            "DualPipeV",
+        ] = "1F1B"
+        """In which order stages run micro-batches forward and backward."""
+        pipeline_parallel_schedule_csv: Path | None = None
+        """A schedule of your own in torch's CSV format, in place of the named one."""
+        pipeline_parallel_stages_per_rank: int | None = None
+        """Stages on each rank. None: what the schedule wants (1, or 2 where stages are interleaved or form a V)."""
+        pipeline_parallel_splits: list[str] = []
+        """Names of the blocks at which the second, third, ... stage begins. Empty: cut so that stages cost alike."""
         context_parallel_degree: int = 1
         """Ranks that share the tokens of each sequence."""
         context_parallel_method: Literal["gather", "ulysses", "ring"] = "gather"
@@ -51,11 +68,11 @@ class ParallelDims(Configurable):
         """Whether gathered weights are freed between forward and backward. Default: all but those of the head."""
 
         def validate(self) -> None:
-            for name in (*DEGREES, "data_parallel_shard_degree"):
+            for name in (*DEGREES, "data_parallel_shard_degree", "pipeline_parallel_stages_per_rank"):
                 degree = getattr(self, name)
                 if degree is not None and degree < 1:
                     raise ConfigError(
-                        f"Got {name} {degree}. A degree is 1 (off) or more. Set {name} to a positive number."
+                        f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number."
                     )
 
     def __init__(self, config: Config, *, world_size: int, device_type: str) -> None:

@@ -27,7 +27,7 @@ class LossForward:
         context: ContextParallel | None = None,
     ) -> None:
         self.model = model
-        self._device_type = device_type
+        self.device_type = device_type
         self._head = head
         self._output = output or (lambda logits: logits)
         self._context = context
@@ -59,4 +59,4 @@ class LossForward:
         return taken.sum, taken.count
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device_type, non_blocking=True) for name, tensor in tensors.items()}
+        return {name: tensor.to(self.device_type, non_blocking=True) for name, tensor in tensors.items()}

@@ -22,15 +22,15 @@ class MixedPrecision(Configurable):
         """What gradients are cast to before they are accumulated and summed."""
 
     def __init__(self, config: Config) -> None:
-        self._param_dtype: torch.dtype = getattr(torch, config.param)
+        self.param_dtype: torch.dtype = getattr(torch, config.param)
         self._reduce_dtype: torch.dtype = getattr(torch, config.reduce)
 
     def changes(self, model: nn.Module) -> bool:
         """Whether any weight is stored in another dtype than it is computed in."""
-        return any(p.is_floating_point() and p.dtype != self._param_dtype for p in model.parameters())
+        return any(p.is_floating_point() and p.dtype != self.param_dtype for p in model.parameters())
 
     def policy(self) -> MixedPrecisionPolicy:
         """What `fully_shard` takes."""
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        return MixedPrecisionPolicy(param_dtype=self._param_dtype, reduce_dtype=self._reduce_dtype)
+        return MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=self._reduce_dtype)

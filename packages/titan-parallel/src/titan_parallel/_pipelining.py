@@ -1,0 +1,42 @@
+"""The private side of torch's pipelining that this package uses, in one place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+from torch.distributed.pipelining.schedules import _Action as Action
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime as ScheduleRuntime
+from torch.distributed.pipelining.schedules import _validate_schedule
+
+__all__ = ["Action", "ScheduleRuntime", "parse_action", "reduce_gradients", "stage_ranks", "validate_actions"]
+
+
+def parse_action(text: str) -> Action | None:
+    """A cell of a schedule's CSV: `0F1` is stage 0, forward, micro-batch 1; an empty one is a pause."""
+    return Action.from_str(text)
+
+
+def stage_ranks(num_ranks: int, num_stages: int, layout: str) -> tuple[int, ...]:
+    """The rank of each stage; layout "loop" begins anew at rank 0, "v" turns back at the last."""
+    ranks = generate_stage_to_rank_mapping(num_ranks, num_stages, layout)
+    return tuple(ranks[stage] for stage in range(num_stages))
+
+
+def validate_actions(
+    actions: dict[int, list[Action | None]], num_ranks: int, num_stages: int, num_micro_batches: int
+) -> dict[int, int]:
+    """The rank of each stage. Raises AssertionError for actions that are not a schedule."""
+    return _validate_schedule(actions, num_ranks, num_stages, num_micro_batches)
+
+
+def reduce_gradients(root: FSDPModule) -> None:
+    """Sum the gradients that the units below `root` have accumulated, as after their last backward.
+
+    What torch's stages do at the end of a step, for a root that several stages share.
+    """
+    stage: Any = SimpleNamespace(submod=root)
+    PipelineStage.perform_reduce_grad(stage, 1)

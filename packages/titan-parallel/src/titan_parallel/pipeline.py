@@ -1,0 +1,146 @@
+"""How the micro-batches of a step run through a model whose stages are on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from titan_parallel._pipelining import reduce_gradients
+from titan_parallel.accumulation import GradientHook
+from titan_parallel.batch import Batch, Loss
+from titan_parallel.dims import ParallelDims
+from titan_parallel.forward_only import forward_only
+from titan_parallel.pipeline_schedules import PipelineSchedule
+from titan_parallel.stage_runner import Shape, StageRunner
+from titan_parallel.stages import Stages
+from titan_parallel.tied_weights import sum_over_ends
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+class Pipeline:
+    """Forward and backward of all micro-batches in the order of a schedule, gradients summed over ranks at the end."""
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        stages: Stages,
+        dims: ParallelDims,
+        units: Sequence[FSDPModule],
+        *,
+        splits_backward: bool,
+    ) -> None:
+        """`splits_backward`: whether weights get their gradients apart from inputs, where the schedule does that."""
+        self._runner = runner
+        self._stages = stages
+        self._schedule = stages.schedule
+        self._dims = dims
+        self._units = units
+        self._root: Any = runner
+        self._splits_backward = splits_backward
+        self._denominator: float | Tensor = 1.0
+        self._built: dict[tuple[int, Shape], Any] = {}
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
+        check_alike(batches)
+        self._schedule.check_micro_batches(len(batches))
+        self._denominator = denominator
+        shape = self._runner.begin(batches, loss)[0]
+        self._root.set_requires_gradient_sync(False)
+        self._root.set_is_last_backward(False)
+        self._root.set_reshard_after_backward(self._dims.config.fsdp_reshard_after_forward == "always")
+        numbers = torch.arange(len(batches))
+        self._torch_schedule(len(batches), shape).step(target=numbers, return_outputs=False)
+        reduce_gradients(self._root)
+        sum_over_ends(self._runner.model, self._stages, self._dims)
+        return self._runner.end()[0]
+
+    def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
+        shapes = self._runner.begin(batches, loss)
+        forward_only(self._runner, self._stages, shapes, self._dims)
+        for unit in self._units:
+            unit.reshard()  # weights gathered here must not outlive a change of the weights
+        return self._runner.end()
+
+    def set_gradient_hook(self, hook: GradientHook) -> None:
+        for unit in self._units:
+            unit.set_all_reduce_hook(hook)
+
+    def _torch_schedule(self, number: int, shape: Shape) -> Any:
+        """Torch's schedule for a number of micro-batches; it owns the buffers that receive them."""
+        if (number, shape) not in self._built:
+            stages = [self._torch_stage(stage, shape) for stage in self._stages.mine]
+            self._built[number, shape] = self._schedule.build(stages, number, self._mean_loss)
+        return self._built[number, shape]
+
+    def _torch_stage(self, index: int, shape: Shape) -> PipelineStage:
+        stream = torch.empty(shape[0], dtype=shape[1], device="meta", requires_grad=True)
+        is_first, is_last = index == 0, index == self._schedule.num_stages - 1
+        return _TorchStage(
+            StageModule(self._runner, index),
+            index,
+            self._schedule.num_stages,
+            torch.device(self._dims.device_type),
+            input_args=() if is_first else (stream,),
+            output_args=(torch.empty((), device="meta", requires_grad=True),) if is_last else (stream,),
+            group=self._dims.pp_mesh.get_group(),
+            dw_builder=None if self._splits_backward else _weights_are_done,
+        )
+
+    def _mean_loss(self, loss_sum: Tensor, _micro_batch: Tensor) -> Tensor:
+        return loss_sum / self._denominator
+
+
+class StageModule(nn.Module):
+    """What torch knows of a stage: a forward, and the parameters whose gradients it may ask for by themselves."""
+
+    def __init__(self, runner: StageRunner, index: int) -> None:
+        super().__init__()
+        self._run = runner.run
+        self._index = index
+        self.parameters: Callable[..., Any] = runner.parameters  # type: ignore[assignment]
+        self.micro_batch = 0
+
+    def forward(self, received: Tensor | None = None) -> Tensor:
+        return self._run(self._index, self.micro_batch, received)
+
+
+class _TorchStage(PipelineStage):
+    """Tells its module which micro-batch comes: all stages have the inputs, and the loss its targets."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.submod.micro_batch = fwd_chunk_id  # type: ignore[assignment]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+
+def check_alike(batches: Sequence[Batch]) -> None:
+    """Raise ValueError where micro-batches differ in shape: buffers between stages are made once for all of them."""
+
+    def layout(batch: Batch) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in {**batch.inputs, **batch.targets}.items()}
+
+    first = layout(batches[0])
+    for number, batch in enumerate(batches[1:], start=2):
+        for name in first.keys() | layout(batch).keys():
+            one, other = first.get(name), layout(batch).get(name)
+            if one != other:
+                raise ValueError(
+                    f"Got {name} of {_described(one)} in the first micro-batch and of {_described(other)} in number "
+                    f"{number}. The stages of a pipeline exchange tensors of one shape. Pad the batches to one shape, "
+                    "or set pipeline_parallel_degree to 1."
+                )
+
+
+def _described(layout: tuple[torch.Size, torch.dtype] | None) -> str:
+    return "nothing" if layout is None else f"shape {list(layout[0])} and {layout[1]}"
+
+
+def _weights_are_done() -> Callable[..., None]:
+    """Torch's word for a stage whose weights get their gradients together with the inputs."""
+    return lambda: None

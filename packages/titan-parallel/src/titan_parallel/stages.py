@@ -1,0 +1,184 @@
+"""The stages of a model: which part of it is whose, and what a rank does not hold is taken out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from titan_config import ConfigError
+from torch import nn
+
+from titan_parallel.dims import ParallelDims
+from titan_parallel.pipeline_schedules import PipelineSchedule
+from titan_parallel.roles import Roles, inside
+from titan_parallel.stage_cut import cut_by_cost, cut_by_name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A largest module without a block in it, or a block; `stage` holds it (None: all do, it has no parameters)."""
+
+    name: str
+    module: nn.Module
+    stage: int | None
+
+
+class Stages:
+    """A model cut into the stages of a schedule, by its blocks.
+
+    What is defined before the first block belongs to the first stage, as embeddings do, what comes after the last
+    block to the last, as the head does; modules without parameters belong to all.
+    """
+
+    def __init__(self, model: nn.Module, roles: Roles, schedule: PipelineSchedule, dims: ParallelDims) -> None:
+        self.schedule = schedule
+        self.rank = dims.mesh.get_local_rank("pp")
+        self.mine = [stage for stage, rank in enumerate(schedule.ranks) if rank == self.rank]
+        self.block_names = roles.named("block")
+        self.blocks = [model.get_submodule(name) for name in self.block_names]
+        before, after = _around(model, roles, self.blocks)
+        self.ranges = self._cut(dims, _size(module for _, module in after))
+        last = schedule.num_stages - 1
+        stage_of = {block: stage for stage, own in enumerate(self.ranges) for block in own}
+        self.pieces = [
+            *(Piece(name, module, 0) for name, module in before),
+            *(Piece(self.block_names[i], block, stage_of[i]) for i, block in enumerate(self.blocks)),
+            *(Piece(name, module, last) for name, module in after),
+        ]
+        self._shared = self._find_shared()
+        self.tied = [
+            name for name, parameter in model.named_parameters() if self._shared.get(parameter, set()) == {0, last}
+        ]
+        """The names of weights that the first and the last stage share."""
+
+    @property
+    def tied_over_ranks(self) -> list[str]:
+        """Tied weights of which the first and the last rank of the pipeline hold one each."""
+        return self.tied if self.schedule.ranks[0] != self.schedule.ranks[-1] else []
+
+    @property
+    def held(self) -> list[str]:
+        """The names of the pieces of which this rank holds parameters."""
+        return [piece.name for piece in self.pieces if any(True for _ in piece.module.parameters())]
+
+    def skeletons(self, dtype: torch.dtype | None) -> dict[str, nn.Module]:
+        """The pieces before the blocks, without memory, for the shapes of what they return.
+
+        Their weights are of `dtype` (None: their own), in which they compute.
+        """
+        return {piece.name: _skeleton(piece.module, dtype) for piece in self.pieces if piece.module not in self.blocks and piece.stage == 0}
+
+    def strip(self) -> None:
+        """Put None in the place of all parameters and buffers that this rank does not hold; names stay."""
+        held = {
+            parameter
+            for piece in self.pieces
+            if piece.stage in self.mine
+            for parameter in piece.module.parameters()
+        }
+        for piece in self.pieces:
+            if piece.stage in self.mine:
+                continue
+            for module in piece.module.modules():
+                for name, parameter in module._parameters.items():
+                    module._parameters[name] = parameter if parameter in held else None
+                module._buffers.update(dict.fromkeys(module._buffers))
+
+    def _cut(self, dims: ParallelDims, after: int) -> list[range]:
+        splits, num_stages = dims.config.pipeline_parallel_splits, self.schedule.num_stages
+        if splits:
+            return cut_by_name(self.block_names, splits, num_stages)
+        if len(self.blocks) < num_stages:
+            raise ConfigError(
+                f"Got {len(self.blocks)} blocks for {num_stages} stages ({dims.num_pipeline} ranks, schedule "
+                f"{self.schedule.name}). Each stage has one block or more. Lower pipeline_parallel_degree or "
+                "pipeline_parallel_stages_per_rank, or take a schedule with fewer stages."
+            )
+        return cut_by_cost([_size([block]) for block in self.blocks], num_stages, last=after)
+
+    def _find_shared(self) -> dict[nn.Parameter, set[int]]:
+        """Which stages own each parameter. Raises ConfigError where it is shared by others than first and last."""
+        owners: dict[nn.Parameter, set[int]] = {}
+        for piece in self.pieces:
+            for parameter in piece.module.parameters():
+                owners.setdefault(parameter, set()).add(piece.stage or 0)
+        last = self.schedule.num_stages - 1
+        for piece in self.pieces:
+            for name, parameter in piece.module.named_parameters():
+                if len(owners[parameter]) > 1 and owners[parameter] != {0, last}:
+                    raise ConfigError(
+                        f"Got {piece.name}.{name}, a weight that stages {sorted(owners[parameter])} share. The first "
+                        "and the last stage can share weights, others not. Cut the stack elsewhere with "
+                        "pipeline_parallel_splits, or set pipeline_parallel_degree to 1."
+                    )
+        return owners
+
+
+def _around(
+    model: nn.Module, roles: Roles, blocks: list[nn.Module]
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
+    """The pieces with parameters before the first block and after the last, in the order of definition.
+
+    An embedding is before and the head after, wherever they are defined.
+    """
+    if not blocks:
+        raise ConfigError(
+            "Got pipeline_parallel_degree above 1 and roles without a block. A pipeline is cut between blocks. Give "
+            "the role block to the layers of the model, or set pipeline_parallel_degree to 1."
+        )
+    before: list[tuple[str, nn.Module]] = []
+    after: list[tuple[str, nn.Module]] = []
+    num_blocks = 0
+    for name, module in _walk("", model, frozenset(blocks), set()):
+        if module in blocks:
+            num_blocks += 1
+        elif not any(True for _ in module.parameters()):
+            continue
+        elif roles.head is not None and inside(roles.head, name):
+            after.append((name, module))
+        elif num_blocks == 0 or any(inside(embedding, name) for embedding in roles.named("embedding")):
+            before.append((name, module))
+        elif num_blocks == len(blocks):
+            after.append((name, module))
+        else:
+            raise ConfigError(
+                f"Got {name} between two blocks. A stage holds blocks; what else has parameters is before or after all "
+                "of them. Make it a part of a block, or set pipeline_parallel_degree to 1."
+            )
+    return before, after
+
+
+def _walk(
+    prefix: str, module: nn.Module, blocks: frozenset[nn.Module], seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks, and the largest modules without a block, once each. Raises ConfigError for parameters above blocks."""
+    if bare := [name for name, parameter in module._parameters.items() if parameter is not None]:
+        raise ConfigError(
+            f"Got the parameter {prefix}{bare[0]} in a module that holds blocks. Nothing says which stage of a pipeline "
+            "it belongs to. Put it into a module of its own before or after the blocks, or set "
+            "pipeline_parallel_degree to 1."
+        )
+    for name, child in module.named_children():
+        if child in blocks or blocks.isdisjoint(child.modules()):
+            if child not in seen:
+                seen.add(child)
+                yield prefix + name, child
+        else:
+            yield from _walk(f"{prefix}{name}.", child, blocks, seen)
+
+
+def _size(modules: Iterator[nn.Module] | list[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _skeleton(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy on the meta device."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        own = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta", dtype=own), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
