@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, check_parallel, parallelize
+from titan_parallel import ParallelDims, check_parallel
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.pipelining.schedules import _Action as Action
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime as ScheduleRuntime
-from torch.distributed.pipelining.schedules import _validate_schedule
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, _validate_schedule
 
-__all__ = ["Action", "ScheduleRuntime", "parse_action", "reduce_gradients", "stage_ranks", "validate_actions"]
+__all__ = ["Action", "parse_action", "reduce_gradients", "schedule_of_actions", "stage_ranks", "validate_actions"]
 
 
 def parse_action(text: str) -> Action | None:
@@ -31,6 +32,18 @@ def validate_actions(
 ) -> dict[int, int]:
     """The rank of each stage. Raises AssertionError for actions that are not a schedule."""
     return _validate_schedule(actions, num_ranks, num_stages, num_micro_batches)
+
+
+def schedule_of_actions(
+    actions: Sequence[list[Action | None]],
+    stages: Sequence[PipelineStage],
+    num_micro_batches: int,
+    loss: Callable[..., Tensor],
+) -> Any:
+    """A schedule that runs these actions of each rank; torch adds what they send and receive."""
+    schedule = _PipelineScheduleRuntime(list(stages), num_micro_batches, loss_fn=loss, scale_grads=False)
+    schedule._prepare_schedule_with_comms(dict(enumerate(actions)))
+    return schedule
 
 
 def reduce_gradients(root: FSDPModule) -> None:

@@ -21,6 +21,9 @@ GradientHook = Callable[[Tensor], None]
 class Schedule(Protocol):
     """Runs the micro-batches of a step; sums are fp64 and of this rank's own, zero where another has them."""
 
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Raise ValueError for batches that cannot be the micro-batches of a step; before any rank waits for others."""
+
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Add the gradients of loss sum / `denominator`, summed over data and context ranks once; the loss sum."""
 
@@ -38,6 +41,9 @@ class Accumulation:
         self._forward = forward
         self._units = units
         self._gradient_hook: GradientHook | None = None
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Any batches can follow each other."""
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         sums = []

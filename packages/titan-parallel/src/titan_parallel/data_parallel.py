@@ -24,7 +24,8 @@ def shard_over_data_ranks(
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision.policy()
     ends = [name for role in ("embedding", "head") for name in roles.named(role)]
-    units = [*roles.named("block"), *_without_shared_parameters(model, ends)]
+    blocks = [name for name in roles.named("block") if any(True for _ in model.get_submodule(name).parameters())]
+    units = [*blocks, *_without_shared_parameters(model, ends)]
     for name in units:
         fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
     fully_shard(root, reshard_after_forward=_frees_weights("", roles, dims), **options)

@@ -71,9 +71,7 @@ class ParallelDims(Configurable):
             for name in (*DEGREES, "data_parallel_shard_degree", "pipeline_parallel_stages_per_rank"):
                 degree = getattr(self, name)
                 if degree is not None and degree < 1:
-                    raise ConfigError(
-                        f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number."
-                    )
+                    raise ConfigError(f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number.")
 
     def __init__(self, config: Config, *, world_size: int, device_type: str) -> None:
         self.config = config

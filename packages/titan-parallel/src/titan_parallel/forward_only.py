@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_parallel.dims import ParallelDims
 from titan_parallel.stage_runner import Shape, StageRunner
-from titan_parallel.stages import Stages
+
+if TYPE_CHECKING:
+    from titan_parallel.stages import Stages
 
 
 @torch.no_grad()
-def forward_only(runner: StageRunner, stages: Stages, shapes: Sequence[Shape], dims: ParallelDims) -> None:
-    """Run micro-batches, whose streams have these `shapes`, through all stages.
-
-    Receives are posted before sends, so that the order of messages between two ranks is the same on both.
-    """
-    group = dims.pp_mesh.get_group()
+def forward_only(runner: StageRunner, stages: Stages, shapes: Sequence[Shape]) -> None:
+    """Run micro-batches, whose streams have these `shapes`, through all stages."""
+    group = stages.dims.pp_mesh.get_group()
     ranks = [dist.get_global_rank(group, rank) for rank in stages.schedule.ranks]
-    handed_over: dict[int, list[Tensor]] = {}
+    kept: dict[int, list[Tensor]] = {}
     sends = []
     for stage in stages.mine:
-        received: list[Tensor | None] = [None] * len(shapes)
-        arrivals = []
-        if stage in handed_over:
-            received = [*handed_over.pop(stage)]
-        elif stage > 0:
-            received = [torch.empty(shape, dtype=dtype, device=dims.device_type) for shape, dtype in shapes]
-            arrivals = [dist.irecv(stream, ranks[stage - 1], group) for stream in received]
-        for number in range(len(shapes)):
-            if arrivals:
-                arrivals[number].wait()
-            output = runner.run(stage, number, received[number])
-            received[number] = None
+        if stage == 0:
+            streams: Iterator[Tensor | None] = iter([None] * len(shapes))
+        elif stage in kept:
+            streams = iter(kept.pop(stage))
+        else:
+            streams = _receive(shapes, ranks[stage - 1], group, stages.dims.device_type)
+        for number, stream in enumerate(streams):
+            output = runner.run(stage, number, stream)
             if stage + 1 in stages.mine:
-                handed_over.setdefault(stage + 1, []).append(output)
+                kept.setdefault(stage + 1, []).append(output)
             elif stage + 1 < len(ranks):
                 sends.append((dist.isend(output, ranks[stage + 1], group), output))
     for work, _ in sends:
-        work.wait()
+        if work is not None:
+            work.wait()
+
+
+def _receive(shapes: Sequence[Shape], rank: int, group: dist.ProcessGroup, device_type: str) -> Iterator[Tensor]:
+    """The streams from a rank; all receives are posted at once, before sends: messages of two ranks have one order."""
+    streams = [torch.empty(shape, dtype=dtype, device=device_type) for shape, dtype in shapes]
+    arrivals = [dist.irecv(stream, rank, group) for stream in streams]
+    for stream, arrival in zip(streams, arrivals, strict=True):
+        if arrival is not None:
+            arrival.wait()
+        yield stream

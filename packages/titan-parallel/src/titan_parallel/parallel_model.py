@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,17 @@ class ParallelModel:
         schedule: Schedule,
         partial_parameters: Sequence[str],
         context: ContextParallel | None = None,
+        parameter_names: Sequence[str],
+        counted_elsewhere: Collection[str] = (),
     ) -> None:
+        """`counted_elsewhere` are parameters that another rank holds too, and whose gradients it counts."""
         self.model = model
         self.dims = dims
+        self.parameter_names = parameter_names
+        """Of the whole model, on every rank, whoever holds them."""
         self._schedule = schedule
         self._partial_parameters = partial_parameters
+        self._counted_elsewhere = counted_elsewhere
         self._ranks_of_data_rank = dims.ranks_of_data_rank
         self._context = context
 
@@ -48,7 +54,7 @@ class ParallelModel:
         number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
         mesh, never averaged, and synchronised once. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
-        self._agree_on(batches, "forward_backward")
+        self._agree_on(batches, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
         with self._sharing_sequences():
             total = self._schedule.forward_backward(batches, loss, denominator)
@@ -61,7 +67,7 @@ class ParallelModel:
 
         Every data rank gives as many batches.
         """
-        self._agree_on(batches, "evaluate")
+        self._agree_on(batches, "evaluate", lambda _: None)
         was_training = self.model.training
         self.model.eval()
         with self._sharing_sequences():
@@ -75,10 +81,11 @@ class ParallelModel:
 
         Returns the norm before scaling: an fp64 scalar, the same on every rank.
         """
-        parameters = list(self.model.parameters())
-        norm = gradient_norm(parameters, self.dims.world_size, self.dims.device_type)
+        parameters = dict(self.model.named_parameters())
+        counted = [parameter for name, parameter in parameters.items() if name not in self._counted_elsewhere]
+        norm = gradient_norm(counted, self.dims.world_size, self.dims.device_type)
         if max_norm is not None and math.isfinite(max_norm):
-            scale_gradients_(parameters, norm, max_norm)
+            scale_gradients_(parameters.values(), norm, max_norm)
         return norm
 
     def set_gradient_hook(self, hook: GradientHook) -> None:
@@ -115,10 +122,11 @@ class ParallelModel:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def _agree_on(self, batches: Sequence[Batch], doing: str) -> None:
+    def _agree_on(self, batches: Sequence[Batch], doing: str, check: Callable[[Sequence[Batch]], None]) -> None:
         """A step that one rank cannot do, or would do otherwise, is an error on every rank."""
         with Agreement(doing, self.dims.device_type) as agreement:
             self._check(batches)
+            check(batches)
             agreement.on("numbers of batches", str(len(batches)))
             if len(self._ranks_of_data_rank) > 1:
                 lines = (f"number {index}: {described(batch)}" for index, batch in enumerate(batches))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from titan_parallel.context_parallel import ContextParallel
+    from titan_parallel.stages import Stages
     from titan_parallel.tensor_parallel import TensorParallel
 
 
@@ -55,20 +56,40 @@ def parallelize(
         agreement.on("compile", repr(compile))
         agreement.on("mixed_precision", repr(mixed_precision))
 
-        # The order: context, tensor and sequence parallel, recomputation and compilation of blocks, data parallel.
+        names = [name for name, _ in model.named_parameters()]
+        # The order: context, stages, tensor and sequence parallel, recomputation, compilation, data parallel.
+        _check_tensor_parallel(model, matched, dims)
         context = _share_sequences(model, matched, dims)
-        tensor_parallel = _split_over_tensor_ranks(model, matched, dims)
+        stages = _cut_into_stages(model, matched, dims, recomputation, compiler, precision)
+        agreement.on("stages", "" if stages is None else repr(stages.schedule))
+        held = matched if stages is None else matched.held(stages.held)
+        tensor_parallel = _split_over_tensor_ranks(model, held, dims)
         partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
         _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
-        head = _let_head_take_loss(model, matched, tensor_parallel)
+        head = _let_head_take_loss(model, held, tensor_parallel)
         if tensor_parallel is not None:
             model.forward = tensor_parallel.local_view("")(model.forward)
-    units = _shard_over_data_ranks(model, matched, dims, precision)
-
     forward = LossForward(model, dims.device_type, head=head, output=output, context=context)
+    root = model if stages is None else stages.around(forward)
+    units = _shard_over_data_ranks(model, held, dims, precision, root)
+
     return ParallelModel(
-        model, dims, schedule=Accumulation(forward, units), partial_parameters=partial, context=context
+        model,
+        dims,
+        schedule=Accumulation(forward, units) if stages is None else stages.pipeline(units),
+        partial_parameters=partial,
+        context=context,
+        parameter_names=names,
+        counted_elsewhere=() if stages is None else stages.counted_elsewhere,
     )
+
+
+def _check_tensor_parallel(model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
+    """On every rank, for all parts of the model, while it is whole."""
+    if dims.num_tensor > 1:
+        from titan_parallel.tensor_parallel_checks import check_can_be_split
+
+        check_can_be_split(model, roles, dims)
 
 
 def _share_sequences(model: nn.Module, roles: Roles, dims: ParallelDims) -> ContextParallel | None:
@@ -77,6 +98,31 @@ def _share_sequences(model: nn.Module, roles: Roles, dims: ParallelDims) -> Cont
     from titan_parallel.context_parallel import ContextParallel
 
     return ContextParallel(model, roles, dims)
+
+
+def _cut_into_stages(
+    model: nn.Module,
+    roles: Roles,
+    dims: ParallelDims,
+    recomputation: ActivationCheckpoint | None,
+    compiler: Compile | None,
+    precision: MixedPrecision | None,
+) -> Stages | None:
+    """Take out of the model what other ranks of the pipeline hold."""
+    if dims.num_pipeline == 1:
+        return None
+    from titan_parallel.pipeline_schedules import schedule_of
+    from titan_parallel.stages import Stages
+
+    schedule = schedule_of(dims)
+    if compiler is not None and schedule.splits_backward:
+        raise ConfigError(
+            f"Got the pipeline schedule {schedule.name} with compiled blocks. It takes the gradients of weights apart "
+            "from those of inputs, which compiled code computes together. Set compile to None, or take 1F1B or "
+            "Interleaved1F1B."
+        )
+    dtype = None if precision is None else precision.param_dtype
+    return Stages(model, roles, schedule, dims, dtype=dtype, recomputes=recomputation is not None)
 
 
 def _described(model: nn.Module) -> str:
@@ -133,11 +179,11 @@ def _let_head_take_loss(model: nn.Module, roles: Roles, tensor_parallel: TensorP
 
 
 def _shard_over_data_ranks(
-    model: nn.Module, roles: Roles, dims: ParallelDims, precision: MixedPrecision | None
+    model: nn.Module, roles: Roles, dims: ParallelDims, precision: MixedPrecision | None, root: nn.Module
 ) -> list[FSDPModule]:
     """One rank that computes in the dtype it stores needs no units: it runs as fast as the plain model."""
     if dims.world_size == 1 and (precision is None or not precision.changes(model)):
         return []
     from titan_parallel.data_parallel import shard_over_data_ranks
 
-    return shard_over_data_ranks(model, roles, dims, precision)
+    return shard_over_data_ranks(model, roles, dims, precision, root)

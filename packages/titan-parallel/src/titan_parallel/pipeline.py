@@ -6,50 +6,41 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from titan_parallel._pipelining import reduce_gradients
 from titan_parallel.accumulation import GradientHook
 from titan_parallel.batch import Batch, Loss
-from titan_parallel.dims import ParallelDims
 from titan_parallel.forward_only import forward_only
-from titan_parallel.pipeline_schedules import PipelineSchedule
 from titan_parallel.stage_runner import Shape, StageRunner
-from titan_parallel.stages import Stages
 from titan_parallel.tied_weights import sum_over_ends
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+    from titan_parallel.stages import Stages
+
 
 class Pipeline:
     """Forward and backward of all micro-batches in the order of a schedule, gradients summed over ranks at the end."""
 
-    def __init__(
-        self,
-        runner: StageRunner,
-        stages: Stages,
-        dims: ParallelDims,
-        units: Sequence[FSDPModule],
-        *,
-        splits_backward: bool,
-    ) -> None:
-        """`splits_backward`: whether weights get their gradients apart from inputs, where the schedule does that."""
+    def __init__(self, runner: StageRunner, stages: Stages, units: Sequence[FSDPModule]) -> None:
+        """`runner` is the root of the `units`."""
         self._runner = runner
+        self._root: Any = runner
         self._stages = stages
         self._schedule = stages.schedule
-        self._dims = dims
+        self._dims = stages.dims
         self._units = units
-        self._root: Any = runner
-        self._splits_backward = splits_backward
         self._denominator: float | Tensor = 1.0
         self._built: dict[tuple[int, Shape], Any] = {}
 
-    def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
-        check_alike(batches)
+    def check(self, batches: Sequence[Batch]) -> None:
+        _check_alike(batches)
         self._schedule.check_micro_batches(len(batches))
+
+    def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         self._denominator = denominator
         shape = self._runner.begin(batches, loss)[0]
         self._root.set_requires_gradient_sync(False)
@@ -58,12 +49,12 @@ class Pipeline:
         numbers = torch.arange(len(batches))
         self._torch_schedule(len(batches), shape).step(target=numbers, return_outputs=False)
         reduce_gradients(self._root)
-        sum_over_ends(self._runner.model, self._stages, self._dims)
+        sum_over_ends(self._runner.model, self._stages)
         return self._runner.end()[0]
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
         shapes = self._runner.begin(batches, loss)
-        forward_only(self._runner, self._stages, shapes, self._dims)
+        forward_only(self._runner, self._stages, shapes)
         for unit in self._units:
             unit.reshard()  # weights gathered here must not outlive a change of the weights
         return self._runner.end()
@@ -90,7 +81,7 @@ class Pipeline:
             input_args=() if is_first else (stream,),
             output_args=(torch.empty((), device="meta", requires_grad=True),) if is_last else (stream,),
             group=self._dims.pp_mesh.get_group(),
-            dw_builder=None if self._splits_backward else _weights_are_done,
+            dw_builder=None if self._stages.splits_backward else _weights_are_done,
         )
 
     def _mean_loss(self, loss_sum: Tensor, _micro_batch: Tensor) -> Tensor:
@@ -104,7 +95,7 @@ class StageModule(nn.Module):
         super().__init__()
         self._run = runner.run
         self._index = index
-        self.parameters: Callable[..., Any] = runner.parameters  # type: ignore[assignment]
+        self.parameters: Callable[..., Any] = runner.parameters
         self.micro_batch = 0
 
     def forward(self, received: Tensor | None = None) -> Tensor:
@@ -115,11 +106,11 @@ class _TorchStage(PipelineStage):
     """Tells its module which micro-batch comes: all stages have the inputs, and the loss its targets."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.submod.micro_batch = fwd_chunk_id  # type: ignore[assignment]
+        self.submod.__dict__["micro_batch"] = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
 
-def check_alike(batches: Sequence[Batch]) -> None:
+def _check_alike(batches: Sequence[Batch]) -> None:
     """Raise ValueError where micro-batches differ in shape: buffers between stages are made once for all of them."""
 
     def layout(batch: Batch) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from titan_parallel._pipelining import Action, ScheduleRuntime, parse_action, stage_ranks, validate_actions
+from titan_parallel._pipelining import Action, parse_action, schedule_of_actions, stage_ranks, validate_actions
 from titan_parallel.dims import ParallelDims
 
 
@@ -46,7 +46,8 @@ class PipelineSchedule:
     ranks: tuple[int, ...]
     """stage -> rank along the pipeline axis"""
     splits_backward: bool
-    file: Path | None = None
+    actions: tuple[list[Action | None], ...] = ()
+    """Of each rank, where a file says them; none where torch makes them."""
     num_micro_batches: int | None = None
     """What a file says; None: any that the schedule can take."""
 
@@ -74,10 +75,8 @@ class PipelineSchedule:
 
     def build(self, stages: Sequence[PipelineStage], number: int, loss: Callable[..., Tensor]) -> Any:
         """Torch's schedule over this rank's stages, for `number` micro-batches."""
-        if self.file is not None:
-            runtime = ScheduleRuntime(list(stages), number, loss_fn=loss, scale_grads=False)
-            runtime._load_csv(str(self.file))
-            return runtime
+        if self.actions:
+            return schedule_of_actions(self.actions, stages, number, loss)
         schedule: Any = get_schedule_class(self.name)
         one_stage = issubclass(schedule, PipelineScheduleSingle)
         return schedule(stages[0] if one_stage else list(stages), number, loss_fn=loss, scale_grads=False)
@@ -122,7 +121,7 @@ def _from_file(path: Path, dims: ParallelDims) -> PipelineSchedule:
             f"{dims.num_pipeline} ranks. The file says which rank holds which stage. Set it to None."
         )
     splits = any(action.computation_type.value in ("I", "W") for action in single)
-    return PipelineSchedule(path.name, ranks, splits, path, len(micro_batches))
+    return PipelineSchedule(path.name, ranks, splits, tuple(rows), len(micro_batches))
 
 
 def _checked(

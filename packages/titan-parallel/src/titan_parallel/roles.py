@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,20 @@ class Roles:
     def region_of(self, name: str) -> str | None:
         """The region that a module or parameter lies in."""
         return next((region for region in self.named("region") if inside(name, region)), None)
+
+    def held(self, names: Collection[str]) -> Roles:
+        """The roles of parts of the modules `names`, which a rank holds.
+
+        Blocks and attention cores keep theirs, whoever holds them: the place of a block in the stack counts on every
+        rank, and models ask the core of one block for the mask of all.
+        """
+        roles = copy.copy(self)
+        roles._roles = {
+            name: role
+            for name, role in self._roles.items()
+            if role.name in ("block", "attention") or any(inside(name, held) for held in names)
+        }
+        return roles
 
     def _check_stack(self) -> None:
         """Blocks are neighbours in one list: what runs before them and after them is not theirs."""

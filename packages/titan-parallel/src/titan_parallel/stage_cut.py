@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,7 @@ def cut_by_name(blocks: Sequence[str], splits: Sequence[str], num_stages: int) -
             f"role block. Name some of {blocks[0]} to {blocks[-1]}."
         )
     starts = [0, *(blocks.index(name) for name in splits)]
-    if any(start >= following for start, following in zip(starts, starts[1:], strict=False)):
+    if any(start >= following for start, following in itertools.pairwise(starts)):
         raise ConfigError(
             f"Got pipeline_parallel_splits {list(splits)}. Stages follow each other in the order of the blocks, and "
             "each has one or more. Name later blocks one after the other, without the first."

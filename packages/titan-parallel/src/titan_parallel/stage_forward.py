@@ -45,7 +45,7 @@ class StageForward:
         """
         self._received: Tensor | None = None
         self._entered = False
-        calls: dict[nn.Module, Callable[..., Any]] = {block: _pass_on for block in blocks[: own.start]}
+        calls: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks[: own.start], _pass_on)
         calls |= {module: self._zeros(module, shape_of) for module, shape_of in shapes.items()}
         calls |= {module: _refuse(module) for module in after}
         if not own:

@@ -21,14 +21,20 @@ class StageRunner(nn.Module):
     It stands outside of the model's tree: no name changes.
     """
 
-    def __init__(self, forward: LossForward, stages: Mapping[int, StageForward], probe: StageForward) -> None:
-        """`stages` by number; `probe` stops before the first block and returns what that would get."""
+    def __init__(
+        self, forward: LossForward, stages: Mapping[int, StageForward], probe: StageForward, num_token_parts: int
+    ) -> None:
+        """`stages` by number; `probe` stops before the first block and returns what that would get.
+
+        `num_token_parts`: among how many ranks the first block splits the tokens of the stream.
+        """
         super().__init__()
         self.model = forward.model
         self.model.register_forward_pre_hook(self._check_running)
         self._loss_forward = forward
         self._stages = stages
         self._probe = probe
+        self._num_token_parts = num_token_parts
         self._running = False
         self._loss: Loss | None = None
         self._micro_batches: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
@@ -65,9 +71,9 @@ class StageRunner(nn.Module):
             shape = self._stream_shape(inputs)
             if (result.shape, result.dtype) != shape:
                 raise RuntimeError(
-                    f"Got a stream of shape {list(result.shape)} and {result.dtype} from a block, where the first block "
-                    f"gets {list(shape[0])} and {shape[1]}. Stages of a pipeline exchange streams of one shape. Set "
-                    "pipeline_parallel_degree to 1."
+                    f"Got a stream of shape {list(result.shape)} and {result.dtype} from a block, where the first "
+                    f"block gets {list(shape[0])} and {shape[1]}. Stages of a pipeline exchange streams of one shape. "
+                    "Set pipeline_parallel_degree to 1."
                 )
             return result.contiguous()
         self.totals.append(torch.stack([total.detach().to(torch.float64) for total in result]))
@@ -90,7 +96,8 @@ class StageRunner(nn.Module):
         if key not in self._shapes:
             stream = self._cut_short(self._probe, None, inputs)
             assert isinstance(stream, Tensor)
-            self._shapes[key] = (stream.shape, stream.dtype)
+            num_tokens = stream.size(-2) // self._num_token_parts
+            self._shapes[key] = (torch.Size([*stream.shape[:-2], num_tokens, stream.size(-1)]), stream.dtype)
         return self._shapes[key]
 
     def _check_running(self, *_: Any) -> None:

@@ -3,82 +3,112 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from titan_config import ConfigError
 from torch import nn
 
 from titan_parallel.dims import ParallelDims
+from titan_parallel.loss_forward import LossForward
+from titan_parallel.pipeline import Pipeline
 from titan_parallel.pipeline_schedules import PipelineSchedule
 from titan_parallel.roles import Roles, inside
 from titan_parallel.stage_cut import cut_by_cost, cut_by_name
+from titan_parallel.stage_forward import StageForward
+from titan_parallel.stage_runner import StageRunner
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A largest module without a block in it, or a block; `stage` holds it (None: all do, it has no parameters)."""
+    """A block, or a largest module with parameters and without a block; `stage` holds it."""
 
     name: str
     module: nn.Module
-    stage: int | None
+    stage: int
 
 
 class Stages:
-    """A model cut into the stages of a schedule, by its blocks.
+    """A model cut into the stages of a schedule, by its blocks; of the model a rank keeps what its stages hold.
 
     What is defined before the first block belongs to the first stage, as embeddings do, what comes after the last
-    block to the last, as the head does; modules without parameters belong to all.
+    block to the last, as the head does; modules without parameters belong to all. Weights that first and last stage
+    share are held by both, under all their names.
     """
 
-    def __init__(self, model: nn.Module, roles: Roles, schedule: PipelineSchedule, dims: ParallelDims) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        roles: Roles,
+        schedule: PipelineSchedule,
+        dims: ParallelDims,
+        *,
+        dtype: torch.dtype | None,
+        recomputes: bool,
+    ) -> None:
+        """`dtype` is what weights compute in (None: what they are stored in)."""
         self.schedule = schedule
+        self.dims = dims
         self.rank = dims.mesh.get_local_rank("pp")
         self.mine = [stage for stage, rank in enumerate(schedule.ranks) if rank == self.rank]
-        self.block_names = roles.named("block")
-        self.blocks = [model.get_submodule(name) for name in self.block_names]
-        before, after = _around(model, roles, self.blocks)
-        self.ranges = self._cut(dims, _size(module for _, module in after))
+        # Splitting the backward would recompute twice, and find weights freed after the forward.
+        self.splits_backward = not recomputes and dims.config.fsdp_reshard_after_forward != "always"
+        self._names = roles.named("block")
+        self._blocks = [model.get_submodule(name) for name in self._names]
+        before, after = _around(model, roles, self._blocks)
+        self._ranges = self._cut(_size(module for _, module in after))
         last = schedule.num_stages - 1
-        stage_of = {block: stage for stage, own in enumerate(self.ranges) for block in own}
-        self.pieces = [
+        stage_of = {block: stage for stage, own in enumerate(self._ranges) for block in own}
+        self._pieces = [
             *(Piece(name, module, 0) for name, module in before),
-            *(Piece(self.block_names[i], block, stage_of[i]) for i, block in enumerate(self.blocks)),
+            *(Piece(self._names[i], block, stage_of[i]) for i, block in enumerate(self._blocks)),
             *(Piece(name, module, last) for name, module in after),
         ]
-        self._shared = self._find_shared()
-        self.tied = [
-            name for name, parameter in model.named_parameters() if self._shared.get(parameter, set()) == {0, last}
-        ]
-        """The names of weights that the first and the last stage share."""
+        self._before = {module: _skeleton(module, dtype) for _, module in before}
+        self._after = [module for _, module in after]
+        tied = self._find_tied()
+        names = [name for name, parameter in model.named_parameters() if parameter in tied]
+        self.tied_over_ranks = names if schedule.ranks[0] != schedule.ranks[-1] else []
+        """Weights of which the first and the last rank of the pipeline hold one each."""
+        self._strip()
+        self.held = [piece.name for piece in self._pieces if any(True for _ in piece.module.parameters())]
+        """The names of the pieces of which this rank has parameters."""
 
     @property
-    def tied_over_ranks(self) -> list[str]:
-        """Tied weights of which the first and the last rank of the pipeline hold one each."""
-        return self.tied if self.schedule.ranks[0] != self.schedule.ranks[-1] else []
+    def counted_elsewhere(self) -> list[str]:
+        """Weights whose gradients the first rank of the pipeline counts, not this one."""
+        return self.tied_over_ranks if self.rank == self.schedule.ranks[-1] else []
 
-    @property
-    def held(self) -> list[str]:
-        """The names of the pieces of which this rank holds parameters."""
-        return [piece.name for piece in self.pieces if any(True for _ in piece.module.parameters())]
+    def around(self, forward: LossForward) -> StageRunner:
+        """What runs this rank's stages."""
 
-    def skeletons(self, dtype: torch.dtype | None) -> dict[str, nn.Module]:
-        """The pieces before the blocks, without memory, for the shapes of what they return.
+        def stage(own: range) -> StageForward:
+            return StageForward(
+                forward.model,
+                blocks=self._blocks,
+                own=own,
+                shapes={} if own.start == 0 and own else self._before,
+                after=[] if own.stop == len(self._blocks) else self._after,
+            )
 
-        Their weights are of `dtype` (None: their own), in which they compute.
-        """
-        return {piece.name: _skeleton(piece.module, dtype) for piece in self.pieces if piece.module not in self.blocks and piece.stage == 0}
+        tokens = self.dims.num_tensor if self.dims.sequence_parallel else 1
+        self._runner = StageRunner(forward, {i: stage(self._ranges[i]) for i in self.mine}, stage(range(0)), tokens)
+        return self._runner
 
-    def strip(self) -> None:
+    def pipeline(self, units: Sequence[FSDPModule]) -> Pipeline:
+        """The schedule, once `around` was made the root of the `units`."""
+        return Pipeline(self._runner, self, units)
+
+    def _strip(self) -> None:
         """Put None in the place of all parameters and buffers that this rank does not hold; names stay."""
-        held = {
-            parameter
-            for piece in self.pieces
-            if piece.stage in self.mine
-            for parameter in piece.module.parameters()
-        }
-        for piece in self.pieces:
+        mine = [piece for piece in self._pieces if piece.stage in self.mine]
+        held = {parameter for piece in mine for parameter in piece.module.parameters()}
+        for piece in self._pieces:
             if piece.stage in self.mine:
                 continue
             for module in piece.module.modules():
@@ -86,34 +116,34 @@ class Stages:
                     module._parameters[name] = parameter if parameter in held else None
                 module._buffers.update(dict.fromkeys(module._buffers))
 
-    def _cut(self, dims: ParallelDims, after: int) -> list[range]:
-        splits, num_stages = dims.config.pipeline_parallel_splits, self.schedule.num_stages
+    def _cut(self, after: int) -> list[range]:
+        splits, num_stages = self.dims.config.pipeline_parallel_splits, self.schedule.num_stages
         if splits:
-            return cut_by_name(self.block_names, splits, num_stages)
-        if len(self.blocks) < num_stages:
+            return cut_by_name(self._names, splits, num_stages)
+        if len(self._blocks) < num_stages:
             raise ConfigError(
-                f"Got {len(self.blocks)} blocks for {num_stages} stages ({dims.num_pipeline} ranks, schedule "
+                f"Got {len(self._blocks)} blocks for {num_stages} stages ({self.dims.num_pipeline} ranks, schedule "
                 f"{self.schedule.name}). Each stage has one block or more. Lower pipeline_parallel_degree or "
                 "pipeline_parallel_stages_per_rank, or take a schedule with fewer stages."
             )
-        return cut_by_cost([_size([block]) for block in self.blocks], num_stages, last=after)
+        return cut_by_cost([_size([block]) for block in self._blocks], num_stages, last=after)
 
-    def _find_shared(self) -> dict[nn.Parameter, set[int]]:
-        """Which stages own each parameter. Raises ConfigError where it is shared by others than first and last."""
+    def _find_tied(self) -> set[nn.Parameter]:
+        """Weights of first and last stage. Raises ConfigError where stages share others."""
         owners: dict[nn.Parameter, set[int]] = {}
-        for piece in self.pieces:
+        for piece in self._pieces:
             for parameter in piece.module.parameters():
-                owners.setdefault(parameter, set()).add(piece.stage or 0)
-        last = self.schedule.num_stages - 1
-        for piece in self.pieces:
+                owners.setdefault(parameter, set()).add(piece.stage)
+        tied = {parameter for parameter, stages in owners.items() if stages == {0, self.schedule.num_stages - 1}}
+        for piece in self._pieces:
             for name, parameter in piece.module.named_parameters():
-                if len(owners[parameter]) > 1 and owners[parameter] != {0, last}:
+                if len(owners[parameter]) > 1 and parameter not in tied:
                     raise ConfigError(
                         f"Got {piece.name}.{name}, a weight that stages {sorted(owners[parameter])} share. The first "
                         "and the last stage can share weights, others not. Cut the stack elsewhere with "
                         "pipeline_parallel_splits, or set pipeline_parallel_degree to 1."
                     )
-        return owners
+        return tied
 
 
 def _around(
@@ -156,8 +186,8 @@ def _walk(
     """Blocks, and the largest modules without a block, once each. Raises ConfigError for parameters above blocks."""
     if bare := [name for name, parameter in module._parameters.items() if parameter is not None]:
         raise ConfigError(
-            f"Got the parameter {prefix}{bare[0]} in a module that holds blocks. Nothing says which stage of a pipeline "
-            "it belongs to. Put it into a module of its own before or after the blocks, or set "
+            f"Got the parameter {prefix}{bare[0]} in a module that holds blocks. Nothing says which stage of a "
+            "pipeline it belongs to. Put it into a module of its own before or after the blocks, or set "
             "pipeline_parallel_degree to 1."
         )
     for name, child in module.named_children():
@@ -169,7 +199,7 @@ def _walk(
             yield from _walk(f"{prefix}{name}.", child, blocks, seen)
 
 
-def _size(modules: Iterator[nn.Module] | list[nn.Module]) -> int:
+def _size(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 

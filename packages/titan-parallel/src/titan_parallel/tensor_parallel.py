@@ -17,7 +17,7 @@ from titan_parallel.local_sizes import set_local_sizes
 from titan_parallel.local_view import LocalView, Slot
 from titan_parallel.region import bordered, entered, left, normed_over_all_heads, split_sequence
 from titan_parallel.roles import Roles, inside
-from titan_parallel.tensor_parallel_checks import check_can_be_split, features_dim, one_split_dim
+from titan_parallel.tensor_parallel_checks import features_dim, one_split_dim
 
 
 class TensorParallel:
@@ -30,7 +30,6 @@ class TensorParallel:
     """
 
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
-        check_can_be_split(model, roles, dims)
         self._model = model
         self._roles = roles
         self._dims = dims

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import local
-from titan_parallel.stages import Stages
+
+if TYPE_CHECKING:
+    from titan_parallel.stages import Stages
 
 
 @torch.no_grad()
-def sum_over_ends(model: nn.Module, stages: Stages, dims: ParallelDims) -> None:
+def sum_over_ends(model: nn.Module, stages: Stages) -> None:
     """Add the other end's gradients to this rank's: the same bits on both, as a sum of two does not know its order."""
     first, last = stages.schedule.ranks[0], stages.schedule.ranks[-1]
     if not stages.tied_over_ranks or stages.rank not in (first, last):
         return
-    group = dims.pp_mesh.get_group()
+    group = stages.dims.pp_mesh.get_group()
     other = dist.get_global_rank(group, last if stages.rank == first else first)
     gradients = tied_gradients(model, stages.tied_over_ranks)
     theirs = [torch.empty_like(gradient) for gradient in gradients]
