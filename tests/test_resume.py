@@ -17,6 +17,11 @@ MESHES = {
     "FSDP 4": (4, {}),
     "HSDP 2x2": (4, {"parallelism.data_parallel_replicate_degree": 2}),
     "FSDP 2 x TP 2": (4, {"parallelism.tensor_parallel_degree": 2}),
+    "CP 2": (2, {"parallelism.context_parallel_degree": 2}),
+    "CP 2 by a ring": (2, {"parallelism.context_parallel_degree": 2, "parallelism.context_parallel_method": "ring"}),
+    "CP 2 x TP 2": (4, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
+    "HSDP 2 x CP 2": (4, {"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_replicate_degree": 2}),
+    "FSDP 2 x CP 2 x TP 2": (8, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
 }
 
 
@@ -86,6 +91,9 @@ def test_across_the_end_of_epochs_too(run_ranks, small_run, short_epoch, mesh):
         ["FSDP 2 x TP 2", "1 rank", "HSDP 2x2"],
         pytest.param(["FSDP 4", "TP 2", "FSDP 2"], marks=pytest.mark.full),
         pytest.param(["HSDP 2x2", "FSDP 4", "FSDP 2 x TP 2"], marks=pytest.mark.full),
+        ["CP 2", "FSDP 2", "CP 2 by a ring"],
+        pytest.param(["CP 2 x TP 2", "1 rank", "HSDP 2 x CP 2"], marks=pytest.mark.full),
+        pytest.param(["FSDP 2 x CP 2 x TP 2", "CP 2", "TP 2"], marks=pytest.mark.full),
     ],
     ids=" then ".join,
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute
 from torch.distributed.tensor import DTensor
 
+CONTEXT_2 = {"context_parallel_degree": 2}
 MESHES = {
     "1 rank": (1, {}),
     "FSDP 2": (2, {}),
@@ -22,7 +23,14 @@ MESHES = {
     "FSDP 4": (4, {}),
     "HSDP 2x2": (4, {"data_parallel_replicate_degree": 2}),
     "FSDP 2 x TP 2": (4, {"tensor_parallel_degree": 2}),
+    "CP 2": (2, CONTEXT_2),
+    "CP 2 by Ulysses": (2, {**CONTEXT_2, "context_parallel_method": "ulysses"}),
+    "CP 2 by a ring": (2, {**CONTEXT_2, "context_parallel_method": "ring"}),
+    "CP 2 x TP 2": (4, {**CONTEXT_2, "tensor_parallel_degree": 2}),
+    "HSDP 2 x CP 2": (4, {**CONTEXT_2, "data_parallel_replicate_degree": 2}),
+    "FSDP 2 x CP 2 x TP 2": (8, {**CONTEXT_2, "tensor_parallel_degree": 2}),
 }
+ONLY_IN_FULL = {"HSDP 2 x CP 2", "CP 2 by Ulysses", "CP 2 x TP 2", "FSDP 2 x CP 2 x TP 2"}
 FAMILIES = ["llama3_debug", "qwen3_debug"]
 LAST_MESH = next(reversed(MESHES))
 RECOMPUTATIONS = {
@@ -196,7 +204,9 @@ def test_accumulation_changes_nothing(small_run, run_ranks, reference, local_bat
     assert losses_of(config) == pytest.approx(reference[2], rel=3e-6)
 
 
-@pytest.mark.parametrize("mesh", ["FSDP 2", "TP 2", "HSDP 2x2", "FSDP 2 x TP 2"])
+@pytest.mark.parametrize(
+    "mesh", ["FSDP 2", "TP 2", "HSDP 2x2", "FSDP 2 x TP 2", pytest.param("CP 2", marks=pytest.mark.full)]
+)
 def test_bf16_mixed_precision_gives_the_same_losses_on_any_mesh(small_run, run_ranks, mesh):
     precision = {"training.mixed_precision_param": "bfloat16"}
     world_size, parallelism = MESHES[mesh]

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from titan_parallel import ParallelDims, check_parallel
+from titan_config import ConfigError
+from titan_parallel import FullRecompute, ParallelDims, check_parallel, hugging_face_attention, parallelize
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,7 +44,7 @@ FAMILIES = {
         "GptOssConfig",
         {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 2, "_attn_implementation": "eager"},
     ),
-    "llama, two rows of documents": ("LlamaConfig", {}),
+    "llama, documents": ("LlamaConfig", {}),
     "mistral, a cache is filled": ("MistralConfig", {"sliding_window": 5, "use_cache": True}),
     "llama, padded": ("LlamaConfig", {}),
 }
@@ -54,12 +55,14 @@ def build(family: str):
     small = {} if family == "gpt2" else SMALL
     config = getattr(transformers, name)(**{**small, **changes})
     config.use_cache = changes.get("use_cache", False)
+    config._experts_implementation = "eager"  # grouped products know no fp64
     return lambda: transformers.AutoModelForCausalLM.from_config(config)
 
 
 def roles(family: str) -> dict[str, str]:
     stack = "transformer.h.*" if family == "gpt2" else "model.layers.*"
-    return {stack: "block", "lm_head": "head"}
+    scales_logits = family.startswith(("granite", "gemma2"))  # the loss is taken where logits are: nothing comes after
+    return {stack: "block"} if scales_logits else {stack: "block", "lm_head": "head"}
 
 
 def parallelism(**more) -> dict[str, ParallelDims.Config]:
@@ -85,13 +88,18 @@ def make_batch(positions: list[torch.Tensor] | None = None, padding: torch.Tenso
 
 PACKED = [torch.cat([torch.arange(7), torch.arange(9)]), torch.cat([torch.arange(3), torch.arange(12), torch.zeros(1)])]
 BATCHES = {
-    "llama, two rows of documents": make_batch([row.long() for row in PACKED]),
+    "llama, documents": make_batch([row.long() for row in PACKED]),
     "mistral, a cache is filled": make_batch([row.long() for row in PACKED]),
     "llama, padded": make_batch(padding=torch.tensor([[1] * 16, [1] * 11 + [0] * 5])),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+IN_FULL = {"llama", "qwen3", "olmo2", "granite", "phi3", "mistral", "llama, padded", "gemma2, capped scores"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.full] * (family in IN_FULL)) for family in FAMILIES]
+)
 def test_a_foreign_model_over_context_ranks_is_the_model(family):
     report = check_parallel(
         build(family),
@@ -99,6 +107,76 @@ def test_a_foreign_model_over_context_ranks_is_the_model(family):
         roles=roles(family),
         batch=BATCHES.get(family, make_batch()),
         steps=1,
-        num_microbatches=2,
+        num_microbatches=1,
     )
     report.raise_for_failure()
+
+
+def test_it_holds_with_tensor_parallel_and_recomputation():
+    def region(name: str, wide: tuple[str, ...], narrow: str) -> dict:
+        return {name: "region", f"{name}.{narrow}": "rowwise"} | {f"{name}.{part}": "colwise" for part in wide}
+
+    table = roles("llama") | {"model.embed_tokens": "embedding"}
+    table |= region("model.layers.*.self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj")
+    table |= region("model.layers.*.mlp", ("gate_proj", "up_proj"), "down_proj")
+    report = check_parallel(
+        build("llama"),
+        parallelism(data_parallel_shard_degree=1, tensor_parallel_degree=2),
+        roles=table,
+        batch=BATCHES["llama, documents"],
+        steps=1,
+        num_microbatches=1,
+        activation_checkpoint=FullRecompute.Config(),
+    )
+    report.raise_for_failure()
+
+
+def test_documents_taken_from_local_positions_are_seen(monkeypatch):
+    """What transformers would do by itself: guess documents from the positions of one rank's tokens."""
+    monkeypatch.setattr(hugging_face_attention, "_documents", lambda positions: torch.zeros_like(positions))
+    report = check_parallel(
+        build("llama"),
+        parallelism(data_parallel_shard_degree=1),
+        roles=roles("llama"),
+        batch=BATCHES["llama, documents"],
+        steps=1,
+    )
+    assert not any(mesh.ok for mesh in report.meshes.values())
+
+
+def refusal(make, method: str = "gather") -> str:
+    dims = parallelism()[method].build(world_size=2, device_type="cpu")
+    try:
+        parallel = parallelize(make(), {}, dims, output=lambda output: output.logits)
+        parallel.forward_backward([make_batch()], lambda head, hidden, targets: (hidden.sum(), hidden.sum()), 1)
+    except (ConfigError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_what_cannot_be_hooked_is_refused_with_the_reason(run_ranks):
+    def bloom():
+        return transformers.BloomForCausalLM(
+            transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=1, vocab_size=64)
+        )
+
+    def drops():
+        config = transformers.LlamaConfig(**{**SMALL, "attention_dropout": 0.1})
+        return transformers.LlamaForCausalLM(config).train()
+
+    for of_bloom, of_dropout in run_ranks(2, lambda: [refusal(bloom), refusal(drops, "ring")]):
+        assert "BloomForCausalLM" in of_bloom and "computes attention by itself" in of_bloom
+        assert "Got attention dropout 0.1 under context_parallel_method ring" in of_dropout
+
+
+def test_the_models_own_attention_is_back_after_a_step(run_ranks):
+    def on_rank():
+        model = build("llama")()
+        ids = make_batch().inputs["input_ids"]
+        expected = model(ids).logits
+        parallel = parallelize(model, {}, parallelism()["ring"].build(world_size=2, device_type="cpu"))
+        parallel.evaluate([make_batch()], lambda head, output, targets: (output.logits.sum(), output.logits.sum()))
+        torch.testing.assert_close(model(ids).logits, expected)
+        assert model.config._attn_implementation == "sdpa"
+
+    run_ranks(2, on_rank)

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
+from titan_config import ConfigError
 from titan_parallel import (
     Compile,
     EveryNthBlock,
     FullRecompute,
+    MixedPrecision,
     ParallelDims,
     SelectiveRecompute,
+    context_gather,
+    context_parallel,
+    context_ring,
+    context_shards,
+    context_ulysses,
     parallelize,
 )
 from titan_parallel.testing import check_same_gradients, full_gradients
@@ -240,3 +248,203 @@ def outcomes(run_ranks, small):
 )
 def test_gradients_and_losses_equal_the_plain_model(outcomes, case):
     assert outcomes(case.num_ranks)[case] == {""}
+
+
+def shift_positions(patch):
+    local = context_parallel.ContextParallel.local
+
+    def shifted(self, tensors, sequence_dims):
+        found = local(self, tensors, sequence_dims)
+        if "positions" in found:
+            found["positions"] = found["positions"] * (1 + self.shards.axis.rank)
+        return found
+
+    patch.setattr(context_parallel.ContextParallel, "local", shifted)
+
+
+def open_documents_across_ranks(patch):
+    def opened(mask, names, shards):
+        return dataclasses.replace(with_whole(mask, names, shards), query_documents=None, key_documents=None)
+
+    with_whole = context_gather.with_whole
+    for module in (context_gather, context_ulysses, context_ring):
+        patch.setattr(module, "with_whole", opened)
+
+
+def drop_the_gradient_sum_of_keys(patch):
+    def own(ctx, grad):
+        return ctx.shards.by_rank(grad)[ctx.shards.axis.rank], None
+
+    patch.setattr(context_shards._Whole, "backward", staticmethod(own))
+
+
+def forget_the_balance(patch):
+    patch.setattr(context_shards.ContextShards, "in_order", lambda self, x: x.movedim(0, 1).flatten(1, 2))
+
+
+def skip_a_step_of_the_ring(patch):
+    realise = context_ring.Ring.realise
+    patch.setattr(context_ring.Ring, "realise", lambda *args: [realise(*args)[0], []])
+
+
+def keep_gradients_from_going_home(patch):
+    patch.setattr(context_ring.Arriving, "wait", lambda self: [work.wait() for work in self.works] and self.sent)
+
+
+def take_the_heads_of_another_rank(patch):
+    exchange = context_shards.ContextShards.exchange
+    patch.setattr(context_shards.ContextShards, "exchange", lambda self, x: exchange(self, x).flip(0))
+
+
+def forget_how_much_a_block_counts(patch):
+    patch.setattr(context_ring, "_share", lambda lse_of_part, lse: lse_of_part.exp())
+
+
+SABOTAGES = [
+    *((method, sabotage) for method in METHODS for sabotage in (shift_positions, open_documents_across_ranks)),
+    ("gather", drop_the_gradient_sum_of_keys),
+    ("gather", forget_the_balance),
+    ("ring", forget_the_balance),
+    ("ring", skip_a_step_of_the_ring),
+    ("ring", keep_gradients_from_going_home),
+    ("ring", forget_how_much_a_block_counts),
+    ("ulysses", take_the_heads_of_another_rank),
+]
+
+
+def test_what_is_broken_on_purpose_is_seen_on_every_rank(run_ranks, small):
+    def on_rank():
+        said = []
+        for method, sabotage in SABOTAGES:
+            with pytest.MonkeyPatch.context() as patch:
+                sabotage(patch)
+                said.append(judged(small, Case(method)))
+        return said
+
+    for said in run_ranks(2, on_rank):
+        for (method, sabotage), words in zip(SABOTAGES, said, strict=True):
+            assert "AssertionError: The gradient of" in words, (method, sabotage.__name__, words)
+
+
+def test_every_rank_does_its_share_of_the_work(run_ranks, small):
+    """Scores that a block-sparse core makes (gather) or that are made block by block (ring), of one layer and head."""
+
+    def scores(method: str, balanced: bool) -> int:
+        made = []
+        degrees = (("context_parallel_degree", 4), ("context_parallel_load_balance", balanced))
+        with_lse = Core.with_lse
+
+        def counted(self, q, k, v, mask, scale):
+            made.append(int(mask[0].sum()) if method == "gather" else q.size(1) * k.size(1))
+            return with_lse(self, q, k, v, mask, scale)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Core, "with_lse", counted)
+            parallel = put(small, Case(method, 4, degrees, packed=False))
+            parallel.evaluate([make_batch(small, packed=False, length=64)], small.chunked_loss)
+        return sum(made) // 2  # layers
+
+    kinds = [("gather", True), ("gather", False), ("ring", True), ("ring", False)]
+    by_rank = run_ranks(4, lambda: [scores(*kind) for kind in kinds])
+    gather, gather_unbalanced, ring, ring_unbalanced = zip(*by_rank, strict=True)
+    assert gather == (64 * 65 // 2 // 4,) * 4
+    assert gather_unbalanced == (136, 392, 648, 904)
+    assert ring == (9 * 8 * 8,) * 4  # of 64 blocks of 8 x 8, 36 are seen: each rank makes 9
+    assert ring_unbalanced == (256, 512, 768, 1024)
+
+
+def test_a_layer_sends_keys_and_values_once_a_direction(run_ranks, small):
+    def count(method: str) -> Counter:
+        counts = Counter()
+
+        def counted(owner, name):
+            function = getattr(owner, name)
+            return lambda *args: counts.update([name]) or function(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("all_gather", "reduce_scatter", "all_to_all"):
+                patch.setattr(context_shards, name, counted(context_shards, name))
+            patch.setattr(context_ring.Neighbours, "pass_on", counted(context_ring.Neighbours, "pass_on"))
+            parallel = put(small, Case(method))
+            parallel.forward_backward([make_batch(small, packed=True)], small.chunked_loss, 1)
+        return counts
+
+    for gather, ulysses, ring in run_ranks(2, lambda: [count(method) for method in METHODS]):
+        # of two layers; and one gathering of positions and documents
+        assert gather == {"all_gather": 2 + 1, "reduce_scatter": 2}
+        assert ulysses == {"all_to_all": 2 * (2 + 2), "all_gather": 1}
+        assert ring == {"pass_on": 2 * (1 + 1 + 2), "all_gather": 1}
+
+
+def test_called_directly_a_model_sees_whole_sequences(run_ranks, small):
+    batch = make_batch(small, packed=True)
+    expected = make_model(small, Case("gather"))(**batch.inputs).detach()
+
+    def logits(method):
+        parallel = put(small, Case(method))
+        parallel.evaluate([batch], small.chunked_loss)
+        with torch.no_grad():
+            return parallel.model(**batch.inputs)
+
+    for of_rank in run_ranks(2, lambda: [logits(method) for method in METHODS]):
+        for got in of_rank:
+            torch.testing.assert_close(got, expected)
+
+
+def test_mixed_precision_is_close(run_ranks, small):
+    batch = make_batch(small, packed=True)
+    _, expected, count = small.plain_step(make_model(small, Case("gather"), torch.float32), batch)
+
+    def on_rank():
+        for method in METHODS:
+            parallel = put(small, Case(method), torch.float32, mixed_precision=MixedPrecision.Config())
+            parallel.forward_backward([batch], small.chunked_loss, count)
+            check_same_gradients(full_gradients(parallel.model), expected, tolerances=(0.05, 5e-3))
+
+    run_ranks(2, on_rank)
+
+
+def errors(small, batch=None, roles=None, model=None, method="gather", **degrees) -> str:
+    try:
+        case = Case(method, 2 * degrees.get("tensor_parallel_degree", 1), tuple(degrees.items()))
+        parallel = parallelize(model or make_model(small, case), roles or ROLES, make_dims(case))
+        parallel.forward_backward([batch or make_batch(small, packed=True)], small.chunked_loss, 1)
+    except (ConfigError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(run_ranks, small):
+    def on_rank():
+        unnamed = make_batch(small, packed=True)
+        unnamed.sequence_dims.pop("labels")
+        no_lse = make_model(small, Case("ring"))
+        for layer in no_lse.layers:
+            layer.attention.core.with_lse = None
+        without = {name: role for name, role in ROLES.items() if role != "attention"}
+        three_heads = CoreTransformer(small.Shape(width=24, heads=3, kv_heads=1)).double()
+        three_roles = ROLES | {"layers.*.attention.q": "colwise"}
+        return [
+            errors(small, make_batch(small, packed=False, length=26)),
+            errors(small, make_batch(small, packed=False, length=25), context_parallel_load_balance=False),
+            errors(small, unnamed),
+            errors(small, roles=without),
+            errors(small, model=no_lse, method="ring"),
+            errors(small, model=three_heads, roles=three_roles, method="ulysses"),
+        ]
+
+    for said in run_ranks(2, on_rank):
+        balanced, plain, unnamed, without, no_lse, heads = said
+        assert "Got a sequence of 26 tokens over context_parallel_degree 2." in balanced and "multiple of 4" in balanced
+        assert "Got a sequence of 25 tokens" in plain and "multiple of 2" in plain
+        assert "name none of its targets (labels)" in unnamed
+        assert "roles without an attention" in without
+        assert "a Core without with_lse, under context_parallel_method ring" in no_lse
+        assert "Got 3 heads" in heads and "Set context_parallel_degree to 1 or 3" in heads
+
+
+def test_a_sequence_is_split_over_context_and_then_over_tensor_ranks(run_ranks, small):
+    for said in run_ranks(
+        4, lambda: errors(small, make_batch(small, packed=False, length=18), tensor_parallel_degree=2)
+    ):
+        assert "Got a sequence of 18 tokens over context_parallel_degree 2" in said and "multiple of 4" in said
