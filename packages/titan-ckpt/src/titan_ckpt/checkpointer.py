@@ -153,11 +153,12 @@ class Checkpointer(Configurable):
             pending.result()
 
     def close(self) -> None:
-        """Wait for the save that is under way, and end the thread."""
+        """Wait for the save that is under way, end the thread, and let other processes save to the folder."""
         try:
             self.wait()
         finally:
             self._writer.shutdown()
+            self.shelf.close()
 
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
         chunks, replicated, values = self._ranks.together(lambda: _hold(parts))

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.lock import ProcessLock
 from titan_ckpt.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock: ProcessLock | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, once published."""
@@ -78,10 +80,10 @@ class Shelf:
         return moved
 
     def open(self) -> None:
-        """Make the folder, so that a run hears at its start that it cannot; delete what dead saves and deletions left.
+        """Make the folder and keep other processes out of it; delete what dead saves and deletions left.
 
         Raises:
-            CheckpointError: when there can be no such folder.
+            CheckpointError: when there can be no such folder, or another process has it open.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,13 @@ class Shelf:
                 f"Got the folder {self.folder} for checkpoints, which cannot be made ({error}). A run saves there. "
                 f"Choose a folder that you may write to, or move away the file of that name."
             ) from error
+        self._lock = ProcessLock(self.folder.with_name(f".{self.folder.name}.lock"))
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 logger.info("Deleting %s, which an interrupted save left.", path)
                 shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.release()

@@ -1,0 +1,103 @@
+"""Two processes never save to one folder at a time, and a dead one keeps nobody out."""
+
+import fcntl
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+import torch
+from titan_ckpt import Checkpointer, CheckpointError
+
+
+class Weights:
+    def state_dict(self):
+        return {"w": torch.ones(3)}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def build(dump_folder, **settings):
+    return Checkpointer.Config(interval=1, **settings).build(dump_folder=dump_folder)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """Begins another process that opens the folder, does `then`, and stays; returns its id, or None if it failed."""
+    children = []
+
+    def begin(then=lambda checkpointer: None):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                then(build(tmp_path))
+                os.write(writer, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        children.append(child)
+        os.close(writer)
+        began = os.read(reader, 1) == b"x"
+        os.close(reader)
+        return child if began else None
+
+    yield begin
+    for child in children:
+        kill(child)
+
+
+def kill(child):
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, fork):
+    other = fork(lambda checkpointer: checkpointer.save(1, {"part": Weights()}, last=True))
+    assert other
+    before = sorted((tmp_path / "checkpoint").rglob("*"))
+    with pytest.raises(CheckpointError, match=r"where another process saves.*fuser .*\.checkpoint\.lock"):
+        build(tmp_path)
+    assert sorted((tmp_path / "checkpoint").rglob("*")) == before
+    kill(other)
+    assert build(tmp_path).load({"part": Weights()}) == 1
+
+
+def test_another_folder_below_the_same_dump_folder_is_free(tmp_path, fork):
+    assert fork()
+    build(tmp_path, folder="mine").close()
+
+
+def test_close_lets_others_in_and_the_same_process_is_never_refused(tmp_path, fork):
+    first = build(tmp_path)
+    build(tmp_path)
+    assert not fork()
+    first.close()
+    assert fork()
+
+
+def test_a_child_that_outlives_the_run_keeps_nobody_out(tmp_path, fork):
+    def leave_a_child(checkpointer):
+        child = os.fork()
+        if not child:
+            signal.pause()
+        (tmp_path / "child").write_text(str(child))
+
+    other = fork(leave_a_child)
+    kill(other)
+    try:
+        build(tmp_path).close()
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_used_and_the_log_says_what_that_means(tmp_path, monkeypatch, caplog, fork):
+    def refuse(descriptor, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    build(tmp_path).save(1, {"part": Weights()}, last=True)
+    assert "Nothing keeps a second run out" in caplog.text
+    assert fork(), "without the lock the second process goes on"
