@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,34 @@ MESHES = {
     "FSDP 2 x CP 2 x TP 2": (8, {**CONTEXT_2, "tensor_parallel_degree": 2}),
 }
 ONLY_IN_FULL = {"HSDP 2 x CP 2", "CP 2 by Ulysses", "CP 2 x TP 2", "FSDP 2 x CP 2 x TP 2"}
+PP2, PP4 = {"pipeline_parallel_degree": 2}, {"pipeline_parallel_degree": 4}
+
+
+def schedule(name: str) -> dict:
+    return {"pipeline_parallel_schedule": name}
+
+
+PIPELINES = {
+    "PP 2": (2, PP2),
+    "PP 2 zero bubble": (2, PP2 | schedule("InterleavedZeroBubble")),
+    "PP 2 ZBV": (2, PP2 | schedule("ZBVZeroBubble")),
+    "PP 2 DualPipeV": (2, PP2 | schedule("DualPipeV")),
+    "PP 2 GPipe": (2, PP2 | schedule("GPipe")),
+    "PP 2 LoopedBFS": (2, PP2 | schedule("LoopedBFS")),
+    "PP 2 of a file": (2, PP2 | {"pipeline_parallel_schedule_csv": Path(__file__).parent / "one_after_the_other.csv"}),
+    "PP 2 cut by name": (2, PP2 | {"pipeline_parallel_splits": ["layers.1"]}),
+    "PP 4 interleaved": (4, PP4 | schedule("Interleaved1F1B")),
+    "PP 2 x FSDP 2": (4, PP2),
+    "PP 2 ZBV x FSDP 2": (4, PP2 | schedule("ZBVZeroBubble")),
+    "PP 2 x TP 2": (4, PP2 | {"tensor_parallel_degree": 2}),
+    "PP 2 zero bubble x TP 2": (4, PP2 | schedule("InterleavedZeroBubble") | {"tensor_parallel_degree": 2}),
+    "PP 2 x HSDP 2x2": (8, PP2 | {"data_parallel_replicate_degree": 2}),
+    "PP 2 x FSDP 2 x TP 2": (8, PP2 | {"tensor_parallel_degree": 2}),
+    "PP 4 interleaved x TP 2": (8, PP4 | schedule("Interleaved1F1B") | {"tensor_parallel_degree": 2}),
+    "PP 2 x CP 2 x TP 2": (8, PP2 | {"context_parallel_degree": 2, "tensor_parallel_degree": 2}),
+}
+"""Meshes of a model of 8 layers in 8 micro-batches (of a data rank alone)."""
+FEW_PIPELINES = ("PP 2 zero bubble", "PP 2 x TP 2")  # in the default set
 FAMILIES = ["llama3_debug", "qwen3_debug"]
 LAST_MESH = next(reversed(MESHES))
 RECOMPUTATIONS = {
@@ -93,19 +122,20 @@ def references() -> dict:
 
 @pytest.fixture
 def reference_of(references, small_run, run_ranks):
-    """`reference_of(flavor)`: initial weights, gradients of step 1 and losses of 20 steps of the flat loop."""
+    """`reference_of(flavor, changes)`: initial weights, gradients of step 1 and losses of 20 steps of the flat loop."""
 
-    def compute(flavor: str):
-        loop = FlatLoop(small_run(flavor=flavor))
+    def compute(flavor: str, changes: dict | None):
+        loop = FlatLoop(small_run(flavor=flavor, changes=changes))
         weights = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
         loop.backward()
         gradients = loop.gradients()
-        return weights, gradients, FlatLoop(small_run(flavor=flavor)).losses(20)
+        return weights, gradients, FlatLoop(small_run(flavor=flavor, changes=changes)).losses(20)
 
-    def find(flavor: str) -> tuple:
-        if flavor not in references:
-            references[flavor] = run_ranks(1, compute, flavor)[0]
-        return references[flavor]
+    def find(flavor: str, changes: dict | None = None) -> tuple:
+        key = (flavor, repr(changes))
+        if key not in references:
+            references[key] = run_ranks(1, compute, flavor, changes)[0]
+        return references[key]
 
     return find
 
@@ -119,8 +149,9 @@ def gradient_errors(found: dict, wanted: dict) -> dict[str, float]:
     """By how many times each gradient misses the rule `|g - g0| <= 1e-6 |g0| + 1e-8 |all|`; none within it."""
     norm_of_all = sum(g.double().square().sum() for g in wanted.values()).sqrt()
     errors = {}
-    for name, g0 in wanted.items():
-        error = (found[name].double() - g0.double()).norm()
+    for name, gradient in found.items():
+        g0 = wanted[name]
+        error = (gradient.double() - g0.double()).norm()
         ratio = float(error / (1e-6 * g0.double().norm() + 1e-8 * norm_of_all))
         if not ratio <= 1:
             errors[name] = ratio
@@ -128,7 +159,7 @@ def gradient_errors(found: dict, wanted: dict) -> dict[str, float]:
 
 
 def first_step(config) -> tuple[dict, dict]:
-    """The initial weights and the gradients of step 1, whole, as this rank sees them."""
+    """The initial weights and the gradients of step 1, whole, as this rank sees them; of a pipeline it has some."""
     trainer = config.build()
     weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     batches = trainer.loader.draw(trainer.dims.data_rank, trainer.dims.num_data_ranks)
@@ -139,8 +170,11 @@ def first_step(config) -> tuple[dict, dict]:
 
 def judge_first_step(config, weights: dict, gradients: dict) -> tuple[list[str], dict[str, float]]:
     found_weights, found_gradients = first_step(config)
-    different = [name for name, weight in weights.items() if not torch.equal(found_weights[name], weight)]
-    return different, gradient_errors(found_gradients, gradients)
+    different = [name for name, weight in found_weights.items() if not torch.equal(weight, weights[name])]
+    by_rank: list = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, list(found_weights))
+    missing = set(weights) - {name for names in by_rank for name in names}
+    return [*different, *missing], gradient_errors(found_gradients, gradients)
 
 
 def changes(parallelism: dict, recomputation=None, **more) -> dict:
@@ -171,6 +205,25 @@ def test_weights_gradients_and_losses_are_those_of_the_flat_loop(
     world_size, parallelism = MESHES[mesh]
     config = small_run(changes=changes(parallelism, RECOMPUTATIONS[recomputation]), flavor=flavor)
     weights, gradients, losses = reference_of(flavor)
+
+    def run():
+        judged = judge_first_step(config, weights, gradients)
+        config.build().train()
+        return judged
+
+    assert run_ranks(world_size, run) == [([], {})] * world_size
+    assert losses_of(config) == pytest.approx(losses, rel=3e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[pytest.mark.full] * (mesh not in FEW_PIPELINES)) for mesh in PIPELINES]
+)
+def test_pipelines_too(small_run, run_ranks, reference_of, mesh, tied):
+    world_size, parallelism = PIPELINES[mesh]
+    model = {"model.num_layers": 8} | ({"model.head": None} if tied else {})
+    config = small_run(changes=changes(parallelism) | model | {"training.local_batch_size": 1})
+    weights, gradients, losses = reference_of("llama3_debug", model)
 
     def run():
         judged = judge_first_step(config, weights, gradients)

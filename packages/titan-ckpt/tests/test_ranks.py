@@ -292,3 +292,50 @@ def test_shards_put_at_the_wrong_place_are_noticed_by_these_tests(run_ranks, tmp
     monkeypatch.setattr(loading, "local_chunks", shifted)
     for state in run_ranks(2, load_on, "fsdp", tmp_path / "fsdp"):
         assert state != full(build_model())
+
+
+def tensors_of_half() -> dict[str, torch.Tensor]:
+    """On two ranks of four: a weight of this half alone, and two (one a DTensor) that the other half has too."""
+    half, meshes = dist.get_rank() // 2, init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "dp"))
+    shared, own = torch.arange(15.0).view(5, 3), torch.arange(7.0) + half
+    return {
+        "shared": distribute_tensor(shared, meshes["dp"], [Shard(0)]),
+        "copied": distribute_tensor(shared + 1, meshes["dp"], [Replicate()]),
+        "plain": shared + 2,
+        f"own{half}": distribute_tensor(own, meshes["dp"], [Shard(0)]),
+    }
+
+
+class Tensors:
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return self.tensors
+
+    def load_state_dict(self, state):
+        self.tensors = state
+
+
+def test_what_two_meshes_hold_both_is_written_once_and_loaded_by_both(run_ranks, tmp_path):
+    def save_and_load():
+        saved = tensors_of_half()
+        part = Tensors(saved)
+        checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
+        checkpointer.save(1, {"weights": part})
+        checkpointer.close()
+        fresh = Tensors({name: torch.zeros_like(tensor) for name, tensor in tensors_of_half().items()})
+        assert Checkpointer.Config(interval=1).build(dump_folder=tmp_path).load({"weights": fresh}) == 1
+        whole = [
+            [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors.values()]
+            for tensors in (saved, fresh.tensors)
+        ]
+        return all(torch.equal(a, b) for a, b in zip(*whole, strict=True))
+
+    assert run_ranks(4, save_and_load) == [True] * 4
+    with TensorReader(tmp_path / "checkpoint" / "step-1") as reader:
+        names = {name.removeprefix("weights.") for name in reader.index if name.startswith("weights.")}
+        assert names == {"shared", "copied", "plain", "own0", "own1"}
+        assert torch.equal(reader.read("weights.shared"), torch.arange(15.0).view(5, 3))
+        assert len(reader.index["weights.shared"].chunks) == 2  # one of each rank of one mesh
+        assert len(reader.index["weights.copied"].chunks) == len(reader.index["weights.plain"].chunks) == 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_ckpt.chunks import Chunk
-from titan_ckpt.index import encode_index, index_of, join_indices
+from titan_ckpt.index import Index, encode_index, index_of, join_indices
 from titan_ckpt.ranks import Ranks
 
 
@@ -47,7 +47,8 @@ class Planner:
 def make_plan(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks) -> Plan:
     """Agree on who writes what.
 
-    `replicated` names the chunks that come from plain tensors; of the ranks that bring such a chunk one writes it.
+    `replicated` names the chunks that come from plain tensors; of the ranks that bring such a chunk one writes it. The
+    same holds for a box of a DTensor that ranks of different meshes bring, as stages do with a tied weight.
 
     Raises:
         CheckpointError: on every rank, when ranks disagree on a tensor or do not fill it.
@@ -55,7 +56,13 @@ def make_plan(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks)
     file = f"rank-{ranks.rank:05}.safetensors"
     mine = _my_chunks(chunks, replicated, ranks)
     indices = ranks.gather_first(index_of(mine, file))
-    index = ranks.together(lambda: encode_index(join_indices(indices)) if ranks.is_first else b"")
+    repeats = ranks.share(_find_repeats(indices))
+    mine = [chunk for chunk in mine if chunk.name not in repeats.get(ranks.rank, ())]
+    once = [
+        {name: tensor for name, tensor in index.items() if name not in repeats.get(rank, ())}
+        for rank, index in enumerate(indices)
+    ]
+    index = ranks.together(lambda: encode_index(join_indices(once)) if ranks.is_first else b"")
     return Plan(frozenset(chunk.name for chunk in mine), file, index)
 
 
@@ -67,3 +74,16 @@ def _my_chunks(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks
             holders.setdefault(name, []).append(rank)
     writer = {name: who[place % len(who)] for place, (name, who) in enumerate(sorted(holders.items()))}
     return [chunk for chunk in chunks if writer.get(chunk.name, ranks.rank) == ranks.rank]
+
+
+def _find_repeats(indices: Sequence[Index]) -> dict[int, set[str]]:
+    """By rank, the names of chunks that an earlier rank brings too; few, and on most ranks none."""
+    seen: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+    repeats: dict[int, set[str]] = {}
+    for rank, index in enumerate(indices):
+        for name, tensor in index.items():
+            boxes = {(name, chunk.offsets, chunk.sizes) for chunk in tensor.chunks}
+            if boxes <= seen:
+                repeats.setdefault(rank, set()).add(name)
+            seen |= boxes
+    return repeats

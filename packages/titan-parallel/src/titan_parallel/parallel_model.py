@@ -33,14 +33,14 @@ class ParallelModel:
         schedule: Schedule,
         partial_parameters: Sequence[str],
         context: ContextParallel | None = None,
-        parameter_names: Sequence[str],
+        names_elsewhere: Sequence[str] = (),
         counted_elsewhere: Collection[str] = (),
     ) -> None:
         """`counted_elsewhere` are parameters that another rank holds too, and whose gradients it counts."""
         self.model = model
         self.dims = dims
-        self.parameter_names = parameter_names
-        """Of the whole model, on every rank, whoever holds them."""
+        self.names_elsewhere = names_elsewhere
+        """The parameters of the model that take gradients and that other ranks hold, not this one."""
         self._schedule = schedule
         self._partial_parameters = partial_parameters
         self._counted_elsewhere = counted_elsewhere

@@ -56,7 +56,6 @@ def parallelize(
         agreement.on("compile", repr(compile))
         agreement.on("mixed_precision", repr(mixed_precision))
 
-        names = [name for name, _ in model.named_parameters()]
         # The order: context, stages, tensor and sequence parallel, recomputation, compilation, data parallel.
         _check_tensor_parallel(model, matched, dims)
         context = _share_sequences(model, matched, dims)
@@ -79,7 +78,7 @@ def parallelize(
         schedule=Accumulation(forward, units) if stages is None else stages.pipeline(units),
         partial_parameters=partial,
         context=context,
-        parameter_names=names,
+        names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,
     )
 

@@ -75,7 +75,11 @@ class Stages:
         names = [name for name, parameter in model.named_parameters() if parameter in tied]
         self.tied_over_ranks = names if schedule.ranks[0] != schedule.ranks[-1] else []
         """Weights of which the first and the last rank of the pipeline hold one each."""
+        whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._strip()
+        here = dict(model.named_parameters())
+        self.names_elsewhere = [name for name in whole if name not in here]
+        """The parameters that other ranks train, and this one does not have."""
         self.held = [piece.name for piece in self._pieces if any(True for _ in piece.module.parameters())]
         """The names of the pieces of which this rank has parameters."""
 

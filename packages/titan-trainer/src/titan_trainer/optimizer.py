@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -47,9 +47,16 @@ class Optimizer(Configurable, ABC):
             for name in ("lr", "weight_decay"):
                 require_finite(name, getattr(self, name))
 
-    def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        names_elsewhere: Collection[str] = (),
+    ) -> None:
+        """`names_elsewhere` are parameters of the model that other ranks have: patterns may be about these alone."""
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self.optimizer = self.build_optimizer(group_parameters(self.parameters, config))
+        self.optimizer = self.build_optimizer(group_parameters(self.parameters, config, names_elsewhere))
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = self.initial_state(parameter)
@@ -105,9 +112,15 @@ class AdamW(Optimizer):
                         f"below 1. Set optimizer.{name} in that range."
                     )
 
-    def __init__(self, config: Config, *, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        names_elsewhere: Collection[str] = (),
+    ) -> None:
         self.config = config
-        super().__init__(config, parameters=parameters)
+        super().__init__(config, parameters=parameters, names_elsewhere=names_elsewhere)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """torch's AdamW."""
@@ -137,20 +150,27 @@ def require_finite(name: str, value: float) -> None:
         )
 
 
-def group_parameters(parameters: dict[str, nn.Parameter], config: Optimizer.Config) -> list[dict[str, Any]]:
+def group_parameters(
+    parameters: dict[str, nn.Parameter], config: Optimizer.Config, names_elsewhere: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Torch's parameter groups: one per entry of `config.parameter_groups`, and one for all others.
 
-    Raises ConfigError if a pattern matches no parameter that an earlier one left.
+    Raises ConfigError if a pattern matches no parameter, here or elsewhere, that an earlier one left.
     """
     groups = []
     remaining = dict(parameters)
+    left_elsewhere = set(names_elsewhere)
     for exception in config.parameter_groups:
         names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
+        taken_elsewhere = {name for name in left_elsewhere if fnmatchcase(name, exception.pattern)}
+        left_elsewhere -= taken_elsewhere
+        if not names and taken_elsewhere:
+            continue
         if not names:
             raise ConfigError(
                 f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least "
                 "one that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
-                f"{nearest(exception.pattern, parameters)}."
+                f"{nearest(exception.pattern, [*parameters, *names_elsewhere])}."
             )
         groups.append(
             {

@@ -163,7 +163,9 @@ class Trainer(Configurable):
     def build_optimizer(self) -> None:
         """Build the optimizer over the model's parameters, and the course of its learning rate."""
         config = self.config
-        self.optimizer: Optimizer = config.optimizer.build(parameters=self.model.named_parameters())
+        self.optimizer: Optimizer = config.optimizer.build(
+            parameters=self.model.named_parameters(), names_elsewhere=self.parallel.names_elsewhere
+        )
         self.schedule: WarmupStableDecay = config.lr_scheduler.build(training_steps=config.training.steps)
 
     def build_checkpointer(self) -> None:
