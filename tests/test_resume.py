@@ -10,6 +10,13 @@ from titan_ckpt import Checkpointer
 from titan_data import JsonlSource, TokenLoader
 from titan_trainer import Optimizer
 
+PP2 = {"parallelism.pipeline_parallel_degree": 2}
+
+
+def schedule(name: str) -> dict:
+    return {"parallelism.pipeline_parallel_schedule": name}
+
+
 MESHES = {
     "1 rank": (1, {}),
     "FSDP 2": (2, {}),
@@ -22,7 +29,15 @@ MESHES = {
     "CP 2 x TP 2": (4, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
     "HSDP 2 x CP 2": (4, {"parallelism.context_parallel_degree": 2, "parallelism.data_parallel_replicate_degree": 2}),
     "FSDP 2 x CP 2 x TP 2": (8, {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2}),
+    "PP 2": (2, PP2),
+    "PP 2 zero bubble": (2, PP2 | schedule("InterleavedZeroBubble")),
+    "PP 2 ZBV": (2, PP2 | schedule("ZBVZeroBubble")),
+    "PP 4": (4, {"parallelism.pipeline_parallel_degree": 4}),
+    "PP 2 x FSDP 2": (4, PP2 | {"training.local_batch_size": 1}),
+    "PP 2 x TP 2": (4, PP2 | {"parallelism.tensor_parallel_degree": 2}),
 }
+DEEP = {"model.num_layers": 4}
+TIED = DEEP | {"model.head": None}
 
 
 def train(config) -> list[tuple[int, list]]:
@@ -69,8 +84,8 @@ def short_epoch(tmp_path_factory) -> dict:
     "mesh", ["1 rank", "FSDP 2", *(pytest.param(m, marks=pytest.mark.full) for m in list(MESHES)[2:])]
 )
 def test_seven_and_six_and_seven_steps_are_twenty_bit_for_bit(run_ranks, small_run, mesh):
-    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 20)], {})
-    parts = run_in_parts(run_ranks, small_run, "parts", [(mesh, 7), (mesh, 13), (mesh, 20)], {})
+    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 20)], DEEP)
+    parts = run_in_parts(run_ranks, small_run, "parts", [(mesh, 7), (mesh, 13), (mesh, 20)], DEEP)
     assert parts == whole
     assert len(whole[0]) == 20
 
@@ -101,6 +116,25 @@ def test_parts_on_other_meshes_give_the_same_losses_and_documents(run_ranks, sma
     losses, documents = run_in_parts(run_ranks, small_run, "whole", [("1 rank", 20)], short_epoch)
     parts = list(zip(meshes, (7, 13, 20), strict=True))
     found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, short_epoch)
+    assert found_documents == documents
+    assert found_losses == pytest.approx(losses, rel=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("meshes", "model"),
+    [
+        (["PP 2", "FSDP 2", "PP 2 ZBV"], TIED),
+        pytest.param(["1 rank", "PP 2 x TP 2", "PP 2"], TIED, marks=pytest.mark.full),
+        pytest.param(["PP 2 ZBV", "PP 4", "PP 2 x FSDP 2"], TIED, marks=pytest.mark.full),
+        pytest.param(["PP 2 zero bubble", "HSDP 2x2", "PP 4"], DEEP, marks=pytest.mark.full),
+        pytest.param(["FSDP 2 x TP 2", "PP 2 x TP 2", "PP 2 zero bubble"], DEEP, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_parts_on_pipelines_and_other_meshes(run_ranks, small_run, meshes, model):
+    losses, documents = run_in_parts(run_ranks, small_run, "whole", [("1 rank", 20)], model)
+    parts = list(zip(meshes, (7, 13, 20), strict=True))
+    found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, model)
     assert found_documents == documents
     assert found_losses == pytest.approx(losses, rel=3e-6)
 
