@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
+from titan_config import ConfigError
+from titan_parallel import Compile, FullRecompute, ParallelDims, collectives, parallelize, tensor_parallel
+from titan_parallel.features import parts
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -78,7 +80,8 @@ MODELS = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
     ),
 }
-MODELS_OF_TEN_LAYERS = {
+MODELS_OF_MORE_LAYERS = {
+    "llama of three layers": ("Llama", {"num_hidden_layers": 3}),
     "llama of ten layers": ("Llama", {"num_hidden_layers": 10}),
     "gpt2 of ten layers": ("GPT2", {**WITHOUT_DROPOUT, "num_hidden_layers": 10}),
 }
@@ -112,7 +115,7 @@ MODEL_CLASS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
 
 def make(case: str, attention: str = "sdpa", **sizes) -> nn.Module:
     """The same weights on every call, away from what they are initialised to."""
-    name, changes = {**MODELS, **MODELS_OF_TEN_LAYERS}[case]
+    name, changes = {**MODELS, **MODELS_OF_MORE_LAYERS}[case]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **changes, **sizes})
     attention = attention if MODEL_CLASS[type(config)]._supports_sdpa else "eager"
     model = transformers.AutoModelForCausalLM.from_config(
@@ -227,3 +230,145 @@ def test_blocks_are_compiled_once(run_ranks, small):
 
     for said in run_ranks(2, compiled):
         assert said == [(1, {}), (1, {})]
+
+
+def forget_to_sum(name):
+    """Leave one kind of parameter out of the sum over tensor ranks."""
+    right = tensor_parallel.TensorParallel._find_partial
+
+    def without(self, split):
+        return [parameter for parameter in right(self, split) if name not in parameter]
+
+    tensor_parallel.TensorParallel._find_partial = without
+
+
+def norm_own_heads_alone():
+    def own(forward, axis, copies):
+        def norm(x):
+            whole = x.repeat_interleave(axis.size // copies, -1)[..., : x.size(-1) * (axis.size // copies)]
+            return forward(whole)[..., : x.size(-1)]
+
+        return norm
+
+    tensor_parallel.normed_over_all_heads = own
+
+
+def keep_gradients_of_normed_features():
+    def own_part(ctx, grad):
+        return grad.chunk(ctx.size, -1)[torch.distributed.get_rank()].contiguous(), None, None
+
+    collectives._GatherFeatures.backward = staticmethod(own_part)
+
+
+def take_the_first_heads_everywhere():
+    tensor_parallel.parts = lambda projections, rank, size: parts(projections, 0, size)
+
+
+def take_the_first_tokens_everywhere():
+    collectives.Axis.own_tokens = lambda self, x: x.unflatten(-2, (self.size, -1)).select(-3, 0).contiguous()
+
+
+def keep_gradients_before_the_blocks():
+    right = collectives.Axis.sum
+    collectives.Axis.sum = lambda self, x, of_gradients=False: right(self, x)
+
+
+@pytest.mark.parametrize(
+    ("case", "mesh", "sabotage", "says"),
+    [
+        ("llama of one key-value head", "tp2", lambda: forget_to_sum("k_proj"), "self_attn.k_proj.weight"),
+        ("phi3", "tp2", lambda: forget_to_sum("qkv_proj"), "self_attn.qkv_proj.weight"),
+        ("qwen3", "tp2", lambda: forget_to_sum("q_norm"), "self_attn.q_norm.weight"),
+        ("olmo2", "tp2", lambda: forget_to_sum("k_norm"), "self_attn.k_norm.weight"),
+        ("olmo2", "tp2", norm_own_heads_alone, ""),
+        ("olmo2", "tp2", keep_gradients_of_normed_features, "gradient of"),
+        ("gpt2", "tp2", take_the_first_heads_everywhere, ""),
+        ("gpt2", "tp2_sequence", lambda: forget_to_sum("wpe"), "transformer.wpe.weight"),
+        ("llama", "tp2_sequence", lambda: forget_to_sum("model.norm"), "model.norm.weight"),
+        ("llama", "tp2_sequence", take_the_first_tokens_everywhere, ""),
+        ("llama", "tp2_sequence", keep_gradients_before_the_blocks, "model.embed_tokens.weight"),
+    ],
+)
+def test_what_is_broken_is_noticed(run_ranks, small, case, mesh, sabotage, says):
+    def wrong():
+        sabotage()
+        return complaints(small, [case], [mesh])
+
+    assert any(says in complaint for said in run_ranks(2, wrong) for complaint in said)
+
+
+def collectives_of_a_block(block, length) -> dict[str, int]:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    x = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
+    rotation = tuple(torch.rand(1, 8, 8, dtype=torch.float64) for _ in range(2))
+    with CommDebugMode() as counter:
+        block(x, position_embeddings=rotation).sum().backward()
+    return {str(operator).rpartition(".")[2]: count for operator, count in counter.get_comm_counts().items()}
+
+
+def test_a_block_gathers_once_and_reduces_once_per_region_and_direction(run_ranks):
+    """Two regions, forward and backward. Torch's styles, one for each projection, sum the gradient of each input."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    colwise = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    rowwise = ("self_attn.o_proj", "mlp.down_proj")
+
+    def by_regions(sequence_parallel):
+        dims = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=sequence_parallel)
+        model = make("llama of three layers")
+        parallelize(model, roles_of(model), dims.build(world_size=2, device_type="cpu"))
+        return collectives_of_a_block(model.model.layers[1], 4 if sequence_parallel else 8)
+
+    def by_projections():
+        dims = ParallelDims.Config(**TENSOR_2).build(world_size=2, device_type="cpu")
+        plan = {name: ColwiseParallel() for name in colwise} | {name: RowwiseParallel() for name in rowwise}
+        block = parallelize_module(make("llama of three layers").model.layers[1], dims.tp_mesh, plan)
+        return collectives_of_a_block(block, 8)
+
+    for whole, split, projections in run_ranks(2, lambda: (by_regions(False), by_regions(True), by_projections())):
+        assert whole == {"all_reduce": 4}
+        assert split == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 4}
+        assert projections == {"all_reduce": 7}
+
+
+def test_a_model_that_cannot_be_split_is_refused_with_the_reason(run_ranks):
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(ConfigError, match=r"adds the stream inside its attention.*'transformer.h.\*': 'block'"):
+        roles_of(bloom)
+    by_hand = {
+        "transformer.h.*": "block",
+        "transformer.h.*.self_attention": "region",
+        "transformer.h.*.self_attention.query_key_value": ("colwise", {"packed": 1, "num_heads": 4}),
+        "transformer.h.*.self_attention.dense": "rowwise",
+    }
+
+    def said():
+        dims = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=False)
+        with pytest.raises(ConfigError) as caught:
+            parallelize(bloom, by_hand, dims.build(world_size=2, device_type="cpu"))
+        return str(caught.value)
+
+    assert "whose forward takes 'residual'" in run_ranks(2, said)[0]
+
+
+def test_a_model_that_declares_nothing_says_which_lines_to_write():
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48}
+    with pytest.raises(ConfigError) as caught:
+        roles_of(transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**sizes)))
+    for line in ("'transformer.wte': 'embedding'", "'transformer.h.*': 'block'", "'lm_head': 'head'"):
+        assert line in str(caught.value)
+    assert "transformer.h.*.attn.c_attn" in str(caught.value)
+
+
+def test_what_follows_the_head_is_named_where_it_was_not_expected(run_ranks, small):
+    def said():
+        model = make("granite")
+        roles = {**roles_of(model), "lm_head": "head"}
+        dims = ParallelDims.Config(**TENSOR_2).build(world_size=2, device_type="cpu")
+        parallel = parallelize(model, roles, dims, output=attrgetter("logits"))
+        with pytest.raises(ValueError, match="output is not what its head returned") as caught:
+            parallel.forward_backward([make_batch()], small.chunked_loss, 1)
+        return str(caught.value)
+
+    assert '("head", {"takes_loss": False})' in run_ranks(2, said)[0]

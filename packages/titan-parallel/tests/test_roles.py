@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, parallelize
+from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
 from titan_parallel.roles import Roles
 from torch import nn
 
@@ -123,3 +123,69 @@ def test_the_logits_of_a_richer_output_are_found_by_a_function(run_ranks, small)
         return float(parallel.forward_backward([batch], small.chunked_loss, count))
 
     assert run_ranks(2, step) == pytest.approx([float(expected_loss)] * 2, rel=1e-12)
+
+
+class Pairs(nn.Module):
+    """Two lists of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = (nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        ({"lower.*": "block", "upper.*": "block"}, r"Got blocks in lower and in upper\. Blocks are one stack"),
+        (
+            {"lower.0": "block", "lower.2": "block"},
+            r"Got blocks in lower with 1 between 0 and 2\..*role block to 1 too",
+        ),
+    ],
+)
+def test_blocks_that_are_not_a_stack_are_refused(roles, says):
+    with pytest.raises(ConfigError, match=says):
+        Roles(Pairs(), roles)
+
+
+class Fused(nn.Module):
+    """Queries, keys and values in one projection, and sizes in attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_head, self.width = 4, 32
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x_BTD):
+        shape = (*x_BTD.shape[:2], self.n_head, self.width // self.n_head)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in self.qkv(x_BTD).split(self.width, -1))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_options_that_do_not_fit_a_projection_say_what_would(run_ranks):
+    sizes = {"n_head": "num_heads", "width": "features"}
+    cases = [
+        ({}, {}, "Got 96 output features of qkv, of which out takes 32. Several projections lie in it, side by side"),
+        ({"packed": 5}, {}, "Got 96 features of qkv and options {'packed': 5} that make 5 equal parts of them."),
+        ({"packed": 1, "num_heads": 4, "num_kv_heads": 2}, {}, "Got num_heads and num_kv_heads of qkv, which is one"),
+        ({"packed": 3, "num_heads": 4}, {"n_heads": "num_heads"}, "Got set {'n_heads': 'num_heads'} for the model"),
+        ({"packed": 3, "num_heads": 4}, {"n_head": "heads"}, "Got set {'n_head': 'heads'} for the model"),
+        ({"packed": 3, "num_heads": 4}, sizes, ""),
+    ]
+
+    def said():
+        dims = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=False)
+        messages = []
+        for options, size, _ in cases:
+            model = nn.Sequential(Fused())
+            roles = {"0": ("region", {"set": size}), "0.qkv": ("colwise", options), "0.out": "rowwise"}
+            try:
+                parallelize(model, roles, dims.build(world_size=2, device_type="cpu"))
+                messages.append("")
+            except ConfigError as error:
+                messages.append(str(error).replace("0.", "").replace(" 0, ", " the model, "))
+        return messages
+
+    for messages in run_ranks(2, said):
+        for message, (_, _, beginning) in zip(messages, cases, strict=True):
+            assert message.startswith(beginning)

@@ -54,7 +54,8 @@ class LossForward:
         if taken.sum is None or taken.count is None or output is not taken.sum:
             raise ValueError(
                 "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come "
-                "after it. Give the role head to the module whose output is the model's, or to none."
+                "after it. Give the role head to the module whose output is the model's, or "
+                '("head", {"takes_loss": False}) where something follows it.'
             )
         return taken.sum, taken.count
 
