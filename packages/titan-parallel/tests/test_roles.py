@@ -139,7 +139,7 @@ class Pairs(nn.Module):
         ({"lower.*": "block", "upper.*": "block"}, r"Got blocks in lower and in upper\. Blocks are one stack"),
         (
             {"lower.0": "block", "lower.2": "block"},
-            r"Got blocks in lower with 1 between 0 and 2\..*role block to 1 too",
+            r"Got blocks in lower with 1 between 0 and 2\..* to 1 too",
         ),
     ],
 )
