@@ -14,6 +14,7 @@ from titan_config import ConfigError
 from torch import Tensor, nn
 
 from titan_parallel.batch import Batch
+from titan_parallel.hugging_face_attention import is_of_transformers
 from titan_parallel.roles import Roles
 
 _TOKENS = ("tokens", "input_ids", "ids")
@@ -56,7 +57,8 @@ class CheckBatch:
 def make_up_batch(model: nn.Module, roles: Roles, rows: int, length: int, seed: int) -> CheckBatch:
     """Random tokens in documents of uneven lengths, and rows with uneven numbers of labels.
 
-    A model that takes document ids gets three documents a row, whose positions restart; another one gets one document.
+    A model that takes document ids gets three documents a row, whose positions restart, and so does one of transformers
+    that takes positions, by which it tells documents apart. Another one gets one document.
     Raises ConfigError where the forward of the model asks for something else.
     """
     names = _inputs_of(model)
@@ -67,7 +69,7 @@ def make_up_batch(model: nn.Module, roles: Roles, rows: int, length: int, seed: 
     labels_BT[:, -1] = -100
     for row in range(rows):
         labels_BT[row, length - 1 - row % (length // 2) :] = -100
-        if names.keys() & set(_DOCUMENTS):
+        if names.keys() & set(_DOCUMENTS) or is_of_transformers(model):
             for start in (length // 4 + row % 3, length // 2 + 1 + row % 2):
                 documents_BT[row, start:] += 1
                 positions_BT[row, start:] = torch.arange(length - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args, get_type_hints
 
 from titan_config import ConfigError
 
@@ -20,8 +21,9 @@ _DEGREES = {
 def meshes(*names: str) -> dict[str, ParallelDims.Config]:
     """`{name: ParallelDims.Config}` of short names, such as "fsdp2", "ddp2_fsdp2", "tp2_sp" or "pp2_tp2".
 
-    Words joined by "_": an axis and its degree (fsdp, ddp, tp, cp, pp), and `sp` for sequence parallel, without which
-    tensor ranks hold the whole stream. Raises ConfigError for another word.
+    Words joined by "_": an axis and its degree (fsdp, ddp, tp, cp, pp); `sp` for sequence parallel, without which
+    tensor ranks hold the whole stream; a context method or a pipeline schedule, in small letters. Raises ConfigError
+    for another word.
     """
     return {name: _mesh(name) for name in names}
 
@@ -43,15 +45,25 @@ def ranks_of(config: ParallelDims.Config) -> int:
 
 def _mesh(name: str) -> ParallelDims.Config:
     config = ParallelDims.Config(data_parallel_shard_degree=1, sequence_parallel=False)
+    choices = _choices()
     for word in name.split("_"):
         axis = re.fullmatch(r"([a-z]+)(\d+)", word)
         if word == "sp":
             config.sequence_parallel = True
         elif axis is not None and axis[1] in _DEGREES:
             setattr(config, _DEGREES[axis[1]], int(axis[2]))
+        elif word in choices:
+            setattr(config, *choices[word])
         else:
             raise ConfigError(
-                f"Got {word!r} in the mesh {name!r}. A mesh is made of {', '.join(f'{axis}N' for axis in _DEGREES)} "
-                "and sp, joined by '_'. Write fsdp2, tp2_sp or fsdp2_tp2, say, or name the degrees."
+                f"Got {word!r} in the mesh {name!r}. A mesh is made of {', '.join(f'{axis}N' for axis in _DEGREES)}, "
+                f"sp, {', '.join(choices)}, joined by '_'. Write fsdp2, tp2_sp or fsdp2_tp2, say, or name the degrees."
             )
     return config
+
+
+def _choices() -> dict[str, tuple[str, str]]:
+    """What is chosen by name: word -> field and value."""
+    hints = get_type_hints(ParallelDims.Config)
+    fields = [field for field in ("context_parallel_method", "pipeline_parallel_schedule") if field in hints]
+    return {str(value).lower(): (field, value) for field in fields for value in get_args(hints[field])}
