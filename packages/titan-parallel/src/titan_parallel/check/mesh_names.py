@@ -44,21 +44,22 @@ def ranks_of(config: ParallelDims.Config) -> int:
 
 
 def _mesh(name: str) -> ParallelDims.Config:
-    config = ParallelDims.Config(data_parallel_shard_degree=1, sequence_parallel=False)
+    config = ParallelDims.Config()
     choices = _choices()
-    for word in name.split("_"):
+    words = name.split("_")
+    for word in words:
         axis = re.fullmatch(r"([a-z]+)(\d+)", word)
-        if word == "sp":
-            config.sequence_parallel = True
-        elif axis is not None and axis[1] in _DEGREES:
+        if axis is not None and axis[1] in _DEGREES:
             setattr(config, _DEGREES[axis[1]], int(axis[2]))
         elif word in choices:
             setattr(config, *choices[word])
-        else:
+        elif word != "sp":
             raise ConfigError(
                 f"Got {word!r} in the mesh {name!r}. A mesh is made of {', '.join(f'{axis}N' for axis in _DEGREES)}, "
                 f"sp, {', '.join(choices)}, joined by '_'. Write fsdp2, tp2_sp or fsdp2_tp2, say, or name the degrees."
             )
+    if config.tensor_parallel_degree > 1:
+        config.sequence_parallel = "sp" in words
     return config
 
 

@@ -69,9 +69,8 @@ class MeshReport:
         return "\n".join(lines)
 
     def _line(self, name: str, kind: Kind) -> str:
-        different = f"{kind.num_different} of {kind.count} {name} differ; " if kind.num_different else ""
-        compared = different or f"{kind.count} {name} agree; "
-        return f"{compared}worst: {kind.worst:.2g} of what the rule allows ({kind.worst_name})"
+        words = f"{kind.num_different} of {kind.count} {name} differ" if kind.num_different else f"{kind.count} {name}"
+        return f"{words}; worst: {kind.worst:.2g} of what the rule allows ({kind.worst_name})"
 
     def _ranks(self, ranks: tuple[int, ...]) -> str:
         if len(ranks) == self.num_ranks:

@@ -23,7 +23,8 @@ def failed(name: str, degrees: str, num_ranks: int, why: Failed) -> MeshReport:
         else f"rank{'s' * (len(why.ranks) > 1)} {', '.join(map(str, why.ranks))}"
     )
     said = f"{why.kind}: {why.message}" if why.kind else why.message
-    return MeshReport(name, degrees, num_ranks, {}, [], f"{ranks}: {said}", why.trace)
+    trace = why.trace if why.kind != "ConfigError" else ""  # which says all there is to say
+    return MeshReport(name, degrees, num_ranks, {}, [], f"{ranks}: {said}", trace)
 
 
 def summarise(
