@@ -9,8 +9,16 @@ from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute, che
 from titan_parallel.check import meshes
 from torch import nn
 
-TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring")
-FOUR_RANKS = ("fsdp4", "ddp2_fsdp2", "fsdp2_tp2_sp", "cp4_ring", "cp2_tp2_sp")
+TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2", "pp2_zbvzerobubble")
+FOUR_RANKS = (
+    "fsdp4",
+    "ddp2_fsdp2",
+    "fsdp2_tp2_sp",
+    "cp4_ring",
+    "cp2_tp2_sp",
+    "pp2_tp2_sp",
+    "fsdp2_pp2_interleaved1f1b",
+)
 RECOMPUTATIONS = {
     "full": FullRecompute.Config(),
     "selective": SelectiveRecompute.Config(),

@@ -37,8 +37,11 @@ MODELS = {
     "granite": ("Granite", {"embedding_multiplier": 5.0, "residual_multiplier": 0.3, "logits_scaling": 3.0}),
     "gpt2": ("GPT2", {"n_inner": 48}),
 }
-TWO_RANKS = ("fsdp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring")
-FOUR_RANKS = ("fsdp4", "fsdp2_tp2", "fsdp2_tp2_sp", "tp4_sp", "cp4_gather", "cp4_ring", "fsdp2_cp2", "cp2_tp2_sp")
+TWO_RANKS = ("fsdp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")
+FOUR_RANKS = (
+    *("fsdp4", "fsdp2_tp2", "fsdp2_tp2_sp", "tp4_sp", "cp4_gather", "cp4_ulysses", "cp4_ring"),
+    *("fsdp2_cp2", "cp2_tp2_sp", "pp2_tp2", "pp2_tp2_sp", "pp2_cp2"),
+)
 BY_DEFAULT = ("llama", "gemma3", "gpt2")
 
 

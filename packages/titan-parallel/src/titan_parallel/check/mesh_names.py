@@ -66,5 +66,5 @@ def _mesh(name: str) -> ParallelDims.Config:
 def _choices() -> dict[str, tuple[str, str]]:
     """What is chosen by name: word -> field and value."""
     hints = get_type_hints(ParallelDims.Config)
-    fields = [field for field in ("context_parallel_method", "pipeline_parallel_schedule") if field in hints]
+    fields = ("context_parallel_method", "pipeline_parallel_schedule")
     return {str(value).lower(): (field, value) for field in fields for value in get_args(hints[field])}
