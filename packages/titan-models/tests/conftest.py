@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from titan_models import Decoder
+from titan_models.moe import MoE
 
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
@@ -15,7 +16,12 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     groups = attention.num_heads // attention.num_kv_heads
     config.vocab_size, config.dim, config.num_layers = 97, 48, 3
     attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
-    config.block.feed_forward.hidden_dim = 80
+    feed_forward = config.block.feed_forward
+    if isinstance(feed_forward, MoE.Config):
+        feed_forward.router.num_experts, feed_forward.router.top_k = 8, 3
+        feed_forward.experts.hidden_dim = 20
+    else:
+        feed_forward.hidden_dim = 80
     config.rope.dim = 8
     if config.rope.scaling is not None:
         config.rope.scaling.original_max_seq_len = 32

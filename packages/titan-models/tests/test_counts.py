@@ -9,14 +9,18 @@ import torch
 from titan_models import Flops
 from titan_models.counts import count_flops_per_token
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from titan_models.moe import Loop, MoE
 from titan_models.qwen3 import (
     qwen3_0_6b,
     qwen3_1_7b,
     qwen3_4b,
     qwen3_8b,
     qwen3_14b,
+    qwen3_30b_a3b,
     qwen3_32b,
+    qwen3_235b_a22b,
     qwen3_debug,
+    qwen3_moe_debug,
 )
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +40,9 @@ PARAMETERS = {
     qwen3_8b: 8_190_735_360,
     qwen3_14b: 14_768_307_200,
     qwen3_32b: 32_762_123_264,
+    qwen3_moe_debug: 11_681_408,
+    qwen3_30b_a3b: 30_532_122_624,
+    qwen3_235b_a22b: 235_093_634_560,
 }
 
 
@@ -56,9 +63,20 @@ def test_a_tied_head_counts_as_a_product() -> None:
     assert llama3_1b().flops_per_token(1).full == 6 * matmul + 6 * 16 * 32 * 128
 
 
-@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b])
+def test_active_parameters_are_all_but_those_of_experts_that_a_token_does_not_go_to() -> None:
+    expert = 3 * 768 * 2048
+    assert qwen3_30b_a3b().num_active_parameters() == 30_532_122_624 - 48 * (128 - 8) * expert
+    assert qwen3_8b().num_active_parameters() == qwen3_8b().num_parameters()
+    matmul = qwen3_30b_a3b().num_active_parameters() - 151_936 * 2048 - (2 * 48 + 1) * 2048 - 48 * 2 * 128
+    assert qwen3_30b_a3b().flops_per_token(1).full == 6 * matmul + 6 * 48 * 32 * (128 + 128)
+
+
+@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b])
 def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:
-    model = made(shrunk(flavor))
+    config = shrunk(flavor)
+    if isinstance(config.block.feed_forward, MoE.Config):
+        config.block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
+    model = made(config)
     tokens = torch.randint(97, (2, 24))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, torch.arange(24).expand(2, 24)).logsumexp(-1).mean().backward()

@@ -11,15 +11,15 @@ import titan_config
 import torch
 from titan_models import Decoder, Flex, Llama3Scaling, Mask, Rope, Sdpa, TruncatedNormal
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
-from titan_models.qwen3 import qwen3_8b, qwen3_debug
+from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b]
+FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b, qwen3_moe_debug]
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b])
 @pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
 def test_packed_documents_equal_the_documents_one_by_one(
     core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
@@ -138,10 +138,13 @@ def test_identical_blocks_compile_once_whatever_the_documents(
     assert len(compiled) == 1
 
 
-def test_recomputed_blocks_give_the_same_gradients(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b])
+def test_recomputed_blocks_give_the_same_gradients(
+    flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+) -> None:
     gradients = []
     for recompute in (False, True):
-        model = made(shrunk(llama3_8b))
+        model = made(shrunk(flavor))
         for layer in model.layers if recompute else []:
             forward = layer.forward
             layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
@@ -151,13 +154,13 @@ def test_recomputed_blocks_give_the_same_gradients(shrunk: Any, made: Any, packe
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_every_module_with_weights_has_one_role_or_is_a_norm_of_heads_in_a_region(flavor: Any) -> None:
+def test_every_module_with_weights_has_one_role_but_norms_of_heads_routers_and_experts(flavor: Any) -> None:
     model = flavor().on_meta()
     roles = model.roles()
     for name, module in model.named_modules():
         fitting = [p for p in roles if len(p.split(".")) == len(name.split(".")) and fnmatch.fnmatch(name, p)]
         owns = next(module.parameters(recurse=False), None) is not None
-        if name.endswith(("attention.q_norm", "attention.k_norm")):
+        if name.endswith(("attention.q_norm", "attention.k_norm", ".router", ".experts")):
             owns = False
         assert len(fitting) == 1 or (not owns and not fitting), name
     assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_modules()) for p in roles)

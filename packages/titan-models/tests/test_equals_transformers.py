@@ -14,14 +14,15 @@ import torch
 import transformers
 from titan_models import Decoder, Rope
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
-from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_debug
+from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-FLAVORS = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
-TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b]
+DENSE = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
+FLAVORS = [*DENSE, qwen3_moe_debug, qwen3_30b_a3b]
+TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b]
 LENGTH = 96  # three times the shrunk original length
 
 
@@ -46,7 +47,11 @@ def reference(tmp_path: Path) -> Callable[..., Any]:
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / "config.json").write_text(json.dumps(adapter.hf_config(dtype)))
         theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, attn_implementation="eager", dtype=dtype, output_loading_info=True
+            tmp_path,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=dtype,
+            output_loading_info=True,
         )
         assert not any(loading.values())
         assert [type(theirs).__name__] == theirs.config.architectures == adapter.hf_config()["architectures"]
@@ -64,6 +69,21 @@ def batch() -> dict[str, Tensor]:
 def logits_and_gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def as_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers stacks in memory, as its files hold it: a tensor for each matrix of each expert."""
+    released = {}
+    for name, tensor in state.items():
+        parts = {name: tensor}
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        for part, value in parts.items():
+            stem, _, last = part.rpartition(".")
+            of_experts = {f"{stem}.{number}.{last}.weight": matrix for number, matrix in enumerate(value)}
+            released |= of_experts if stem.endswith("experts") else {part: value}
+    return released
 
 
 @pytest.mark.parametrize(
@@ -90,6 +110,7 @@ def test_logits_and_gradients_are_equal(
     expected_logits, expected = logits_and_gradients(theirs, their_logits, batch["tokens"])
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=atol)
     gradients = model.config.hf_adapter().to_hf(own_gradients)
+    expected = as_released(expected)
     assert gradients.keys() == expected.keys()
     norm_of_all = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in gradients.items():
@@ -100,6 +121,9 @@ def test_logits_and_gradients_are_equal(
 @pytest.mark.parametrize(
     ("flavor", "part"),
     [
+        (qwen3_30b_a3b, "block.feed_forward.router.renormalise"),
+        (qwen3_30b_a3b, "block.feed_forward.router.top_k"),
+        (qwen3_30b_a3b, "block.feed_forward.router.score"),
         (qwen3_8b, "block.attention.qk_norm"),
         (qwen3_8b, "rope.theta"),
         (llama3_8b, "rope.scaling"),
@@ -115,9 +139,9 @@ def test_a_model_without_a_part_is_noticed(
     their_model = reference(model, torch.float64)
     with torch.no_grad(), InDouble():
         theirs = their_model(batch["tokens"]).logits
-    without = {"rope.theta": 10_000.0, "block.norm.eps": 1e-3}
+    without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
     *parents, name = part.split(".")
-    setattr(functools.reduce(getattr, parents, config), name, without.get(part))
+    setattr(functools.reduce(getattr, parents, config), name, without.get(name))
     other = config.build().double()
     other.load_state_dict({name: model.state_dict()[name] for name in other.state_dict()})
     with torch.no_grad():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from titan_models import HfAdapter, RMSNorm
+from titan_models import HfAdapter, RMSNorm, SwiGLU
 from titan_models.llama3 import llama3_1b, llama3_8b
-from titan_models.qwen3 import qwen3_0_6b, qwen3_8b
+from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b
 from torch import Tensor, nn
 
 
@@ -30,6 +31,43 @@ def test_there_and_back_is_the_same_tensors(flavor: Any, shrunk: Any, made: Any)
     back = adapter.from_hf(adapter.to_hf(state))
     assert back.keys() == state.keys()
     assert all(back[name] is state[name] for name in state)
+
+
+def test_experts_are_taken_apart_and_put_together(shrunk: Any, made: Any) -> None:
+    state = made(shrunk(qwen3_30b_a3b)).state_dict()
+    adapter = shrunk(qwen3_30b_a3b).hf_adapter()
+    theirs = adapter.to_hf(state)
+    matrix = theirs["model.layers.2.mlp.experts.7.down_proj.weight"]
+    assert torch.equal(matrix, state["layers.2.feed_forward.experts.down_proj"][7])
+    back = adapter.from_hf(theirs)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert back["layers.0.feed_forward.router.weight"] is state["layers.0.feed_forward.router.weight"]
+    del theirs["model.layers.2.mlp.experts.7.down_proj.weight"]
+    theirs["model.layers.2.mlp.experts.8.down_proj.weight"] = matrix
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.mlp\.experts\.7\.down_proj\.weight and has .*\.8\."):
+        adapter.from_hf(theirs)
+
+
+def test_dense_blocks_among_mixtures_of_experts(shrunk: Any, made: Any) -> None:
+    config = shrunk(qwen3_30b_a3b)
+    config.exceptions = {1: copy.deepcopy(config.block)}
+    config.exceptions[1].feed_forward = SwiGLU.Config(hidden_dim=44)
+    adapter = config.hf_adapter()
+    assert (adapter.hf_config()["mlp_only_layers"], adapter.hf_config()["intermediate_size"]) == ([1], 44)
+    assert "model.layers.1.mlp.up_proj.weight" in adapter.to_hf(made(config).state_dict())
+
+
+def test_a_mixture_that_qwen3_cannot_have_is_refused(shrunk: Any) -> None:
+    for name, value in [("score", "sigmoid"), ("scale", 2.0)]:
+        config = shrunk(qwen3_30b_a3b)
+        setattr(config.block.feed_forward.router, name, value)
+        with pytest.raises(ValueError, match="Qwen3MoeForCausalLM has SwiGLUExperts"):
+            config.hf_adapter()
+    config = shrunk(llama3_8b)
+    config.block.feed_forward = shrunk(qwen3_30b_a3b).block.feed_forward
+    with pytest.raises(ValueError, match=r"Got a block with a MoE\.Config"):
+        config.hf_adapter()
 
 
 def test_a_tied_checkpoint_has_no_head_or_the_same_again(shrunk: Any, made: Any) -> None:

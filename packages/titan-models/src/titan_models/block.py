@@ -8,9 +8,9 @@ from titan_config import Configurable
 from torch import Tensor, nn
 
 from titan_models.attention import Attention
+from titan_models.feed_forward import FeedForward
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles, under
-from titan_models.swiglu import SwiGLU
 
 
 class Block(Configurable, nn.Module):
@@ -18,7 +18,7 @@ class Block(Configurable, nn.Module):
 
     class Config(Configurable.Config):
         attention: Attention.Config
-        feed_forward: SwiGLU.Config
+        feed_forward: FeedForward.Config
         norm: RMSNorm.Config = RMSNorm.Config()
         """Of both norms, before attention and before the feed-forward layer."""
 
@@ -27,7 +27,7 @@ class Block(Configurable, nn.Module):
         self.attention_norm: RMSNorm = config.norm.build(dim=dim)
         self.attention: Attention = config.attention.build(dim=dim)
         self.feed_forward_norm: RMSNorm = config.norm.build(dim=dim)
-        self.feed_forward: SwiGLU = config.feed_forward.build(dim=dim)
+        self.feed_forward: FeedForward = config.feed_forward.build(dim=dim)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, mask)

@@ -13,6 +13,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_active_parameters(model: nn.Module) -> int:
+    """Number of parameters that a token meets, tied ones once."""
+    idle = sum(module.own_idle_parameters() for module in model.modules() if isinstance(module, Part))
+    return count_parameters(model) - idle
+
+
 def count_flops_per_token(model: nn.Module, seq_len: int) -> Flops:
     """Matrix products of one token of a sequence of `seq_len`, forward and backward.
 

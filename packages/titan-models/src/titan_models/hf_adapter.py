@@ -14,22 +14,30 @@ from titan_models.shards import local_part
 
 
 class HfAdapter:
-    """Renames the parameters of one model; the tensors, plain or `DTensor`, stay as they are.
+    """Renames the parameters of one model; what is only renamed, plain or `DTensor`, stays as it is.
 
-    `rules` maps names of the model to Hugging Face's; `*` is one part of a name, the same on both sides. Tied
-    parameters go by the first name they have in the model, as in `named_parameters`. `repeats` maps names that a
-    checkpoint may hold besides (Hugging Face's second name of a tied weight) to those whose values they repeat.
-    `config` is the whole `config.json`, but for the dtype.
+    `rules` maps names of the model to Hugging Face's; `*` is one part of a name, the same on both sides. `#` stands for
+    the numbers of the matrices of a 3-D parameter, each of which is a tensor of its own there. Tied parameters go by
+    the first name they have in the model, as in `named_parameters`. `repeats` maps names that a checkpoint may hold
+    besides (Hugging Face's second name of a tied weight) to those whose values they repeat. `config` is the whole
+    `config.json`, but for the dtype.
     """
 
     def __init__(
         self, model: nn.Module, rules: Mapping[str, str], repeats: Mapping[str, str], config: Mapping[str, Any]
     ) -> None:
         parameters = dict(model.named_parameters())
-        self._hf_names = _rename(parameters, rules)
-        self._names = {hf_name: name for name, hf_name in self._hf_names.items()}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        self._hf_shapes = {self._hf_names[name]: shape for name, shape in self._shapes.items()}
+        renamed = _rename(parameters, rules)
+        self._whole = {name: hf_name for name, hf_name in renamed.items() if "#" not in hf_name}
+        self._split = {
+            name: [hf_name.replace("#", str(number)) for number in range(self._shapes[name][0])]
+            for name, hf_name in renamed.items()
+            if "#" in hf_name
+        }
+        self._hf_shapes = {hf_name: self._shapes[name] for name, hf_name in self._whole.items()}
+        for name, hf_names in self._split.items():
+            self._hf_shapes |= dict.fromkeys(hf_names, self._shapes[name][1:])
         self._repeats = dict(repeats)
         self._config = dict(config)
 
@@ -40,7 +48,13 @@ class HfAdapter:
     def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's whole state under Hugging Face's names. Raises ValueError, naming keys, for anything else."""
         _check(state, self._shapes, "The model")
-        return {self._hf_names[name]: tensor for name, tensor in state.items()}
+        own: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            if name in self._whole:
+                own[self._whole[name]] = tensor
+            else:
+                own |= dict(zip(self._split[name], tensor.unbind(0), strict=True))
+        return own
 
     def from_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole Hugging Face state under the model's names. Raises ValueError, naming keys, for anything else."""
@@ -52,7 +66,9 @@ class HfAdapter:
                     f"Got {hf_name} with other values than {original}. This model has one weight for both. Take the "
                     "flavor that does not tie them."
                 )
-        return {self._names[hf_name]: tensor for hf_name, tensor in own.items()}
+        whole = {name: own[hf_name] for name, hf_name in self._whole.items()}
+        stacked = {name: torch.stack([own[part] for part in parts]) for name, parts in self._split.items()}
+        return {name: (whole | stacked)[name] for name in self._shapes}
 
 
 def _rename(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, str]:

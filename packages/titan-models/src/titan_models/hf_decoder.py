@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from titan_models.decoder import Decoder
+from titan_models.feed_forward import FeedForward
 from titan_models.hf_adapter import HfAdapter
+from titan_models.swiglu import SwiGLU
 
 _RULES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -16,11 +18,15 @@ _RULES = {
     "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
     "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
     "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+}
+DENSE_RULES = {
     "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
     "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
     "layers.*.feed_forward.down_proj.weight": "model.layers.*.mlp.down_proj.weight",
-    "norm.weight": "model.norm.weight",
 }
+"""Names of the SwiGLU of a block, if a block has one."""
+
 _HEAD = {"head.weight": "lm_head.weight"}
 _REPEATS = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -49,6 +55,19 @@ def same_in_all(name: str, values: list[Any]) -> Any:
     return values[0]
 
 
+def dense_hidden_dim(feed_forwards: list[FeedForward.Config]) -> int:
+    """The width of all these layers. Raises ValueError unless each is a SwiGLU, and they are alike."""
+    hidden_dims = []
+    for feed_forward in feed_forwards:
+        if not isinstance(feed_forward, SwiGLU.Config):
+            raise ValueError(
+                f"Got a block with a {type(feed_forward).__qualname__}. The family in transformers has SwiGLU there. "
+                "Make it one to export the model."
+            )
+        hidden_dims.append(feed_forward.hidden_dim)
+    return same_in_all("hidden_dim", hidden_dims)
+
+
 def _hf_config(config: Decoder.Config) -> dict[str, Any]:
     blocks = config.blocks()
     attentions = [block.attention for block in blocks]
@@ -58,7 +77,6 @@ def _hf_config(config: Decoder.Config) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": same_in_all("hidden_dim", [block.feed_forward.hidden_dim for block in blocks]),
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": same_in_all("num_heads", [attention.num_heads for attention in attentions]),
         "num_key_value_heads": same_in_all("num_kv_heads", [attention.num_kv_heads for attention in attentions]),

@@ -8,7 +8,7 @@ import torch
 from titan_config import Configurable
 from torch import nn
 
-from titan_models.counts import count_flops_per_token, count_parameters
+from titan_models.counts import count_active_parameters, count_flops_per_token, count_parameters
 from titan_models.flops import Flops
 from titan_models.roles import Roles
 from titan_models.weights import init_weights
@@ -29,6 +29,10 @@ class Model(Configurable, nn.Module, abc.ABC):
         def num_parameters(self) -> int:
             """Number of parameters, tied ones once."""
             return count_parameters(self.on_meta())
+
+        def num_active_parameters(self) -> int:
+            """Number of parameters that a token meets: without the experts that it does not go to."""
+            return count_active_parameters(self.on_meta())
 
         def flops_per_token(self, seq_len: int) -> Flops:
             """Matrix products of one token of a sequence of `seq_len`, forward and backward."""

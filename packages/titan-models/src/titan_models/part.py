@@ -23,6 +23,10 @@ class Part(Configurable, nn.Module, abc.ABC):
     def own_flops(self, seq_len: int) -> Flops:
         """The matrix products of this very module, forward and backward, for one token of a sequence of `seq_len`."""
 
+    def own_idle_parameters(self) -> int:
+        """How many of this very module's parameters a token does not meet: those of the experts it does not go to."""
+        return 0
+
 
 def new_parameter(*shape: int) -> nn.Parameter:
     """A parameter of NaNs: a weight that was never initialised nor loaded shows at the first loss."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from titan_config import Configurable
 from torch import Tensor, nn
 from torch.nn import functional
 
+from titan_models.feed_forward import FeedForward
 from titan_models.linear import Linear
 from titan_models.roles import Roles
 
 
-class SwiGLU(Configurable, nn.Module):
+class SwiGLU(FeedForward):
     """`down(silu(gate(x)) * up(x))` (Shazeer, 2020): `[..., D] -> [..., D]`."""
 
-    class Config(Configurable.Config):
+    class Config(FeedForward.Config):
         hidden_dim: int
         """Width between the projections."""
 

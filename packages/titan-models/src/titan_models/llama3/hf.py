@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import decoder_adapter
+from titan_models.hf_decoder import DENSE_RULES, decoder_adapter, dense_hidden_dim
 from titan_models.llama3.model import Llama3
 
 _LLAMA3_VOCABULARY = 128_256  # in which <|begin_of_text|> is 128000 and <|end_of_text|> 128001
@@ -15,8 +15,9 @@ def hf_adapter(config: Llama3.Config) -> HfAdapter:
     hf_config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "intermediate_size": dense_hidden_dim([block.feed_forward for block in config.blocks()]),
         "mlp_bias": False,
         "bos_token_id": 128_000 if known else None,
         "eos_token_id": 128_001 if known else None,
     }
-    return decoder_adapter(config, hf_config, rules={})
+    return decoder_adapter(config, hf_config, rules=DENSE_RULES)

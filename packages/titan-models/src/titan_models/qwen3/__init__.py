@@ -6,8 +6,11 @@ from titan_models.qwen3.flavors import (
     qwen3_4b,
     qwen3_8b,
     qwen3_14b,
+    qwen3_30b_a3b,
     qwen3_32b,
+    qwen3_235b_a22b,
     qwen3_debug,
+    qwen3_moe_debug,
 )
 from titan_models.qwen3.model import Qwen3
 
@@ -18,6 +21,9 @@ __all__ = [
     "qwen3_4b",
     "qwen3_8b",
     "qwen3_14b",
+    "qwen3_30b_a3b",
     "qwen3_32b",
+    "qwen3_235b_a22b",
     "qwen3_debug",
+    "qwen3_moe_debug",
 ]

@@ -1,10 +1,12 @@
-"""The released sizes of Qwen3, and a small one for development. Each call makes a config of its own, to change."""
+"""The released sizes of Qwen3, and two small ones for development. Each call makes a config of its own, to change."""
 
 from __future__ import annotations
 
 from titan_models.attention import Attention
 from titan_models.block import Block
+from titan_models.feed_forward import FeedForward
 from titan_models.linear import Linear, into_stream
+from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 from titan_models.rms_norm import RMSNorm
 from titan_models.rope import Rope
@@ -14,7 +16,29 @@ from titan_models.swiglu import SwiGLU
 def qwen3_debug() -> Qwen3.Config:
     """5 million parameters, with a vocabulary of 2048: trains on a laptop."""
     return _qwen3(
-        vocab_size=2048, dim=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, hidden_dim=768, tied=True
+        vocab_size=2048,
+        dim=256,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        hidden_dim=768,
+        tied=True,
+    )
+
+
+def qwen3_moe_debug() -> Qwen3.Config:
+    """11 million parameters, 8 experts, 2 of them for each token, with a vocabulary of 2048: trains on a laptop."""
+    return _qwen3(
+        vocab_size=2048,
+        dim=256,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        hidden_dim=256,
+        num_experts=8,
+        top_k=2,
     )
 
 
@@ -48,6 +72,16 @@ def qwen3_32b() -> Qwen3.Config:
     return _qwen3(dim=5120, num_layers=64, num_heads=64, num_kv_heads=8, hidden_dim=25600)
 
 
+def qwen3_30b_a3b() -> Qwen3.Config:
+    """Qwen3 30B-A3B: 128 experts, 8 of them for each token, 3 billion parameters."""
+    return _qwen3(dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, hidden_dim=768, num_experts=128)
+
+
+def qwen3_235b_a22b() -> Qwen3.Config:
+    """Qwen3 235B-A22B: 128 experts, 8 of them for each token, 22 billion parameters."""
+    return _qwen3(dim=4096, num_layers=94, num_heads=64, num_kv_heads=4, hidden_dim=1536, num_experts=128)
+
+
 def _qwen3(
     *,
     vocab_size: int = 151_936,
@@ -57,8 +91,16 @@ def _qwen3(
     num_kv_heads: int,
     head_dim: int = 128,
     hidden_dim: int,
+    num_experts: int | None = None,
+    top_k: int = 8,
     tied: bool = False,
 ) -> Qwen3.Config:
+    feed_forward: FeedForward.Config = SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers))
+    if num_experts is not None:
+        feed_forward = MoE.Config(
+            router=TopKRouter.Config(num_experts=num_experts, top_k=top_k, renormalise=True),
+            experts=SwiGLUExperts.Config(hidden_dim=hidden_dim, output_init=into_stream(num_layers).weight_init),
+        )
     return Qwen3.Config(
         vocab_size=vocab_size,
         dim=dim,
@@ -71,7 +113,7 @@ def _qwen3(
                 output=into_stream(num_layers),
                 qk_norm=RMSNorm.Config(eps=1e-6),
             ),
-            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers)),
+            feed_forward=feed_forward,
             norm=RMSNorm.Config(eps=1e-6),
         ),
         rope=Rope.Config(dim=head_dim, theta=1_000_000.0),

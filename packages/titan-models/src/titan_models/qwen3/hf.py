@@ -1,26 +1,71 @@
-"""Qwen3 as transformers' `Qwen3ForCausalLM` names it."""
+"""Qwen3 as transformers' `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM` name it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import decoder_adapter
+from titan_models.hf_decoder import DENSE_RULES, decoder_adapter, dense_hidden_dim, same_in_all
+from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 
 _HEAD_NORMS = {
     "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
 }
+_MOE_RULES = {
+    "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
+    "layers.*.feed_forward.experts.gate_proj": "model.layers.*.mlp.experts.#.gate_proj.weight",
+    "layers.*.feed_forward.experts.up_proj": "model.layers.*.mlp.experts.#.up_proj.weight",
+    "layers.*.feed_forward.experts.down_proj": "model.layers.*.mlp.experts.#.down_proj.weight",
+}
 _QWEN3_VOCABULARY = 151_936  # in which <|endoftext|> is 151643
 
 
 def hf_adapter(config: Qwen3.Config) -> HfAdapter:
-    """The adapter of a model. Raises ValueError for a model that `Qwen3ForCausalLM` cannot be."""
+    """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
+    feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
+    moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
+    dense = {layer: part for layer, part in feed_forwards.items() if layer not in moes}
     known = config.vocab_size == _QWEN3_VOCABULARY
-    hf_config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+    hf_config: dict[str, Any] = {
         "use_sliding_window": False,
         "bos_token_id": 151_643 if known else None,
         "eos_token_id": 151_643 if known else None,
     }
-    return decoder_adapter(config, hf_config, rules=_HEAD_NORMS)
+    if not moes:
+        hf_config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    else:
+        hf_config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "mlp_only_layers": [*dense]}
+        hf_config |= _moe_fields([*moes.values()])
+    if dense:
+        hf_config["intermediate_size"] = dense_hidden_dim([*dense.values()])
+    rules = _HEAD_NORMS | (_MOE_RULES if moes else {}) | (DENSE_RULES if dense else {})
+    return decoder_adapter(config, hf_config, rules)
+
+
+def _moe_fields(moes: list[MoE.Config]) -> dict[str, Any]:
+    moe = same_in_all("mixtures of experts", moes)
+    router, experts = moe.router, moe.experts
+    if not _is_qwens(moe):
+        raise ValueError(
+            f"Got {moe}. transformers' Qwen3MoeForCausalLM has SwiGLUExperts, chosen by a TopKRouter by their softmax "
+            "alone, and no shared ones. Make it that to export the model."
+        )
+    return {
+        "num_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "norm_topk_prob": router.renormalise,
+        "moe_intermediate_size": experts.hidden_dim,
+        "intermediate_size": experts.hidden_dim * router.top_k,  # of dense layers, if there are any
+        "decoder_sparse_step": 1,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def _is_qwens(moe: MoE.Config) -> bool:
+    router = moe.router
+    if not (isinstance(router, TopKRouter.Config) and isinstance(moe.experts, SwiGLUExperts.Config)):
+        return False
+    return moe.shared is None and router.groups is None and (router.score, router.scale) == ("softmax", 1.0)

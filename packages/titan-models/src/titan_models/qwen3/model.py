@@ -7,14 +7,14 @@ from titan_models.hf_adapter import HfAdapter
 
 
 class Qwen3(Decoder):
-    """Pre-norm blocks of grouped-query attention with `qk_norm`, and SwiGLU."""
+    """Pre-norm blocks of grouped-query attention with `qk_norm`, and SwiGLU or a mixture of experts."""
 
     class Config(Decoder.Config):
         max_seq_len: int = 40_960
         """Tokens that the model is meant for; exported as max_position_embeddings."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Renames the weights to and from those of transformers' `Qwen3ForCausalLM`."""
+            """Renames the weights to and from those of transformers' `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`."""
             from titan_models.qwen3.hf import hf_adapter
 
             return hf_adapter(self)

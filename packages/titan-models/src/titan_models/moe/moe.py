@@ -1,0 +1,56 @@
+"""The mixture of experts as a feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from titan_models.feed_forward import FeedForward
+from titan_models.moe.experts import Experts
+from titan_models.moe.router import Router
+from titan_models.roles import Roles, under
+from titan_models.swiglu import SwiGLU
+
+
+class MoE(FeedForward):
+    """The weighted sum of what a token's experts make of it, and of shared experts that see every token.
+
+    Router and experts are in no role: an engine holds them whole, in the stream. B batch, T tokens, N tokens of all
+    rows, D width, E experts, K experts of a token.
+    """
+
+    class Config(FeedForward.Config):
+        router: Router.Config
+        """Chooses each token's experts."""
+
+        experts: Experts.Config
+        """What they compute."""
+
+        shared: SwiGLU.Config | None = None
+        """The experts of all tokens, as one layer of their common width. None: there are none."""
+
+    def __init__(self, config: Config, *, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        num_experts, top_k = config.router.num_experts, config.router.top_k
+        self.router: Router = config.router.build(dim=dim)
+        self.experts: Experts = config.experts.build(dim=dim, num_experts=num_experts, top_k=top_k)
+        self.shared: SwiGLU | None = None if config.shared is None else config.shared.build(dim=dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        chosen_NK, weights_NK = self.router(x_ND)
+        order, counts_E = self._sort(chosen_NK)
+        sorted_output = self.experts(x_ND.index_select(0, order // chosen_NK.shape[1]), counts_E)
+        output_NKD = sorted_output.index_select(0, order.argsort()).unflatten(0, chosen_NK.shape)
+        output_BTD = (output_NKD * weights_NK.unsqueeze(-1)).sum(1).view_as(x_BTD)
+        return output_BTD if self.shared is None else output_BTD + self.shared(x_BTD)
+
+    def _sort(self, chosen_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The order of all choices by expert, `[N K]`, and how many each expert has, `[E]`."""
+        chosen = chosen_NK.flatten()
+        counts = torch.zeros(self.config.router.num_experts, dtype=torch.int64, device=chosen.device)
+        return chosen.argsort(stable=True), counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+    def roles(self) -> Roles:
+        return {} if self.shared is None else under("shared", self.shared.roles())

@@ -1,0 +1,117 @@
+"""The choice of experts for each token."""
+
+from __future__ import annotations
+
+import abc
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titan_models.flops import Flops, matmul_flops
+from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.moe.groups import ExpertGroups
+from titan_models.part import Part, new_parameter
+
+
+class Router(Part, abc.ABC):
+    """Chooses each token's experts and how much each of them counts; built with `dim`, the width of the stream.
+
+    N tokens, D width, E experts, K experts of a token.
+    """
+
+    class Config(Part.Config):
+        num_experts: int
+        """Experts to choose from."""
+
+        top_k: int
+        """Experts of a token."""
+
+        def validate(self) -> None:
+            if not 1 <= self.top_k <= self.num_experts:
+                raise ValueError(
+                    f"Got top_k {self.top_k} of num_experts {self.num_experts}. A token goes to different experts. "
+                    f"Set top_k to 1 to {max(self.num_experts, 1)}."
+                )
+
+    @abc.abstractmethod
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of each token's experts, int64 `[N, K]`, all different, and their weights `[N, K]`."""
+
+
+class TopKRouter(Router):
+    """The experts with the highest scores, weighted by these: a linear projection, a softmax or sigmoid, a choice.
+
+    A softmax over the chosen experts alone, as GPT-OSS has it, is one over all of them with `renormalise`. Computed in
+    fp32 or wider; the weights have the dtype of the tokens.
+    """
+
+    class Config(Router.Config):
+        score: Literal["softmax", "sigmoid"] = "softmax"
+        """What makes scores of logits: over all experts, or for each by itself."""
+
+        groups: ExpertGroups.Config | None = None
+        """The choice is limited to a token's best groups. None: it is not."""
+
+        renormalise: bool = False
+        """A token's weights are divided by their sum."""
+
+        scale: float = 1.0
+        """What weights are multiplied by in the end."""
+
+        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        """How the projection is drawn."""
+
+        def validate(self) -> None:
+            Router.Config.validate(self)
+            if self.scale <= 0:
+                raise ValueError(f"Got scale {self.scale}. Weights are multiplied by it. Set it above 0, such as 1.")
+            if self.groups is not None:
+                _check_groups(self.groups, self.num_experts, self.top_k)
+
+    def __init__(self, config: Config, *, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.weight = new_parameter(config.num_experts, dim)
+        self.weight_init: Initializer = config.weight_init.build()
+        self.groups: ExpertGroups | None = None if config.groups is None else config.groups.build()
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        precision = torch.promote_types(x_ND.dtype, torch.float32)
+        logits_NE = functional.linear(x_ND.to(precision), self.weight.to(precision))
+        scores_NE = logits_NE.softmax(-1) if self.config.score == "softmax" else logits_NE.sigmoid()
+        chosen_NK = self._choose(scores_NE.detach())
+        weights_NK = scores_NE.gather(1, chosen_NK)
+        if self.config.renormalise:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return chosen_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
+
+    def _choose(self, scores_NE: Tensor) -> Tensor:
+        limited = scores_NE if self.groups is None else self.groups.limit(scores_NE)
+        return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": self.weight_init}
+
+    def own_flops(self, seq_len: int) -> Flops:
+        return matmul_flops(self.weight.numel())
+
+
+def _check_groups(groups: ExpertGroups.Config, num_experts: int, top_k: int) -> None:
+    size = num_experts // groups.num_groups
+    if num_experts % groups.num_groups:
+        raise ValueError(
+            f"Got {num_experts} experts in {groups.num_groups} groups. Groups have as many experts each. "
+            "Set num_groups to a divisor of num_experts."
+        )
+    if groups.score == "sum of best two" and size < 2:
+        raise ValueError(
+            f"Got groups of one expert, judged by the sum of their best two. That needs two. Set num_groups to "
+            f"{max(num_experts // 2, 1)} or less, or score to 'best'."
+        )
+    if groups.num_kept * size < top_k:
+        raise ValueError(
+            f"Got top_k {top_k} from {groups.num_kept} groups of {size} experts. A token's experts are all different. "
+            f"Set num_kept to {-(-top_k // size)} or more."
+        )

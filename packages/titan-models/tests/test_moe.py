@@ -1,0 +1,250 @@
+"""Mixtures of experts: each token gets the weighted sum of what its own experts make of it, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from titan_models import SwiGLU, init_weights
+from titan_models.moe import ExpertGroups, Experts, GroupedMM, Loop, MoE, Router, SwiGLUExperts, TopKRouter
+from torch import Tensor, nn
+from torch.nn import functional
+
+DIM, HIDDEN, EXPERTS = 32, 16, 8
+
+
+def moe(**router: Any) -> MoE.Config:
+    return MoE.Config(
+        router=TopKRouter.Config(**{"num_experts": EXPERTS, "top_k": 3, **router}),
+        experts=SwiGLUExperts.Config(hidden_dim=HIDDEN),
+    )
+
+
+def made(config: Any, dtype: torch.dtype = torch.float64, **sizes: int) -> Any:
+    module = config.build(dim=DIM, **sizes)
+    init_weights(module, seed=0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(20)  # far from linear, and scores far apart
+    return module.to(dtype)
+
+
+def stream(dtype: torch.dtype = torch.float64, *shape: int) -> Tensor:
+    shape = shape or (2, 20, DIM)
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def naive(layer: MoE, x_BTD: Tensor) -> Tensor:
+    """Token by token, expert by expert."""
+    rows = []
+    for x_D in x_BTD.flatten(0, 1):
+        chosen, weights = layer.router(x_D[None])
+        row = torch.zeros_like(x_D) if layer.shared is None else layer.shared(x_D)
+        for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
+            gate, up, down = (getattr(layer.experts, f"{name}_proj")[expert] for name in ("gate", "up", "down"))
+            row = row + weight * (down @ (functional.silu(gate @ x_D) * (up @ x_D)))
+        rows.append(row)
+    return torch.stack(rows).view_as(x_BTD)
+
+
+def gradients(module: nn.Module, x: Tensor, output: Tensor) -> list[Tensor]:
+    return [*torch.autograd.grad(output.square().sum(), [x, *module.parameters()])]
+
+
+CASES = {
+    "softmax": {},
+    "one expert": {"top_k": 1},
+    "all experts": {"top_k": EXPERTS},
+    "sigmoid, renormalised": {"score": "sigmoid", "renormalise": True, "scale": 2.5},
+    "groups": {"groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="best")},
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["no shared", "shared"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_token_gets_the_sum_over_its_experts(case: str, shared: bool) -> None:
+    config = moe(**CASES[case])
+    config.shared = SwiGLU.Config(hidden_dim=24) if shared else None
+    layer, x = made(config), stream().requires_grad_()
+    output, expected = layer(x), naive(layer, x)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    for one, other in zip(gradients(layer, x, output), gradients(layer, x, expected), strict=True):
+        assert (one - other).norm() <= 1e-10 * other.norm() + 1e-13
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 7, 1, 0, 3, 20, 4], [0] * 7 + [40], [40] + [0] * 7, [5] * 8, [0] * 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype) -> None:
+    """Forward and backward, with experts without tokens and rows that belong to nobody."""
+    x, weight = (
+        stream(dtype, 43, DIM).requires_grad_(),
+        made(SwiGLUExperts.Config(hidden_dim=HIDDEN), dtype, num_experts=EXPERTS, top_k=3).gate_proj,
+    )
+    results = []
+    for kernel in (GroupedMM.Config().build(), Loop.Config().build()):
+        output = kernel(x, weight, torch.tensor(counts))[: sum(counts)]
+        x_gradient, weight_gradient = torch.autograd.grad(output.float().square().sum(), [x, weight])
+        results.append((output, x_gradient[: sum(counts)], weight_gradient))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 32), (torch.float32, 33), (torch.bfloat16, 36)])
+def test_operands_that_the_grouped_kernel_does_not_take_go_through_the_loop(dtype: torch.dtype, dim: int) -> None:
+    x, weight, counts = stream(dtype, 9, dim), stream(dtype, 2, 8, dim), torch.tensor([4, 5])
+    outputs = [kernel(x, weight, counts) for kernel in (GroupedMM.Config().build(), Loop.Config().build())]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("kernel", [GroupedMM.Config(), Loop.Config()], ids=["grouped", "loop"])
+def test_rows_of_nobody_reach_no_result_and_no_gradient(kernel: Any) -> None:
+    """Whatever is in them: NaN in the input, NaN in the gradient that comes back."""
+    experts = made(SwiGLUExperts.Config(hidden_dim=HIDDEN, kernel=kernel), torch.float32, num_experts=4, top_k=1)
+    counts, num_owned = torch.tensor([3, 0, 6, 2]), 11
+    x = stream(torch.float32, 16, DIM)
+    clean = x[:num_owned].clone().requires_grad_()
+    expected = experts(clean, counts)
+    expected_gradients = gradients(experts, clean, expected)
+    x[num_owned:] = torch.nan
+    x.requires_grad_()
+    output = experts(x, counts)
+    assert torch.equal(output[num_owned:], torch.zeros(5, DIM))
+    torch.testing.assert_close(output[:num_owned], expected)
+    incoming = torch.cat([2 * expected.detach(), torch.full((5, DIM), torch.nan)])
+    found = torch.autograd.grad(output, [x, *experts.parameters()], incoming)
+    assert torch.equal(found[0][num_owned:], torch.zeros(5, DIM))
+    for one, other in zip((found[0][:num_owned], *found[1:]), expected_gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_experts_that_get_the_wrong_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = made(moe()), stream()
+    expected = naive(layer, x)
+    forward = SwiGLUExperts.forward
+    monkeypatch.setattr(SwiGLUExperts, "forward", lambda self, x, counts: forward(self, x, counts.roll(1)))
+    assert (layer(x) - expected).abs().max() > 1e-3
+
+
+def their_router(name: str, **config: Any) -> Any:
+    model, cls = name.split(".")
+    module = getattr(transformers.models, model)
+    hf_config = getattr(module, config.pop("config_class"))(hidden_size=DIM, num_experts_per_tok=3, **config)
+    modeling = __import__(f"transformers.models.{model}.modeling_{model}", fromlist=[cls])
+    return getattr(modeling, cls)(hf_config)
+
+
+ROUTERS = {
+    "Qwen3 MoE": (
+        {"renormalise": True},
+        lambda: their_router(
+            "qwen3_moe.Qwen3MoeTopKRouter", config_class="Qwen3MoeConfig", num_experts=EXPERTS, norm_topk_prob=True
+        ),
+    ),
+    "DeepSeek-V2": (
+        {"scale": 16.0, "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="best")},
+        lambda: their_router(
+            "deepseek_v2.DeepseekV2TopkRouter",
+            config_class="DeepseekV2Config",
+            n_routed_experts=EXPERTS,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=16.0,
+        ),
+    ),
+    "DeepSeek-V3": (
+        {
+            "score": "sigmoid",
+            "renormalise": True,
+            "scale": 2.5,
+            "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
+        },
+        lambda: their_router(
+            "deepseek_v3.DeepseekV3TopkRouter",
+            config_class="DeepseekV3Config",
+            n_routed_experts=EXPERTS,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        ),
+    ),
+    "GPT-OSS": (
+        {"renormalise": True},
+        lambda: their_router("gpt_oss.GptOssTopKRouter", config_class="GptOssConfig", num_local_experts=EXPERTS),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_choices_and_weights_are_those_of_transformers(family: str) -> None:
+    config, make = ROUTERS[family]
+    router, theirs, x = made(moe(**config).router, torch.float32), make(), stream(torch.float32, 200, DIM)
+    with torch.no_grad():
+        theirs.weight.copy_(router.weight)
+        chosen, weights = router(x)
+        _, their_weights, their_chosen = theirs(x)
+    (chosen, order), (their_chosen, their_order) = chosen.sort(), their_chosen.sort()
+    assert torch.equal(chosen, their_chosen)
+    torch.testing.assert_close(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-5, atol=1e-6)
+
+
+class Everywhere(Router):
+    """Somebody else's router: token i goes to experts i and i + 1."""
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.arange(len(x_ND)) % self.num_experts
+        return torch.stack([first, (first + 1) % self.num_experts], 1), x_ND.new_full((len(x_ND), 2), 0.5)
+
+    def __init__(self, config: Router.Config, *, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = config.num_experts
+
+    def own_flops(self, seq_len: int) -> Any: ...
+
+
+class Numbered(Experts):
+    """Somebody else's experts: expert e multiplies by e."""
+
+    def __init__(self, config: Any, **sizes: int) -> None:
+        nn.Module.__init__(self)
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        return x_ND * torch.arange(len(counts_E)).repeat_interleave(counts_E)[:, None]
+
+    def own_flops(self, seq_len: int) -> Any: ...
+
+
+def test_routers_and_experts_may_come_from_other_packages() -> None:
+    config = MoE.Config(router=Everywhere.Config(num_experts=4, top_k=2), experts=Numbered.Config())
+    x = stream(torch.float64, 1, 6, DIM)
+    factors = torch.tensor([0.5, 1.5, 2.5, 1.5, 0.5, 1.5])[:, None]
+    torch.testing.assert_close(config.build(dim=DIM)(x), x * factors)
+
+
+def test_tokens_that_are_none_are_fine() -> None:
+    assert made(moe())(stream()[:, :0]).shape == (2, 0, DIM)
+
+
+def test_mixtures_that_cannot_be_built_say_why() -> None:
+    def groups(num_groups: int, num_kept: int, score: str = "best") -> dict[str, Any]:
+        return {"groups": ExpertGroups.Config(num_groups=num_groups, num_kept=num_kept, score=score)}
+
+    for router, message in [
+        ({"top_k": 9}, r"top_k 9 of num_experts 8.*Set top_k to 1 to 8"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"num_experts": 0}, "num_experts 0"),
+        ({"scale": 0.0}, "scale 0.0"),
+        (groups(3, 1), "8 experts in 3 groups.*divisor"),
+        (groups(4, 1), "top_k 3 from 1 groups of 2 experts.*Set num_kept to 2"),
+        (groups(4, 5), "num_kept 5 of num_groups 4"),
+        (groups(8, 8, "sum of best two"), "groups of one expert.*Set num_groups to 4 or less"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            moe(**router).build(dim=DIM)
+    config = moe()
+    config.experts.hidden_dim = 0
+    with pytest.raises(ValueError, match="hidden_dim 0"):
+        config.build(dim=DIM)
