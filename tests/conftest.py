@@ -50,7 +50,6 @@ def small_run(recipe, tmp_path):
             "model.dim": 64,
             "model.block.attention.num_heads": 4,
             "model.block.attention.num_kv_heads": 2,
-            "model.block.feed_forward.hidden_dim": 128,
             "training.seq_len": 64,
             "training.global_batch_size": 8,
             "training.local_batch_size": 2,
@@ -60,6 +59,8 @@ def small_run(recipe, tmp_path):
             "checkpoint": None,
             "dump_folder": tmp_path / name,
         }
+        width = {"qwen3_moe_debug": "model.block.feed_forward.experts.hidden_dim"}
+        small[width.get(flavor, "model.block.feed_forward.hidden_dim")] = 128
         change(run, small | (changes or {}))
         return run
 

@@ -17,14 +17,16 @@ def whole_logits(trainer, tokens: torch.Tensor) -> torch.Tensor:
         return plain(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("flavor", "tied"), [("llama3_debug", False), ("llama3_debug", True), ("qwen3_moe_debug", False)]
+)
 @pytest.mark.parametrize(
     "parallelism", [{}, {"parallelism.tensor_parallel_degree": 2}], ids=["saved by FSDP 2", "saved by TP 2"]
 )
 def test_transformers_loads_an_exported_checkpoint_and_gives_its_logits(
-    run_ranks, small_run, tmp_path, parallelism, tied
+    run_ranks, small_run, tmp_path, parallelism, flavor, tied
 ):
-    config = small_run(changes={**parallelism, "training.steps": 3})
+    config = small_run(changes={**parallelism, "training.steps": 3}, flavor=flavor)
     config.checkpoint = Checkpointer.Config(async_mode="disabled")
     config.model.max_seq_len = 512
     if tied:
@@ -45,12 +47,19 @@ def test_transformers_loads_an_exported_checkpoint_and_gives_its_logits(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_path):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flavor", ["llama3_debug", "qwen3_debug", "qwen3_moe_debug"])
+def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_path, flavor, stored):
+    """Weights stored in bfloat16 are widened."""
     transformers = pytest.importorskip("transformers", reason="the judge of this test")
-    config = small_run()
+    config = small_run(flavor=flavor)
+    hf_config = config.model.hf_adapter().hf_config()
     torch.manual_seed(0)
-    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.model.hf_adapter().hf_config()))
-    hf.save_pretrained(tmp_path / "hf")
+    hf = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config)
+    )
+    hf.to(stored).save_pretrained(tmp_path / "hf")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     model = config.model.build()
     load_hf(tmp_path / "hf", dict(model.named_parameters()), config.model.hf_adapter())
     tokens = torch.randint(0, 2048, (2, 64))

@@ -17,6 +17,8 @@ RECIPES = [
     "qwen3_debug",
     "qwen3_0_6b",
     "qwen3_8b",
+    "qwen3_moe_debug",
+    "qwen3_30b_a3b",
 ]
 
 

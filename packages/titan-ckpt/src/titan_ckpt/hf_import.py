@@ -40,7 +40,10 @@ def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> No
         computed = {name: tensor for name, tensor in state.items() if name not in keys}
         if computed:
             own = {key: state[name] for key, name in translation.renamed.items()}
-            hf_state = {key: own[key] if key in own else reader.read(key) for key in translation.hf_state}
+            hf_state = {
+                key: own[key] if key in own else reader.read(key).to(expected.dtype)  # widened, as was checked
+                for key, expected in translation.hf_state.items()
+            }
             _copy(asked(adapter.from_hf, hf_state), computed)
 
 

@@ -5,6 +5,7 @@ from titan_models.block import Block
 from titan_models.cores import AttentionCore, Flex, Sdpa
 from titan_models.decoder import Decoder
 from titan_models.embedding import Embedding
+from titan_models.feed_forward import FeedForward
 from titan_models.flops import Flops
 from titan_models.hf_adapter import HfAdapter
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
@@ -24,6 +25,7 @@ __all__ = [
     "Constant",
     "Decoder",
     "Embedding",
+    "FeedForward",
     "Flex",
     "Flops",
     "HfAdapter",
