@@ -17,7 +17,7 @@ from titan_parallel.collectives import Axis
 from titan_parallel.context_gather import Gather
 from titan_parallel.context_ring import Ring
 from titan_parallel.context_shards import ContextShards
-from titan_parallel.context_ulysses import Ulysses
+from titan_parallel.context_ulysses import Ulysses, check_heads_divide
 from titan_parallel.dims import ParallelDims
 from titan_parallel.hugging_face_attention import HuggingFaceAttention, is_of_transformers
 from titan_parallel.roles import Roles
@@ -53,6 +53,8 @@ class ContextParallel:
                 "ranks meet in the attention cores. Give the role attention to the modules that compute "
                 "core(q, k, v, mask, scale), or set context_parallel_degree to 1."
             )
+        if isinstance(self.method, Ulysses):
+            _check_heads(roles, dims)
         self._realise, self._forward = _realise_with(self), _attend_with(self)
         for name in cores:
             self._share(name, model.get_submodule(name))
@@ -147,6 +149,15 @@ def _attend_with(context: ContextParallel) -> Callable[..., Any]:
         return context.method.attend(kernel, q, k, v, mask)
 
     return forward
+
+
+def _check_heads(roles: Roles, dims: ParallelDims) -> None:
+    """As far as the table tells: query heads are the most of a region."""
+    for region in roles.named("region"):
+        options = [roles.options(name) for name in roles.named("colwise") if roles.region_of(name) == region]
+        counts = [its["num_heads"] for its in options if "num_heads" in its]
+        if counts and max(counts) % dims.num_tensor == 0:
+            check_heads_divide(max(counts) // dims.num_tensor, dims.num_context)
 
 
 def _shards_and_method(dims: ParallelDims) -> tuple[ContextShards, Method]:
