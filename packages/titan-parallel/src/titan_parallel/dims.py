@@ -25,6 +25,7 @@ DEGREES = (
 )
 """The fields of ParallelDims.Config that are stated; `data_parallel_shard_degree` takes what they leave."""
 
+
 class ParallelDims(Configurable):
     """How many ways each kind of parallelism splits a run, and the mesh that follows."""
 
