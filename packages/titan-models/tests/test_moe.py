@@ -248,3 +248,16 @@ def test_mixtures_that_cannot_be_built_say_why() -> None:
     config.experts.hidden_dim = 0
     with pytest.raises(ValueError, match="hidden_dim 0"):
         config.build(dim=DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_mixture_gives_the_same(dtype: torch.dtype) -> None:
+    """In one graph in bf16; in others, PyTorch compiles around the loop over experts."""
+    layer, x = made(moe(), dtype), stream(dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=dtype is torch.bfloat16)
+    x.requires_grad_()
+    output, expected = compiled(x), layer(x)
+    torch.testing.assert_close(output, expected)
+    for one, other in zip(gradients(layer, x, output), gradients(layer, x, expected), strict=True):
+        torch.testing.assert_close(one, other)

@@ -40,16 +40,22 @@ class Loop(Kernel):
 class GroupedMM(Kernel):
     """All products at once, by `torch.nn.functional.grouped_mm`.
 
-    For operands that torch's kernel does not take (fp64; rows that are no multiple of 16 bytes) it is the loop.
+    For operands that torch's kernel does not take (fp64; rows that are no multiple of 16 bytes; anything but bf16 while
+    compiling) it is the loop.
     """
 
     def __init__(self, config: Configurable.Config) -> None:
         self._loop: Loop = Loop.Config().build()
 
     def __call__(self, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        _, out_features, in_features = weight_EOI.shape
-        aligned = not any(size * x_NI.element_size() % _ALIGNMENT for size in (in_features, out_features))
-        if x_NI.dtype is torch.float64 or not aligned:
+        if not _taken(x_NI, weight_EOI):
             return self._loop(x_NI, weight_EOI, counts_E)
         ends = counts_E.cumsum(0, dtype=torch.int32)
         return functional.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends)
+
+
+def _taken(x_NI: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether torch's kernel takes these operands."""
+    if any(size * x_NI.element_size() % _ALIGNMENT for size in weight_EOI.shape[1:]):
+        return False
+    return x_NI.dtype is torch.bfloat16 or (x_NI.dtype is not torch.float64 and not torch.compiler.is_compiling())
