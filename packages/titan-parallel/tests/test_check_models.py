@@ -42,7 +42,7 @@ FOUR_RANKS = (
     *("fsdp4", "fsdp2_tp2", "fsdp2_tp2_sp", "tp4_sp", "cp4_gather", "cp4_ulysses", "cp4_ring"),
     *("fsdp2_cp2", "cp2_tp2_sp", "pp2_tp2", "pp2_tp2_sp", "pp2_cp2"),
 )
-BY_DEFAULT = ("llama", "gemma3", "gpt2")
+BY_DEFAULT = ("llama, tied", "gemma3")
 
 
 def builder(model: str):
@@ -53,7 +53,7 @@ def builder(model: str):
 
 @pytest.mark.parametrize("model", [m if m in BY_DEFAULT else pytest.param(m, marks=pytest.mark.full) for m in MODELS])
 def test_a_model_gives_the_same_on_two_ranks(model):
-    report = check_parallel(builder(model), meshes(*TWO_RANKS), steps=2)
+    report = check_parallel(builder(model), meshes(*TWO_RANKS), steps=1)
     assert report.ok, report
 
 
