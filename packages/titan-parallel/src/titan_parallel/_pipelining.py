@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.pipelining.schedules import _Action as Action
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, _validate_schedule
+from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime, _validate_schedule
 
 __all__ = ["Action", "parse_action", "reduce_gradients", "schedule_of_actions", "stage_ranks", "validate_actions"]
 
@@ -30,8 +30,11 @@ def stage_ranks(num_ranks: int, num_stages: int, layout: str) -> tuple[int, ...]
 def validate_actions(
     actions: dict[int, list[Action | None]], num_ranks: int, num_stages: int, num_micro_batches: int
 ) -> dict[int, int]:
-    """The rank of each stage. Raises AssertionError for actions that are not a schedule."""
-    return _validate_schedule(actions, num_ranks, num_stages, num_micro_batches)
+    """The rank of each stage. Raises AssertionError for actions that are not a schedule, or wait for each other."""
+    ranks = _validate_schedule(actions, num_ranks, num_stages, num_micro_batches)
+    to_do = {rank: [action for action in own if action is not None] for rank, own in actions.items()}
+    _add_send_recv(to_do, lambda stage: ranks[stage], num_stages)
+    return ranks
 
 
 def schedule_of_actions(

@@ -107,7 +107,10 @@ class _TorchStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.submod.__dict__["micro_batch"] = fwd_chunk_id
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        try:
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as error:  # torch wraps what a model raises, and says little of it
+            raise error.__cause__ or error from None
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:
@@ -118,13 +121,13 @@ def _check_alike(batches: Sequence[Batch]) -> None:
 
     first = layout(batches[0])
     for number, batch in enumerate(batches[1:], start=2):
-        for name in first.keys() | layout(batch).keys():
-            one, other = first.get(name), layout(batch).get(name)
-            if one != other:
+        other = layout(batch)
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"Got {name} of {_described(one)} in the first micro-batch and of {_described(other)} in number "
-                    f"{number}. The stages of a pipeline exchange tensors of one shape. Pad the batches to one shape, "
-                    "or set pipeline_parallel_degree to 1."
+                    f"Got {name} of {_described(first.get(name))} in the first micro-batch and of "
+                    f"{_described(other.get(name))} in number {number}. The stages of a pipeline exchange tensors of "
+                    "one shape. Pad the batches to one shape, or set pipeline_parallel_degree to 1."
                 )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from titan_parallel._pipelining import Action, parse_action, schedule_of_actions, stage_ranks, validate_actions
+from titan_parallel._pipelining import schedule_of_actions, stage_ranks
 from titan_parallel.dims import ParallelDims
+from titan_parallel.pipeline_file import Actions, read_actions
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ class PipelineSchedule:
     ranks: tuple[int, ...]
     """stage -> rank along the pipeline axis"""
     splits_backward: bool
-    actions: tuple[list[Action | None], ...] = ()
-    """Of each rank, where a file says them; none where torch makes them."""
-    num_micro_batches: int | None = None
-    """What a file says; None: any that the schedule can take."""
+    actions: Actions | None = None
+    """Where a file says them. None: torch makes them."""
 
     @property
     def num_stages(self) -> int:
@@ -59,8 +57,8 @@ class PipelineSchedule:
         """Raise ValueError, alike on every rank, where the schedule cannot run as many."""
         num_ranks = max(self.ranks) + 1
         rounds = max(1, number // num_ranks)
-        if self.num_micro_batches is not None:
-            fits, need = number == self.num_micro_batches, f"runs {self.num_micro_batches}, no more and no less"
+        if self.actions is not None:
+            fits, need = number == self.actions.num_micro_batches, f"runs {self.actions.num_micro_batches} of them"
         elif self.name in ("1F1B", "DualPipeV"):
             fits, need = number >= self.num_stages, f"needs at least as many as its {self.num_stages} stages"
         elif self.name in ("Interleaved1F1B", "InterleavedZeroBubble"):
@@ -75,8 +73,8 @@ class PipelineSchedule:
 
     def build(self, stages: Sequence[PipelineStage], number: int, loss: Callable[..., Tensor]) -> Any:
         """Torch's schedule over this rank's stages, for `number` micro-batches."""
-        if self.actions:
-            return schedule_of_actions(self.actions, stages, number, loss)
+        if self.actions is not None:
+            return schedule_of_actions(self.actions.rows, stages, number, loss)
         schedule: Any = get_schedule_class(self.name)
         one_stage = issubclass(schedule, PipelineScheduleSingle)
         return schedule(stages[0] if one_stage else list(stages), number, loss_fn=loss, scale_grads=False)
@@ -101,49 +99,10 @@ def schedule_of(dims: ParallelDims) -> PipelineSchedule:
 
 
 def _from_file(path: Path, dims: ParallelDims) -> PipelineSchedule:
-    """A schedule in torch's CSV format: a row per rank, a cell per step, such as `0F1` (stage, what, micro-batch)."""
-    try:
-        with path.open(newline="") as file:
-            rows = [[parse_action(cell) for cell in row] for row in csv.reader(file)]
-    except (OSError, RuntimeError, ValueError) as error:
+    actions, per_rank = read_actions(path, dims.num_pipeline), dims.config.pipeline_parallel_stages_per_rank
+    if per_rank is not None and any(actions.ranks.count(rank) != per_rank for rank in range(dims.num_pipeline)):
         raise ConfigError(
-            f"Got {path} as pipeline_parallel_schedule_csv, which cannot be read: {error}. It is a row per rank with "
-            "cells such as 0F0, 0B0, 0I0, 0W0. Correct the file or the path."
-        ) from error
-    actions = [action for row in rows for action in row if action is not None]
-    single = [part for action in actions for part in action.sub_actions or (action,)]
-    stages, micro_batches = ({getattr(a, what) for a in single} for what in ("stage_index", "microbatch_index"))
-    per_rank = dims.config.pipeline_parallel_stages_per_rank
-    ranks = _checked(path, rows, stages, micro_batches, dims.num_pipeline)
-    if per_rank is not None and any(ranks.count(rank) != per_rank for rank in range(dims.num_pipeline)):
-        raise ConfigError(
-            f"Got pipeline_parallel_stages_per_rank {per_rank} and {path} with {len(ranks)} stages on "
+            f"Got pipeline_parallel_stages_per_rank {per_rank} and {path} with {len(actions.ranks)} stages on "
             f"{dims.num_pipeline} ranks. The file says which rank holds which stage. Set it to None."
         )
-    splits = any(action.computation_type.value in ("I", "W") for action in single)
-    return PipelineSchedule(path.name, ranks, splits, tuple(rows), len(micro_batches))
-
-
-def _checked(
-    path: Path, rows: list[list[Action | None]], stages: set[int], micro_batches: set[int], num_ranks: int
-) -> tuple[int, ...]:
-    """The rank of each stage, where torch finds that every stage runs every micro-batch forward and then backward."""
-    problem: str | None = None
-    ranks: Mapping[int, int] = {}
-    if len(rows) != num_ranks:
-        problem = f"{len(rows)} rows for pipeline_parallel_degree {num_ranks}"
-    elif stages != set(range(len(stages))) or micro_batches != set(range(len(micro_batches))):
-        problem = f"stages {sorted(stages)} and micro-batches {sorted(micro_batches)}, which are not 0, 1, 2, ..."
-    else:
-        try:
-            ranks = validate_actions(dict(enumerate(rows)), num_ranks, len(stages), len(micro_batches))
-            if idle := set(range(num_ranks)) - set(ranks.values()):
-                problem = f"no stage on rank {min(idle)}"
-        except AssertionError as error:
-            problem = str(error).splitlines()[0]
-    if problem is not None:
-        raise ConfigError(
-            f"Got {problem} in {path}. A schedule has a row for each rank, in which each of its stages runs each "
-            "micro-batch forward (F) and then backward (B, or I and W). Correct the file or pipeline_parallel_degree."
-        )
-    return tuple(ranks[stage] for stage in sorted(ranks))
+    return PipelineSchedule(path.name, actions.ranks, actions.splits_backward, actions)
