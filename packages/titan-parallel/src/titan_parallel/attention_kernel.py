@@ -6,7 +6,6 @@ B batch, T queries, S keys, H heads, V features of a value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -39,16 +38,24 @@ Realise = Callable[[Any], Any]
 """A core's `realise`: a description to what its kernel wants."""
 
 
-@dataclass(frozen=True)
 class AttentionKernel:
-    """Attention of any queries to any keys: `(q, k, v, realised mask)`, all `[B, tokens, heads, features]`."""
+    """Attention of any queries to any keys: `(q, k, v, realised mask)`, all `[B, tokens, heads, features]`.
 
-    output: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """To `[B, T, H, V]`."""
-    output_and_lse: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
-    """Also the log-sum-exp `[B, T, H]`, -inf where a query sees nothing; both differentiable."""
-    sinks: Tensor | None = None
-    """[H]: a score of each head that has no value."""
+    (A plain class: torch 2.11 cannot compile code that makes a frozen dataclass.)
+    """
+
+    def __init__(
+        self,
+        output: Callable[[Tensor, Tensor, Tensor, Any], Tensor],
+        output_and_lse: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]],
+        sinks: Tensor | None = None,
+    ) -> None:
+        """`output` makes `[B, T, H, V]`; `output_and_lse` also the log-sum-exp `[B, T, H]`, -inf where a query sees
+        nothing, both differentiable; `sinks [H]` is a score of each head that has no value.
+        """
+        self.output = output
+        self.output_and_lse = output_and_lse
+        self.sinks = sinks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
         """The output, sinks counted."""
@@ -64,4 +71,8 @@ class AttentionKernel:
 
     def of_heads(self, rank: int, num_ranks: int) -> AttentionKernel:
         """The kernel of one rank's equal share of the heads."""
-        return self if self.sinks is None else replace(self, sinks=self.sinks.chunk(num_ranks)[rank])
+        return (
+            self
+            if self.sinks is None
+            else AttentionKernel(self.output, self.output_and_lse, self.sinks.chunk(num_ranks)[rank])
+        )
