@@ -9,8 +9,8 @@ from titan_parallel import (
     check_parallel,
     collectives,
     gradient_norm,
-    local_view,
     parallel_model,
+    partial_gradients,
     tensor_parallel,
 )
 from titan_parallel.check import meshes
@@ -32,7 +32,7 @@ def first_finding(small, mesh, steps=1, **options):
 
 
 def drop_partial_gradient_sum(patch):
-    patch.setattr(parallel_model.ParallelModel, "_sum_partial_gradients", lambda self: None)
+    patch.setattr(partial_gradients.PartialGradients, "_sum", lambda self, model: None)
 
 
 def sum_gradients_that_are_whole(patch):
@@ -55,12 +55,11 @@ def take_own_tokens_without_sum(patch):
 
 
 def add_biases_on_every_rank(patch):
-    patch.setattr(local_view.LocalView, "_local", lambda self, module, name: module._parameters[name].to_local())
+    patch.setattr(tensor_parallel.TensorParallel, "_find_parts", lambda self: {})
 
 
 def average_over_data_ranks(patch):
-    set_factor = FSDPModule.set_gradient_divide_factor
-    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda self, factor: set_factor(self, 2.0))
+    patch.setattr(parallel_model.ParallelModel, "_num_averaged", 1)
 
 
 def never_synchronise(patch):

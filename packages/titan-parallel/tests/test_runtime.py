@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import pkgutil
 import random
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+import titan_parallel
 import torch
 import torch.distributed as dist
 from titan_parallel import ParallelDims, set_collective_timeout, set_determinism
@@ -49,6 +53,20 @@ def test_importing_costs_no_more_than_torch_and_configs():
     heavy = f"{{name for name in sys.modules if name.startswith({packages})}}"
     code = f"import sys, torch; before = {heavy}; import titan_parallel; assert {heavy} == before, {heavy} - before"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_needs_torch_and_titan_config_and_nothing_else():
+    needed = [line for line in importlib.metadata.requires("titan-parallel") if "extra ==" not in line]
+    assert {re.match(r"[\w-]+", line)[0] for line in needed} == {"torch", "titan-config"}
+
+
+def test_no_module_of_the_package_imports_what_it_does_not_need():
+    modules = [module.name for module in pkgutil.walk_packages(titan_parallel.__path__, "titan_parallel.")]
+    others = ("transformers", "datasets", "safetensors", "lightning_fabric", "accelerate")
+    code = f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "titan_parallel.parallelize" in modules
+    assert not [name for name in others if f"'{name}'" in done.stdout]
 
 
 def test_the_same_seed_gives_the_same_numbers():

@@ -18,7 +18,8 @@ def shard_over_data_ranks(
 ) -> list[FSDPModule]:
     """Make each block, the embedding, the head, and the rest with tied weights, a unit gathered and reduced at once.
 
-    `root` is the model, or what runs it. Gradients are summed, not averaged. Returns the units.
+    `root` is the model, or what runs it. Gradients are averaged over the ranks of the mesh, which is what a loop of
+    somebody's own expects, where the loss is the mean over a rank's rows. Returns the units.
     """
     options: dict[str, Any] = {"mesh": dims.fsdp_mesh}
     if mixed_precision is not None:
@@ -29,11 +30,7 @@ def shard_over_data_ranks(
     for name in units:
         fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
     fully_shard(root, reshard_after_forward=_frees_weights("", roles, dims), **options)
-    sharded: list[FSDPModule] = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum with a factor
-    return sharded
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:

@@ -16,14 +16,19 @@ from titan_parallel.agreement import Agreement
 from titan_parallel.batch import Batch, Loss, described
 from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
-from titan_parallel.gradient_norm import gradient_norm, local, scale_gradients_
+from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
+from titan_parallel.partial_gradients import PartialGradients
 
 if TYPE_CHECKING:
     from titan_parallel.context_parallel import ContextParallel
 
 
 class ParallelModel:
-    """What `parallelize` returns. `model` is the module it was given; called directly it returns what it always did."""
+    """What `parallelize` returns. `model` is the module it was given; called directly it returns what it always did.
+
+    A backward of one's own from there leaves gradients as DDP does: averaged over data ranks, and added to those that
+    are there. Clip them with `clip_grad_norm_`, since torch's cannot mix meshes.
+    """
 
     def __init__(
         self,
@@ -31,7 +36,7 @@ class ParallelModel:
         dims: ParallelDims,
         *,
         schedule: Schedule,
-        partial_parameters: Sequence[str],
+        partial_gradients: PartialGradients | None,
         context: ContextParallel | None = None,
         names_elsewhere: Sequence[str] = (),
         counted_elsewhere: Collection[str] = (),
@@ -42,7 +47,7 @@ class ParallelModel:
         self.names_elsewhere = names_elsewhere
         """The parameters of the model that take gradients and that other ranks hold, not this one."""
         self._schedule = schedule
-        self._partial_parameters = partial_parameters
+        self._partial_gradients = partial_gradients
         self._counted_elsewhere = counted_elsewhere
         self._ranks_of_data_rank = dims.ranks_of_data_rank
         self._context = context
@@ -56,9 +61,8 @@ class ParallelModel:
         """
         self._agree_on(batches, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
-        with self._sharing_sequences():
-            total = self._schedule.forward_backward(batches, loss, denominator)
-        self._sum_partial_gradients()
+        with self._sharing_sequences(), self._partial_gradients_summed_at_the_end():
+            total = self._schedule.forward_backward(batches, loss, denominator / self._num_averaged)
         return self._sum_over_mesh(total)
 
     @torch.no_grad()
@@ -106,21 +110,15 @@ class ParallelModel:
             dist.all_reduce(totals)
         return totals
 
-    @torch.no_grad()
-    def _sum_partial_gradients(self) -> None:
-        """One sum over the tensor axis of all gradients of which each rank has a share. (Sums over axes commute.)"""
-        parameters = dict(self.model.named_parameters())
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for name in self._partial_parameters:
-            gradient = parameters[name].grad
-            if gradient is not None:
-                by_dtype.setdefault(gradient.dtype, []).append(local(gradient))
-        for gradients in by_dtype.values():
-            bucket = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(bucket, group=self.dims.tp_mesh.get_group())
-            parts = bucket.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+    @property
+    def _num_averaged(self) -> int:
+        """Over how many ranks FSDP averages gradients, which are to be summed."""
+        return self.dims.fsdp_mesh.size()
+
+    def _partial_gradients_summed_at_the_end(self) -> AbstractContextManager[None]:
+        return (
+            nullcontext() if self._partial_gradients is None else self._partial_gradients.summed_at_the_end(self.model)
+        )
 
     def _agree_on(self, batches: Sequence[Batch], doing: str, check: Callable[[Sequence[Batch]], None]) -> None:
         """A step that one rank cannot do, or would do otherwise, is an error on every rank."""

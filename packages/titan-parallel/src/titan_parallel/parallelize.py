@@ -63,7 +63,7 @@ def parallelize(
         agreement.on("stages", "" if stages is None else repr(stages.schedule))
         held = matched if stages is None else matched.held(stages.held)
         tensor_parallel = _split_over_tensor_ranks(model, held, dims)
-        partial = tensor_parallel.partial_parameters if tensor_parallel is not None else []
+        partial = tensor_parallel.partial_gradients if tensor_parallel is not None else None
         _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
         head = _let_head_take_loss(model, held, tensor_parallel)
         if tensor_parallel is not None:
@@ -76,7 +76,7 @@ def parallelize(
         model,
         dims,
         schedule=Accumulation(forward, units) if stages is None else stages.pipeline(units),
-        partial_parameters=partial,
+        partial_gradients=partial,
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,

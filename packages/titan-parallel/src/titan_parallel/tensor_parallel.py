@@ -15,6 +15,7 @@ from titan_parallel.features import parts, side_by_side
 from titan_parallel.head import HeadForward
 from titan_parallel.local_sizes import set_local_sizes
 from titan_parallel.local_view import LocalView, Slot
+from titan_parallel.partial_gradients import PartialGradients
 from titan_parallel.region import bordered, entered, left, normed_over_all_heads, split_sequence
 from titan_parallel.roles import Roles, inside
 from titan_parallel.tensor_parallel_checks import features_dim, one_split_dim
@@ -36,7 +37,9 @@ class TensorParallel:
         self._axis = Axis.of(dims.tp_mesh)
         self._units = [name for role in ("embedding", "block", "head") for name in roles.named(role)]
         self._takes = self._find_parts()
-        self.partial_parameters = self._find_partial(split=self._distribute_parameters())
+        names = self._find_partial(split=self._distribute_parameters())
+        self.partial_gradients = PartialGradients(names, dims.tp_mesh.get_group())
+        self._partial_slots = self._slots_of({model.get_parameter(name) for name in names})
         set_local_sizes(model, roles, dims.num_tensor)
         self._put_borders()
         for name in roles.named("embedding"):
@@ -48,7 +51,7 @@ class TensorParallel:
         others = [other for other in self._units if other != unit]
         mine = [name for name in modules if inside(name, unit) or not unit]
         mine = [name for name in mine if not any(inside(name, other) for other in others)]
-        return LocalView([modules[name] for name in mine], self._takes)
+        return LocalView([modules[name] for name in mine], self._takes, self.partial_gradients, self._partial_slots)
 
     def head_forward(self, name: str) -> HeadForward:
         """The head's forward: the stream enters once; logits are split over the vocabulary, or gathered."""
@@ -136,6 +139,10 @@ class TensorParallel:
 
     def _sum_embeddings(self, partial: Tensor) -> Tensor:
         return self._axis.sum(partial, of_gradients=self._dims.sequence_parallel)
+
+    def _slots_of(self, parameters: set[nn.Parameter]) -> set[Slot]:
+        modules = self._model.modules()
+        return {(module, name) for module in modules for name, p in module._parameters.items() if p in parameters}
 
     def _distribute_parameters(self) -> set[nn.Parameter]:
         """Make every parameter a DTensor on the tensor axis; return those that are split."""
