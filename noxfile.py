@@ -85,7 +85,7 @@ def boundaries(session: nox.Session) -> None:
 def everything(session: nox.Session) -> None:
     """Install the seven wheels, and what tests, recipes and mypy need: the environment of the sessions below."""
     install_wheels(session, dict.fromkeys(PACKAGES, "test") | {"trainer": "test,plot,tensorboard"})
-    session.install(*PIP, "mypy")
+    session.install(*PIP, "mypy", "lightning-fabric", "accelerate")  # the last two for pages of docs/
 
 
 def bin_of_everything(session: nox.Session) -> Path:
@@ -133,7 +133,7 @@ def train(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["everything"])
 def bench(session: nox.Session) -> None:
     """Measure speed against bare PyTorch: all scripts of bench/, or those named after `--`."""
-    for name in session.posargs or ("train_speed", "startup", "data", "checkpoint"):
+    for name in session.posargs or ("train_speed", "startup", "data", "checkpoint", "parallel_overhead"):
         session.run(bin_of_everything(session) / "python", f"bench/{name}.py", env=KEEP_BYTECODE)
 
 

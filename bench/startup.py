@@ -51,6 +51,10 @@ def main() -> None:
     compare("import all a recipe needs, beside `import torch`", 2.0, import_recipe, ("-c", "import torch"))
     first_step = (RECIPE, "--dump_folder", "out", "--metrics.log_freq", "1")
     compare("start to first finished step", 2.0, first_step, (str(HERE / "bare.py"),), until=r"step +1/")
+    added_ms = statistics.median(
+        1000 * (seconds("-c", "import torch, titan_parallel") - seconds("-c", "import torch")) for _ in range(ROUNDS)
+    )
+    print(f"import titan_parallel after torch: {added_ms:.0f} ms (limit 300)", flush=True)
     help_s = statistics.median(seconds(RECIPE, "--help", until=None) for _ in range(ROUNDS))
     print(f"--help: {help_s:.2f} s (limit 2)", flush=True)
     command = [sys.executable, "-c", IMPORT_TITAN_CONFIG]
