@@ -147,7 +147,7 @@ class Case:
     window: int | None = None
     chunk: int | None = None
     kv_heads: int = 2
-    recomputation: object = None
+    recomputation: object = dataclasses.field(default=None, hash=False)  # configs have no hash
     backend: str | None = None
 
     def __str__(self) -> str:
