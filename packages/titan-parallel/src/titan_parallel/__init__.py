@@ -9,6 +9,8 @@ from titan_parallel.dims import ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
+from titan_parallel.planning.plan import plan
+from titan_parallel.planning.report import Plan
 from titan_parallel.runtime import init_distributed, set_collective_timeout, set_determinism
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "MixedPrecision",
     "ParallelDims",
     "ParallelModel",
+    "Plan",
     "SelectiveRecompute",
     "check_parallel",
     "cross_entropy",
     "init_distributed",
     "parallelize",
+    "plan",
     "set_collective_timeout",
     "set_determinism",
 ]

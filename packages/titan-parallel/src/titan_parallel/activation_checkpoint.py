@@ -18,6 +18,9 @@ Forward = Callable[..., Any]
 class ActivationCheckpoint(Configurable, ABC):
     """Memory for time, block by block. A way of your own is a subclass with a `wrap`."""
 
+    period: int | None = None
+    """After how many blocks the choice repeats itself, for plans. None: not known."""
+
     class Config(Configurable.Config):
         pass
 
@@ -32,12 +35,16 @@ class ActivationCheckpoint(Configurable, ABC):
 class FullRecompute(ActivationCheckpoint):
     """Keeps the inputs of blocks and makes all else again: least memory, a third more compute."""
 
+    period = 1
+
     def wrap(self, forward: Forward, index: int) -> Forward:
         return _checkpointed(forward, {})
 
 
 class SelectiveRecompute(ActivationCheckpoint):
     """Keeps what is dear to make (matrix products, attention, sums over ranks) and makes the rest again."""
+
+    period = 1
 
     def wrap(self, forward: Forward, index: int) -> Forward:
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
@@ -55,7 +62,7 @@ class EveryNthBlock(ActivationCheckpoint):
                 raise ConfigError(f"Got n {self.n}. One block of n is recomputed. Set n to 1 (every block) or more.")
 
     def __init__(self, config: Config) -> None:
-        self._n = config.n
+        self._n = self.period = config.n
 
     def wrap(self, forward: Forward, index: int) -> Forward:
         return _checkpointed(forward, {}) if index % self._n == 0 else forward

@@ -105,6 +105,15 @@ class ParallelDims(Configurable):
         """Which part of the global batch is this rank's."""
         return self.mesh.get_local_rank("dp_replicate") * self.num_shard + self.mesh.get_local_rank("dp_shard")
 
+    def place_of(self, rank: int) -> tuple[int, ...]:
+        """The place of any rank on the five axes, the slowest first."""
+        sizes = (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor)
+        place = []
+        for size in reversed(sizes):
+            rank, index = divmod(rank, size)
+            place.append(index)
+        return tuple(reversed(place))
+
     @property
     def ranks_of_data_rank(self) -> list[int]:
         """The ranks that are given the same batches as this one, this one among them."""

@@ -1,0 +1,141 @@
+"""The private side of torch that planning uses: ranks that are not there, tensors without memory, kernels' shapes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Be `rank` of `world_size` ranks that are not there: collectives return at once, with nothing received."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_child(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a forked child, which has left this process's groups behind; errors come back too."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            _forget_groups()
+            answer = pickle.dumps((True, function()))
+        except BaseException as error:
+            error.add_note(f"In the child that planned:\n{traceback.format_exc()}")
+            answer = pickle.dumps((False, error))
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(answer)
+        os._exit(0)  # no exit handlers of the parent, whose groups this process holds
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        raise RuntimeError("Got no plan: the child that made it was ended. It needs some memory. Free some, or plan less.")
+    succeeded, value = pickle.loads(answer)
+    if not succeeded:
+        raise value
+    return value
+
+
+_left_behind: list[Any] = []  # groups whose threads a forked child does not have: never to be destroyed in it
+
+
+def _forget_groups() -> None:
+    """Have no process group, without ending those of the parent."""
+    world = dist.distributed_c10d._world
+    _left_behind.extend([*world.pg_map, world.default_pg])
+    world.default_pg = None
+    for table in (
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.pg_to_tag,
+        world.tags_to_pg,
+        world.pg_coalesce_state,
+    ):
+        table.clear()
+    world.group_count = 0
+    torch._C._distributed_c10d._unregister_all_process_groups()
+
+
+def fake_tensors() -> Any:
+    """While it is entered tensors have shapes and no memory; constants of models may come from outside."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_of(arguments: list[Any]) -> dist.ProcessGroup:
+    """The process group of a collective: the first object among its arguments, or the last name."""
+    objects = [argument for argument in arguments if isinstance(argument, torch.ScriptObject)]
+    if objects:
+        return dist.ProcessGroup.unbox(objects[0])
+    names = [argument for argument in arguments if isinstance(argument, str)]
+    return dist.distributed_c10d._resolve_process_group(names[-1])
+
+
+@contextmanager
+def flex_attention_of_shapes() -> Iterator[None]:
+    """Let flex attention run on tensors without memory, backward too: what it keeps is what flash attention keeps."""
+    module = "torch.nn.attention.flex_attention"
+    with (
+        patch(f"{module}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+        patch(f"{module}._validate_device", lambda query, key, value: None),
+        patch(f"{module}.flex_attention_hop", _flash_attention),
+        patch(f"{module}.create_mask", _mask_without_memory),
+    ):
+        yield
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, _score: Any, _mask: Any, scale: float, *_options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, log_sum_exp = flash(query, key, value, 0.0, query.size(-2) == key.size(-2), scale=scale)
+    return output, log_sum_exp, query.new_empty(())
+
+
+def _mask_without_memory(
+    _function: Any, batch: int | None, heads: int | None, queries: int, keys: int, device: str = "cpu"
+) -> Tensor:
+    """A compiled mask is made block by block: the dense one never exists."""
+    return torch.zeros((), dtype=torch.bool, device=device).expand(batch or 1, heads or 1, queries, keys)
+
+
+@contextmanager
+def watched_resizes(resized: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Call `resized(storage)` after each change of a storage's size: how FSDP2 frees gathered weights."""
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        resized(storage)
+        return result
+
+    with patch.object(torch.UntypedStorage, "resize_", resize_):
+        yield

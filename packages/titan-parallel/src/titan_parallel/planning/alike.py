@@ -1,0 +1,71 @@
+"""Blocks and micro-batches that are alike need not all be simulated: what a few cost tells what many do, exactly.
+
+Everything a step sums grows by the same amount with each further block, and with each further micro-batch after the
+first and before the last. So does what is alive at any one place of the step, at its fullest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+
+from torch import nn
+
+from titan_parallel.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.planning.record import Record, extrapolated
+from titan_parallel.planning.simulate import Step, simulate
+from titan_parallel.roles import Roles
+
+FEW_BLOCKS = 4
+FEW_BATCHES = 2
+
+
+def record_of(step: Step, rank: int) -> Record:
+    """What `rank` holds, computes and sends in `step`, simulated as far as it must be."""
+    if step.parallelism.pipeline_parallel_degree > 1:
+        return simulate(step, rank)
+    if step.num_batches <= FEW_BATCHES + 1:
+        return _over_blocks(step, rank)
+    record = extrapolated(
+        lambda number: _over_blocks(step.changed(num_batches=number), rank), FEW_BATCHES, 1, step.num_batches
+    )
+    return record or _over_blocks(step, rank)
+
+
+def _over_blocks(step: Step, rank: int) -> Record:
+    if step.every_block:
+        return simulate(step, rank)
+    model, table = step.built()
+    blocks = Roles(model, table).named("block")
+    period = _period(model, blocks, step.activation_checkpoint)
+    if period is None:
+        return simulate(step, rank)
+    few = max(FEW_BLOCKS, 2 * period)
+    few += (len(blocks) - few) % period
+    if few + 2 * period >= len(blocks):
+        return simulate(step, rank)
+    record = extrapolated(lambda number: simulate(step.changed(num_blocks=number), rank), few, period, len(blocks))
+    return record or simulate(step, rank)
+
+
+def _period(model: nn.Module, blocks: list[str], recomputation: ActivationCheckpoint.Config | None) -> int | None:
+    """After how many blocks they repeat themselves; None where they do not, or are no plain list."""
+    parents = {name.rpartition(".")[0] for name in blocks}
+    if len(parents) != 1 or not isinstance(model.get_submodule(parents.pop()), nn.ModuleList | nn.Sequential):
+        return None
+    kinds = [_kind(model.get_submodule(name), index) for index, name in enumerate(blocks)]
+    periods = range(1, len(blocks) // 2)
+    own = next((p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), None)
+    replayed = 1 if recomputation is None else recomputation.build().period
+    return None if own is None or replayed is None else math.lcm(own, replayed)
+
+
+def _kind(block: nn.Module, index: int) -> list[Hashable]:
+    """What a block is made of: types, shapes and settings of its parts, but for its own number."""
+    kind: list[Hashable] = []
+    for name, part in block.named_modules():
+        settings = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+        settings = {key: value for key, value in settings.items() if type(value) is not int or value != index}
+        kind.append((name, type(part), tuple(sorted(settings.items()))))
+    kind.extend((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    return kind

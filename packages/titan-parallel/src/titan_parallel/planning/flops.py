@@ -1,0 +1,34 @@
+"""Floating point operations of a forward, in both conventions people quote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+
+class ForwardFlops:
+    """Adds up matrix products and attention of forwards: `full` counts every query with every key, `causal` half."""
+
+    def __init__(self) -> None:
+        self.full = 0
+        self.causal = 0
+
+    def operator_ran(self, operator: Any, arguments: Any, keywords: Any, output: Any) -> None:
+        """Add the operator's, if it has a count."""
+        packet = operator._overloadpacket
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self._add_attention(*arguments, **keywords)
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*arguments, **keywords, out_val=output)
+            self.full += flops
+            self.causal += flops
+
+    def _add_attention(
+        self, query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **options: Any
+    ) -> None:
+        batch, heads, queries, features = query.shape
+        flops = 2 * batch * heads * queries * key.shape[-2] * (features + value.shape[-1])
+        self.full += flops
+        self.causal += flops // 2 if is_causal or options.get("attn_mask") is not None else flops

@@ -1,0 +1,51 @@
+"""What one simulated step of one rank gave, as numbers that grow evenly with blocks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from titan_parallel.planning.timeline import CATEGORIES, Place
+from titan_parallel.planning.traffic import Key
+
+Numbers = dict[Any, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes, counts and FLOPs of one rank."""
+
+    sizes: Numbers
+    """num_parameters, and the bytes of parameters, gradients, optimizer, and of activations at their most."""
+    flops: Numbers
+    """full and causal, of the forwards of a step."""
+    calls: dict[Key, int]
+    traffic: dict[Key, int]
+    """(axis, kind) -> how many collectives, and their bytes."""
+    peaks: dict[tuple[Place, str], int]
+    """(place, category) -> bytes, when there was most memory after an allocation at that place."""
+
+    def peak(self) -> tuple[Place, dict[str, int]]:
+        """Where there was most memory of all, and what for."""
+        places = {place for place, _ in self.peaks}
+        by_place = {place: {name: self.peaks[place, name] for name in CATEGORIES} for place in places}
+        return max(by_place.items(), key=lambda item: (sum(item[1].values()), item[0]))
+
+    def extended(self, before: Record, times: int) -> Record | None:
+        """This record and `times` more of what it has over `before`; None if the two are not of the same things."""
+        values: dict[str, Numbers] = {}
+        for name in (field.name for field in fields(self)):
+            mine, earlier = getattr(self, name), getattr(before, name)
+            if mine.keys() != earlier.keys():
+                return None
+            values[name] = {key: mine[key] + times * (mine[key] - earlier[key]) for key in mine}
+        return Record(**values)
+
+
+def extrapolated(simulate: Callable[[int], Record | None], small: int, period: int, wanted: int) -> Record | None:
+    """The record for `wanted` things from those for `small` and `small + period`; None where they do not compare."""
+    before, after = simulate(small), simulate(small + period)
+    if before is None or after is None:
+        return None
+    return after.extended(before, (wanted - small - period) // period)

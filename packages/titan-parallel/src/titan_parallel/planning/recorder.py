@@ -1,0 +1,76 @@
+"""One look at every operator of a step: what lives, what is sent, what is computed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_parallel.dims import ParallelDims
+from titan_parallel.planning._torch import in_backward, watched_resizes
+from titan_parallel.planning.flops import ForwardFlops
+from titan_parallel.planning.timeline import Timeline
+from titan_parallel.planning.traffic import Traffic
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators that run while it is entered, on tensors with or without memory."""
+
+    def __init__(self, dims: ParallelDims, vocab_size: int | None) -> None:
+        """`vocab_size`: of the logits that one rank makes; None where no part of the model is a head."""
+        from torch.distributed.tensor import DTensor
+
+        super().__init__()
+        self._subclass = DTensor
+        self._vocab_size = vocab_size
+        self._stack = ExitStack()
+        self.timeline, self.traffic, self.flops = Timeline(), Traffic(dims), ForwardFlops()
+
+    def __enter__(self) -> Recorder:
+        self._stack.enter_context(watched_resizes(self.timeline.resized))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        if self._subclass in types:
+            return NotImplemented  # first to what it does with the local tensors
+        keywords = keywords or {}
+        output = operator(*arguments, **keywords)
+        space, _, name = operator._schema.name.partition("::")
+        if space == "prim":
+            return output
+        backward = in_backward()
+        outputs = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
+        tensors = [tensor for tensor in outputs if isinstance(tensor, Tensor)]
+        self.timeline.operator_ran(name, tensors, backward)
+        if "c10d" in space:
+            self.traffic.operator_ran(name, arguments, output)
+            self._label_buffers(name, arguments)
+        elif not backward:
+            self.flops.operator_ran(operator, arguments, keywords, output)
+        if self._vocab_size is not None:
+            self._label_logits(tensors)
+        return output
+
+    def _label_buffers(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """The flat tensors in which FSDP2 gathers weights and reduces gradients."""
+        if name == "_allgather_base_":
+            self.timeline.label([arguments[0]], "gathered_weights")
+        elif name in ("_reduce_scatter_base_", "allreduce_"):
+            sides = pytree.tree_leaves(arguments[:2])
+            self.timeline.mark([side for side in sides if isinstance(side, Tensor)], "gradient_buckets")
+
+    def _label_logits(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.dim() > 1 and tensor.size(-1) == self._vocab_size and torch.is_floating_point(tensor):
+                self.timeline.mark([tensor], "logits")

@@ -1,0 +1,139 @@
+"""Which storages live when in a step: the memory of a rank over time, by what it is for."""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CATEGORIES = (
+    "parameters",
+    "optimizer",
+    "gradients",
+    "activations",
+    "gathered_weights",
+    "gradient_buckets",
+    "logits",
+    "working",
+)
+"""What memory is for. Activations live from a forward into a backward; working is all that nothing else names."""
+
+Place = tuple[str, ...]
+"""Where in a step something was allocated: (phase, operator, dtype, shape but for the first dim)."""
+
+
+@dataclass
+class Allocation:
+    """A storage while it has one size: from event `born` until event `died`."""
+
+    size: int
+    born: int
+    place: Place
+    in_backward: bool
+    died: float = float("inf")
+    category: str = ""
+
+
+@dataclass
+class Timeline:
+    """Every allocation of a step, in the order of events; an event is a birth or a death."""
+
+    phase: str = "forward"
+    allocations: list[Allocation] = field(default_factory=list)
+    _events: list[tuple[int, int]] = field(default_factory=list)  # (allocation, +1 or -1)
+    _borders: list[int] = field(default_factory=list)  # the events at which a backward began, ended, began, ...
+    _live: dict[int, tuple[Any, int]] = field(default_factory=dict)  # storage -> (weak reference, allocation)
+
+    def operator_ran(self, operator: str, outputs: list[Tensor], in_backward: bool) -> None:
+        """Note the storages of `outputs` that are new."""
+        if in_backward != bool(len(self._borders) % 2):
+            self._borders.append(len(self._events))
+        for tensor in outputs:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._live and storage.nbytes():
+                phase = "backward" if in_backward else self.phase
+                place = (phase, operator, str(tensor.dtype), "x".join(map(str, tensor.shape[1:])))
+                self._begin(storage, place, in_backward)
+
+    def label(self, tensors: list[Tensor], category: str) -> None:
+        """Say what the storages of `tensors` are for, those born before the first event too."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._live:
+                self._begin(storage, ("before", category), in_backward=False)
+            self.allocations[self._live[storage._cdata][1]].category = category
+
+    def mark(self, tensors: list[Tensor], category: str) -> None:
+        """Say what the storages of `tensors` are for, if they are known and nothing else names them."""
+        for tensor in tensors:
+            known = self._live.get(tensor.untyped_storage()._cdata)
+            if known is not None and not self.allocations[known[1]].category:
+                self.allocations[known[1]].category = category
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size: gathered weights come and go."""
+        place: Place = ("gathered",)
+        if storage._cdata in self._live:
+            index = self._live[storage._cdata][1]
+            allocation = self.allocations[index]
+            allocation.category, place = "gathered_weights", allocation.place
+            self._end(storage._cdata)
+        if storage.nbytes():
+            self._begin(storage, place, in_backward=False)
+            self.allocations[-1].category = "gathered_weights"
+
+    def peaks(self) -> dict[Place, dict[str, int]]:
+        """For each place the most memory there was after an allocation there, by category."""
+        self._categorise()
+        totals = dict.fromkeys(CATEGORIES, 0)
+        total = 0
+        best: dict[Place, tuple[int, tuple[int, ...]]] = {}
+        for index, sign in self._events:
+            allocation = self.allocations[index]
+            totals[allocation.category] += sign * allocation.size
+            total += sign * allocation.size
+            if sign > 0 and total >= best.get(allocation.place, (0,))[0]:
+                best[allocation.place] = total, tuple(totals.values())
+        return {place: dict(zip(CATEGORIES, values, strict=True)) for place, (_, values) in best.items()}
+
+    def most(self, category: str) -> int:
+        """The most bytes of one category that lived at once."""
+        self._categorise()
+        now = most = 0
+        for index, sign in self._events:
+            if self.allocations[index].category == category:
+                now += sign * self.allocations[index].size
+                most = max(most, now)
+        return most
+
+    def _categorise(self) -> None:
+        for allocation in self.allocations:
+            if allocation.category in ("", "logits", "gradient_buckets"):
+                allocation.category = self._category_of(allocation)
+
+    def _category_of(self, allocation: Allocation) -> str:
+        """By its life: what a forward leaves to the next backward, and what a backward leaves to the next one."""
+        border = bisect.bisect_right(self._borders, allocation.born)
+        outlives = border < len(self._borders) and allocation.died >= self._borders[border]
+        if allocation.in_backward:
+            return "gradient_buckets" if outlives else allocation.category or "working"
+        if outlives and allocation.place[0] == "forward":
+            return "activations"
+        return "logits" if allocation.category == "logits" else "working"
+
+    def _begin(self, storage: torch.UntypedStorage, place: Place, in_backward: bool) -> None:
+        key = storage._cdata
+        reference = weakref.ref(storage, lambda _: self._end(key))
+        self._live[key] = reference, len(self.allocations)
+        self._events.append((len(self.allocations), 1))
+        self.allocations.append(Allocation(storage.nbytes(), len(self._events) - 1, place, in_backward))
+
+    def _end(self, key: int) -> None:
+        if key in self._live:
+            _, index = self._live.pop(key)
+            self.allocations[index].died = len(self._events)
+            self._events.append((index, -1))
