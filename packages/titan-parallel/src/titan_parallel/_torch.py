@@ -43,6 +43,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether `tensor` is one of those that plans are made with: a shape, and nothing to read."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
 # Functional collectives: their results are plain tensors, recomputation replays them, and the compiler traces them.
 
 

@@ -80,7 +80,7 @@ class Agreement:
         signed = (total + 2**63) % 2**64 - 2**63
         sums = torch.tensor([error is not None, signed], dtype=torch.int64, device=self._device_type)
         dist.all_reduce(sums)
-        return sums.tolist() != [0, 0]
+        return dist.get_backend() != "fake" and sums.tolist() != [0, 0]  # in a plan nobody else is there
 
     def _tell_what(self, error: BaseException | None) -> list[dict[str, Any]]:
         """What went wrong on each rank, and the digests of its items: who shares it, and what it says."""
@@ -133,10 +133,7 @@ def _said(error: BaseException | None) -> str | None:
 
 
 def _num_ranks() -> int:
-    """How many there are to agree with. A rank of a fake group, which plans are made with, is alone."""
-    if not dist.is_initialized() or dist.get_backend() == "fake":
-        return 1
-    return dist.get_world_size()
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def host_device_type(device_type: str) -> str:

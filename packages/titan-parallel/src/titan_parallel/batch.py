@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from titan_parallel._torch import has_no_memory
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states to logits. With loss parallel the logits are a `DTensor` sharded over the vocabulary."""
 
@@ -44,4 +46,6 @@ def described(batch: Batch) -> str:
 
 
 def _hash(tensor: Tensor) -> int:
-    return int(torch.hash_tensor(tensor).view(torch.int64)) if tensor.numel() else 0
+    if tensor.numel() == 0 or has_no_memory(tensor):
+        return 0
+    return int(torch.hash_tensor(tensor).view(torch.int64))
