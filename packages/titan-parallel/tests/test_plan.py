@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from types import SimpleNamespace
 
-import pytest
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError
 from titan_parallel import EveryNthBlock, FullRecompute, MixedPrecision, ParallelDims, Plan, SelectiveRecompute, plan
-from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 RECOMPUTATIONS = {
     "none": None,
@@ -127,7 +123,10 @@ def real_step(small, mesh, options):
 def collectives_of(stage, mesh, small):
     """What the plan says, by kind and number of ranks, as `Counted` counts."""
     _, degrees = small.MESHES[mesh]
-    axes = {"tp": degrees.get("tensor_parallel_degree", 1), "dp_replicate": degrees.get("data_parallel_replicate_degree", 1)}
+    axes = {
+        "tp": degrees.get("tensor_parallel_degree", 1),
+        "dp_replicate": degrees.get("data_parallel_replicate_degree", 1),
+    }
     axes["dp_shard"] = small.MESHES[mesh][0] // (axes["tp"] * axes["dp_replicate"])
     names = {"all_gather": "gather", "reduce_scatter": "scatter", "all_reduce": "reduce"}
     calls, sizes = Counter(), Counter()

@@ -15,7 +15,7 @@ from torch import Tensor
 from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
 from titan_data.order import Order
-from titan_data.packing import ENDED, Cursor, Packing, RowStream
+from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, RowStream
 from titan_data.source import Source
 from titan_data.step import Share, Step, make_step
 from titan_data.tokenizer import Tokenizer
@@ -56,6 +56,15 @@ class TokenLoader(Configurable):
                 raise ValueError(
                     f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 4, or to 0 for none."
                 )
+
+        def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
+            """A micro-batch and an `advance` of a loader, without reading anything: shapes on the meta device."""
+            shape = (local_batch_size, seq_len)
+            columns = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in COLUMNS}
+            labels = columns.pop("labels")
+            advance = torch.empty(self.num_streams or global_batch_size, 2, dtype=torch.int64, device="meta")
+            sequence_dims = dict.fromkeys(COLUMNS, 1)
+            return Batch(columns, {"labels": labels}, sequence_dims, [[]] * local_batch_size), advance
 
     def __init__(
         self,

@@ -73,6 +73,11 @@ class ParallelDims(Configurable):
                 if degree is not None and degree < 1:
                     raise ConfigError(f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number.")
 
+    @staticmethod
+    def count_data_ranks(config: Config, world_size: int) -> int:
+        """Into how many parts a global batch is split on `world_size` ranks. Raises ConfigError as `build` does."""
+        return config.data_parallel_replicate_degree * shard_degree(config, world_size)
+
     def __init__(self, config: Config, *, world_size: int, device_type: str) -> None:
         self.config = config
         self.world_size = world_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,15 @@ from titan_trainer.trainer import Trainer
 def main(recipe: Callable[[], Trainer.Config], argv: Sequence[str] | None = None) -> Trainer:
     """Train what `recipe` returns, as changed by the command line; return the trainer at the end.
 
-    An error that its user can mend ends the process with code 1 and one short report.
+    An error that its user can mend ends the process with code 1 and one short report. With `--plan` on the command
+    line nothing is trained: see `titan_trainer.planning`.
     """
-    config: Any = cli(recipe, argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--plan" in words:
+        from titan_trainer.planning import print_plan
+
+        sys.exit(print_plan(recipe, words))
+    config: Any = cli(recipe, words)
     logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(message)s", level=logging.WARNING)
     with reported_errors(config.dump_folder):
         trainer: Trainer = config.build()

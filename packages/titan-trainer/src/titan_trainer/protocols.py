@@ -91,6 +91,14 @@ class Loader(Protocol):
     def load_state_dict(self, state: State, /) -> None: ...
 
 
+class LoaderConfig(Protocol):
+    """What `--plan` reads of a loader's config."""
+
+    def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
+        """A micro-batch and an `advance`, of which only the shapes count: nothing is read."""
+        ...
+
+
 class Checkpointer(Protocol):
     """Saves and loads named parts."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from titan_config import ConfigError, Configurable
+from titan_parallel import MixedPrecision
 
 
 class Training(Configurable.Config):
@@ -47,6 +48,21 @@ class Training(Configurable.Config):
                 "The local batch size must divide the global one. "
                 "Change --training.local_batch_size or --training.global_batch_size."
             )
+
+    def mixed_precision(self) -> MixedPrecision.Config:
+        """What `parallelize` takes."""
+        return MixedPrecision.Config(param=self.mixed_precision_param, reduce=self.mixed_precision_reduce)
+
+    def num_batches(self, num_data_ranks: int) -> int:
+        """Micro-batches of a step on each data rank. Raises ConfigError where ranks cannot take as many whole ones."""
+        rows_at_once = num_data_ranks * self.local_batch_size
+        if self.global_batch_size % rows_at_once:
+            raise ConfigError(
+                f"Got a global batch of {self.global_batch_size} rows for {num_data_ranks} data ranks with "
+                f"micro-batches of {self.local_batch_size}. Each rank takes as many whole ones. "
+                f"Set --training.global_batch_size to a multiple of {rows_at_once}."
+            )
+        return self.global_batch_size // rows_at_once
 
 
 class Comm(Configurable.Config):

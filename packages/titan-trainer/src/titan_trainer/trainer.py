@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from titan_config import ConfigError, Configurable, diff, save
 from titan_parallel import (
     ActivationCheckpoint,
     Compile,
-    MixedPrecision,
     ParallelDims,
     ParallelModel,
     init_distributed,
@@ -34,7 +33,7 @@ from titan_trainer.metrics import Metrics
 from titan_trainer.model_state import ModelState
 from titan_trainer.optimizer import AdamW, Optimizer
 from titan_trainer.profiling import Profiler
-from titan_trainer.protocols import Batch, Checkpointer, Loader, Loss, ModelConfig, State, Stateful
+from titan_trainer.protocols import Batch, Checkpointer, Converter, Loader, Loss, ModelConfig, State, Stateful
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
 from titan_trainer.settings import Comm, Debug, Training
@@ -116,13 +115,7 @@ class Trainer(Configurable):
                 "Every token id needs a row of the embedding. "
                 f"Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
             )
-        rows_at_once = self.dims.num_data_ranks * config.training.local_batch_size
-        if config.training.global_batch_size % rows_at_once:
-            raise ConfigError(
-                f"Got a global batch of {config.training.global_batch_size} rows for {self.dims.num_data_ranks} data "
-                f"ranks with micro-batches of {config.training.local_batch_size}. Each rank takes as many whole ones. "
-                f"Set --training.global_batch_size to a multiple of {rows_at_once}."
-            )
+        config.training.num_batches(self.dims.num_data_ranks)
         self.loader = self.build_loader(config.dataloader)
 
     def build_loader(self, config: Configurable.Config) -> Loader:
@@ -139,11 +132,7 @@ class Trainer(Configurable):
     def build_model(self) -> None:
         """Build the model without memory, convert and parallelize it, then draw each rank's part of the weights."""
         config = self.config
-        with torch.device("meta"):
-            model = self.model_config.build().to(dtype=getattr(torch, config.training.dtype))
-        self.converters = [converter.build() for converter in config.model_converters]
-        for converter in self.converters:
-            converter.convert(model)
+        model, self.converters = model_on_meta(config)
         self.loss: Loss = config.loss.build()
         self.parallel: ParallelModel = parallelize(
             model,
@@ -151,9 +140,7 @@ class Trainer(Configurable):
             self.dims,
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
-            mixed_precision=MixedPrecision.Config(
-                param=config.training.mixed_precision_param, reduce=config.training.mixed_precision_reduce
-            ),
+            mixed_precision=config.training.mixed_precision(),
         )
         model.to_empty(device=self.device)
         model.init_weights(seed=config.debug.seed)
@@ -372,6 +359,16 @@ class Trainer(Configurable):
         if config is None:
             return None
         return config.build(loader=self.build_loader(config.dataloader), parallel=self.parallel, loss=self.loss)
+
+
+def model_on_meta(config: Trainer.Config) -> tuple[Any, list[Converter]]:
+    """The model of a run without memory, converted, and its converters."""
+    with torch.device("meta"):
+        model = config.model.build().to(dtype=getattr(torch, config.training.dtype))
+    converters: list[Converter] = [converter.build() for converter in config.model_converters]
+    for converter in converters:
+        converter.convert(model)
+    return model, converters
 
 
 def num_tokens(batch: Batch) -> int:

@@ -49,7 +49,9 @@ def in_child(function: Callable[[], Any]) -> Any:
         answer = pipe.read()
     os.waitpid(child, 0)
     if not answer:
-        raise RuntimeError("Got no plan: the child that made it was ended. It needs some memory. Free some, or plan less.")
+        raise RuntimeError(
+            "Got no plan: the child that made it was ended. It needs some memory. Free some, or plan less."
+        )
     succeeded, value = pickle.loads(answer)
     if not succeeded:
         raise value

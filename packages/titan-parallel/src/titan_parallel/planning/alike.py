@@ -20,44 +20,51 @@ FEW_BLOCKS = 4
 FEW_BATCHES = 2
 
 
-def record_of(step: Step, rank: int) -> Record:
-    """What `rank` holds, computes and sends in `step`, simulated as far as it must be."""
-    if step.parallelism.pipeline_parallel_degree > 1:
-        return simulate(step, rank)
-    if step.num_batches <= FEW_BATCHES + 1:
-        return _over_blocks(step, rank)
-    record = extrapolated(
-        lambda number: _over_blocks(step.changed(num_batches=number), rank), FEW_BATCHES, 1, step.num_batches
-    )
-    return record or _over_blocks(step, rank)
+class Alike:
+    """Simulates steps of one model as far as it must be."""
+
+    def __init__(self, step: Step, every_block: bool = False) -> None:
+        """`every_block`: leave none out."""
+        model, roles = step.built()
+        self.name, self.num_parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
+        self._blocks = Roles(model, roles).named("block")
+        self._period = None if every_block else _period(model, self._blocks)
+
+    def record(self, step: Step, rank: int) -> Record:
+        """What `rank` holds, computes and sends in `step`."""
+        if step.parallelism.pipeline_parallel_degree > 1 or step.num_batches <= FEW_BATCHES + 1:
+            return self._over_blocks(step, rank)
+        record = extrapolated(
+            lambda number: self._over_blocks(step.changed(num_batches=number), rank), FEW_BATCHES, 1, step.num_batches
+        )
+        return record or self._over_blocks(step, rank)
+
+    def _over_blocks(self, step: Step, rank: int) -> Record:
+        number, period = len(self._blocks), self._period_with(step.activation_checkpoint)
+        if period is None or step.parallelism.pipeline_parallel_degree > 1:
+            return simulate(step, rank)
+        few = max(FEW_BLOCKS, 2 * period)
+        few += (number - few) % period
+        if few + 2 * period >= number:
+            return simulate(step, rank)
+        record = extrapolated(
+            lambda kept: simulate(step.changed(without=tuple(self._blocks[kept:])), rank), few, period, number
+        )
+        return record or simulate(step, rank)
+
+    def _period_with(self, recomputation: ActivationCheckpoint.Config | None) -> int | None:
+        replayed = 1 if recomputation is None else recomputation.build().period
+        return None if self._period is None or replayed is None else math.lcm(self._period, replayed)
 
 
-def _over_blocks(step: Step, rank: int) -> Record:
-    if step.every_block:
-        return simulate(step, rank)
-    model, table = step.built()
-    blocks = Roles(model, table).named("block")
-    period = _period(model, blocks, step.activation_checkpoint)
-    if period is None:
-        return simulate(step, rank)
-    few = max(FEW_BLOCKS, 2 * period)
-    few += (len(blocks) - few) % period
-    if few + 2 * period >= len(blocks):
-        return simulate(step, rank)
-    record = extrapolated(lambda number: simulate(step.changed(num_blocks=number), rank), few, period, len(blocks))
-    return record or simulate(step, rank)
-
-
-def _period(model: nn.Module, blocks: list[str], recomputation: ActivationCheckpoint.Config | None) -> int | None:
+def _period(model: nn.Module, blocks: list[str]) -> int | None:
     """After how many blocks they repeat themselves; None where they do not, or are no plain list."""
     parents = {name.rpartition(".")[0] for name in blocks}
     if len(parents) != 1 or not isinstance(model.get_submodule(parents.pop()), nn.ModuleList | nn.Sequential):
         return None
     kinds = [_kind(model.get_submodule(name), index) for index, name in enumerate(blocks)]
     periods = range(1, len(blocks) // 2)
-    own = next((p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), None)
-    replayed = 1 if recomputation is None else recomputation.build().period
-    return None if own is None or replayed is None else math.lcm(own, replayed)
+    return next((p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), None)
 
 
 def _kind(block: nn.Module, index: int) -> list[Hashable]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.batch import Batch, Loss
+from titan_parallel.compile import Compile
 from titan_parallel.dims import AXES, ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.planning._torch import fake_ranks, in_child
 from titan_parallel.planning.advice import remedies_of, wasteful
-from titan_parallel.planning.alike import record_of
+from titan_parallel.planning.alike import Alike
 from titan_parallel.planning.record import Record
 from titan_parallel.planning.report import Axis, Collective, Flops, Plan, Stage
 from titan_parallel.planning.simulate import BuildOptimizer, Rows, Step
@@ -34,6 +35,7 @@ def plan(
     num_batches: int = 1,
     roles: RoleTable | None = None,
     activation_checkpoint: ActivationCheckpoint.Config | None = None,
+    compile: Compile.Config | None = None,
     mixed_precision: MixedPrecision.Config | None = None,
     output: Callable[[Any], Tensor] | None = None,
     also: Callable[[ParallelDims], None] | None = None,
@@ -51,7 +53,8 @@ def plan(
     step. `flops_per_token` is (full, causal) where the model knows better than its operators tell. With
     `device_memory` (bytes, or "80GiB") the plan says whether it fits, and what would. `rank` is the one to look at;
     None takes the first of each stage, which has the largest parts of what does not divide. Blocks that are alike are
-    simulated once or twice and counted as often as they are there, unless `every_block`. In a process that has a
+    simulated once or twice and counted as often as they are there, unless `every_block`. Compiled blocks are planned as
+    eager ones, which keep and compute no less. In a process that has a
     process group the plan is made in a forked child. Raises ConfigError for what `parallelize` refuses.
     """
     step = Step(
@@ -67,27 +70,31 @@ def plan(
         mixed_precision=mixed_precision,
         output=output,
         also=also,
-        every_block=every_block,
     )
     limit = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory
 
     def make() -> Plan:
-        return _planned(step, rank, flops_per_token, limit, ranks_per_node)
+        made = _planned(step, Alike(step, every_block), rank, flops_per_token, limit, ranks_per_node)
+        return replace(made, compiled=compile is not None)
 
     return in_child(make) if dist.is_initialized() else make()
 
 
 def _planned(
-    step: Step, rank: int | None, flops_per_token: tuple[int, int] | None, limit: int | None, ranks_per_node: int
+    step: Step,
+    alike: Alike,
+    rank: int | None,
+    flops_per_token: tuple[int, int] | None,
+    limit: int | None,
+    ranks_per_node: int,
 ) -> Plan:
     axes, num_data_ranks, firsts = _mesh(step, ranks_per_node)
     ranks = firsts if rank is None else [rank]
-    records = [record_of(step, rank) for rank in ranks]
+    records = [alike.record(step, rank) for rank in ranks]
     tokens = step.batch.num_tokens * step.num_batches * num_data_ranks
-    model, _ = step.built()
     made = Plan(
-        model=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        model=alike.name,
+        num_parameters=alike.num_parameters,
         world_size=step.world_size,
         ranks_per_node=ranks_per_node,
         mesh=axes,
@@ -97,19 +104,20 @@ def _planned(
         flops=_flops(records, step.world_size // len(records), tokens, flops_per_token),
         stages=[_stage(index, ranks[index], step, record) for index, record in enumerate(records)],
         bubble=None,
+        compiled=False,
         device_memory=limit,
         remedies=[],
         wasteful=[],
     )
     remedies = []
     if made.fits is False and limit is not None:
-        remedies = remedies_of(step, ranks_per_node, limit, lambda changed: _peak(changed, ranks_per_node))
+        remedies = remedies_of(step, ranks_per_node, limit, lambda changed: _peak(changed, alike, ranks_per_node))
     return replace(made, remedies=remedies, wasteful=wasteful(made, step))
 
 
-def _peak(step: Step, ranks_per_node: int) -> int:
+def _peak(step: Step, alike: Alike, ranks_per_node: int) -> int:
     _, _, firsts = _mesh(step, ranks_per_node)
-    return max(sum(record_of(step, rank).peak()[1].values()) for rank in firsts)
+    return max(sum(alike.record(step, rank).peak()[1].values()) for rank in firsts)
 
 
 def _mesh(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
@@ -124,9 +132,7 @@ def _mesh(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
         return axes, dims.num_data_ranks, dist.get_process_group_ranks(dims.mesh.get_group("pp"))
 
 
-def _flops(
-    records: Sequence[Record], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None
-) -> Flops:
+def _flops(records: Sequence[Record], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None) -> Flops:
     """Forward and backward are three times the forward."""
     steps = [3 * ranks_each * sum(record.flops[name] for record in records) for name in ("full", "causal")]
     if flops_per_token is not None:

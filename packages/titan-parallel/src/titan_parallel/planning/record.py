@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from titan_parallel.planning.timeline import CATEGORIES, Place
 from titan_parallel.planning.traffic import Key
+
+NEARLY = 0.8
 
 Numbers = dict[Any, int]
 
@@ -33,14 +36,29 @@ class Record:
         return max(by_place.items(), key=lambda item: (sum(item[1].values()), item[0]))
 
     def extended(self, before: Record, times: int) -> Record | None:
-        """This record and `times` more of what it has over `before`; None if the two are not of the same things."""
+        """This record and `times` more of what it has over `before`; None if the two are not of the same things.
+
+        A place that only one of them has is no matter where memory was far from full.
+        """
         values: dict[str, Numbers] = {}
         for name in (field.name for field in fields(self)):
             mine, earlier = getattr(self, name), getattr(before, name)
-            if mine.keys() != earlier.keys():
+            if name == "peaks":
+                if self._is_full_where(before) or before._is_full_where(self):
+                    return None
+                mine = {key: size for key, size in mine.items() if key in earlier}
+            elif mine.keys() != earlier.keys():
                 return None
-            values[name] = {key: mine[key] + times * (mine[key] - earlier[key]) for key in mine}
+            values[name] = {key: size + times * (size - earlier[key]) for key, size in mine.items()}
         return Record(**values)
+
+    def _is_full_where(self, other: Record) -> bool:
+        """Whether memory is nearly as full as it gets at a place that `other` does not have."""
+        totals: Counter[Place] = Counter()
+        for (place, _), size in self.peaks.items():
+            totals[place] += size
+        known = {place for place, _ in other.peaks}
+        return any(place not in known and size > NEARLY * max(totals.values()) for place, size in totals.items())
 
 
 def extrapolated(simulate: Callable[[int], Record | None], small: int, period: int, wanted: int) -> Record | None:

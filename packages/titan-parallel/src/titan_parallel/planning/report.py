@@ -89,6 +89,8 @@ class Plan:
     stages: list[Stage]
     bubble: float | None
     """The share of a step in which a rank waits for other stages; None without a pipeline."""
+    compiled: bool
+    """Whether blocks are compiled. They are planned as eager ones, which keep no less."""
     device_memory: int | None
     remedies: list[Remedy]
     """Cheapest first; none where the run fits, or nobody asked."""

@@ -83,9 +83,8 @@ class Step:
     mixed_precision: MixedPrecision.Config | None = None
     output: Callable[[Any], Tensor] | None = None
     also: Callable[[ParallelDims], None] | None = None
-    every_block: bool = False
-    num_blocks: int | None = None
-    """None: all that the model has."""
+    without: tuple[str, ...] = ()
+    """Blocks, the last of a list, that are left out."""
 
     def changed(self, **changes: Any) -> Step:
         return replace(self, **changes)
@@ -102,9 +101,10 @@ class Step:
         with torch.device("meta"):
             model = self.build()
         roles = self.roles if self.roles is not None else model.roles()  # type: ignore[operator]
-        if self.num_blocks is not None:
-            roles = keep_blocks(model, roles, self.num_blocks)
-        return model, roles
+        for name in reversed(self.without):
+            parent, _, number = name.rpartition(".")
+            del model.get_submodule(parent)[int(number)]  # type: ignore[operator]
+        return model, {p: role for p, role in roles.items() if not any(inside(p, name) for name in self.without)}
 
 
 def simulate(step: Step, rank: int) -> Record:
@@ -160,15 +160,6 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
         traffic=dict(recorder.traffic.bytes),
         peaks={(place, name): size for place, sizes in peaks.items() for name, size in sizes.items()},
     )
-
-
-def keep_blocks(model: nn.Module, roles: RoleTable, number: int) -> RoleTable:
-    """Leave the first `number` of the model's blocks, all of one list; return the roles of what is left."""
-    blocks = Roles(model, roles).named("block")
-    parent, dropped = model.get_submodule(blocks[0].rpartition(".")[0]), blocks[number:]
-    for name in reversed(dropped):
-        del parent[int(name.rpartition(".")[2])]  # type: ignore[operator]
-    return {p: role for p, role in roles.items() if not any(inside(p, name) for name in dropped)}
 
 
 def _fill_state(optimizer: TorchOptimizer, model: nn.Module) -> None:

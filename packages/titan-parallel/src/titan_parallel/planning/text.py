@@ -68,6 +68,9 @@ def _memory(stage: Stage) -> Iterator[str]:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
+    if plan.compiled:
+        yield ""
+        yield "Blocks are compiled: fused kernels keep less than the eager ones that are counted here."
     if plan.device_memory is not None:
         left = plan.device_memory - plan.peak
         worst = max(plan.stages, key=lambda stage: stage.peak)
