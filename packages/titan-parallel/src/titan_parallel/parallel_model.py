@@ -103,6 +103,11 @@ class ParallelModel:
     def _sharing_sequences(self) -> AbstractContextManager[None]:
         return nullcontext() if self._context is None else self._context.sharing()
 
+    @property
+    def schedule(self) -> Schedule:
+        """How micro-batches run."""
+        return self._schedule
+
     def _sum_over_mesh(self, totals: Tensor) -> Tensor:
         """Over all ranks that saw other rows, tokens or stages; those of the tensor axis all have the same."""
         if self.dims.world_size > self.dims.num_tensor:

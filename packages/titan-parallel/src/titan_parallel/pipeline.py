@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from titan_parallel._pipelining import reduce_gradients
+from titan_parallel._pipelining import Action, reduce_gradients
 from titan_parallel.accumulation import GradientHook
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.forward_only import forward_only
@@ -62,6 +62,16 @@ class Pipeline:
     def set_gradient_hook(self, hook: GradientHook) -> None:
         for unit in self._units:
             unit.set_all_reduce_hook(hook)
+
+    def orders(self, number: int) -> dict[int, list[Action | None]]:
+        """What each rank of the pipeline does with `number` micro-batches of the last step's shape."""
+        *_, (_, shape) = self._built
+        return dict(self._torch_schedule(number, shape).pipeline_order)
+
+    @property
+    def num_stages(self) -> int:
+        """Those of all ranks."""
+        return self._schedule.num_stages
 
     def _torch_schedule(self, number: int, shape: Shape) -> Any:
         """Torch's schedule for a number of micro-batches; it owns the buffers that receive them."""

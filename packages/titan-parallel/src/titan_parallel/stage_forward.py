@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from titan_parallel._torch import has_no_memory
+
 Result = TypeVar("Result")
 
 
@@ -153,7 +155,8 @@ def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
-    return first_argument(args, kwargs).as_subclass(Stream)
+    stream: Tensor = first_argument(args, kwargs)
+    return stream if has_no_memory(stream) else stream.as_subclass(Stream)  # those of plans have a class of their own
 
 
 def _leave(block: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -16,68 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@contextmanager
-def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+def join_fake_ranks(rank: int, world_size: int) -> None:
     """Be `rank` of `world_size` ranks that are not there: collectives return at once, with nothing received."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
+
+
+@contextmanager
+def pipelines_of_shapes() -> Iterator[None]:
+    """Let stages trust the shapes they are given: from torch 2.13 on they vote about that in their first step."""
+    from torch.distributed.pipelining import schedules
+
+    base: Any = schedules._PipelineSchedule
+    with ExitStack() as stack:
+        if "_warmup_p2p" in vars(base):
+            stack.enter_context(patch.object(base, "_warmup_p2p", _trust_shapes))
         yield
-    finally:
-        dist.destroy_process_group()
 
 
-def in_child(function: Callable[[], Any]) -> Any:
-    """What `function` returns in a forked child, which has left this process's groups behind; errors come back too."""
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            _forget_groups()
-            answer = pickle.dumps((True, function()))
-        except BaseException as error:
-            error.add_note(f"In the child that planned:\n{traceback.format_exc()}")
-            answer = pickle.dumps((False, error))
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(answer)
-        os._exit(0)  # no exit handlers of the parent, whose groups this process holds
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    if not answer:
-        raise RuntimeError(
-            "Got no plan: the child that made it was ended. It needs some memory. Free some, or plan less."
-        )
-    succeeded, value = pickle.loads(answer)
-    if not succeeded:
-        raise value
-    return value
+def _trust_shapes(_schedule: Any, stages: list[Any], *_options: Any) -> None:
+    from torch.distributed.pipelining.stage import InferenceMode
 
-
-_left_behind: list[Any] = []  # groups whose threads a forked child does not have: never to be destroyed in it
-
-
-def _forget_groups() -> None:
-    """Have no process group, without ending those of the parent."""
-    world = dist.distributed_c10d._world
-    _left_behind.extend([*world.pg_map, world.default_pg])
-    world.default_pg = None
-    for table in (
-        world.pg_map,
-        world.pg_names,
-        world.pg_group_ranks,
-        world.pg_backend_config,
-        world.pg_to_tag,
-        world.tags_to_pg,
-        world.pg_coalesce_state,
-    ):
-        table.clear()
-    world.group_count = 0
-    torch._C._distributed_c10d._unregister_all_process_groups()
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC
 
 
 def fake_tensors() -> Any:

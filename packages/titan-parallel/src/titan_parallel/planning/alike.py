@@ -32,12 +32,15 @@ class Alike:
 
     def record(self, step: Step, rank: int) -> Record:
         """What `rank` holds, computes and sends in `step`."""
-        if step.parallelism.pipeline_parallel_degree > 1 or step.num_batches <= FEW_BATCHES + 1:
+        num_stages = step.parallelism.pipeline_parallel_degree
+        few = FEW_BATCHES * num_stages
+        if step.num_batches <= few + num_stages or step.num_batches % num_stages:
             return self._over_blocks(step, rank)
-        record = extrapolated(
-            lambda number: self._over_blocks(step.changed(num_batches=number), rank), FEW_BATCHES, 1, step.num_batches
-        )
-        return record or self._over_blocks(step, rank)
+
+        def simulated(number: int) -> Record:
+            return self._over_blocks(step.changed(num_batches=number, order_of=step.num_batches), rank)
+
+        return extrapolated(simulated, few, num_stages, step.num_batches) or self._over_blocks(step, rank)
 
     def _over_blocks(self, step: Step, rank: int) -> Record:
         number, period = len(self._blocks), self._period_with(step.activation_checkpoint)

@@ -14,9 +14,10 @@ from titan_parallel.batch import Batch, Loss
 from titan_parallel.compile import Compile
 from titan_parallel.dims import AXES, ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
-from titan_parallel.planning._torch import fake_ranks, in_child
+from titan_parallel.planning._torch import join_fake_ranks
 from titan_parallel.planning.advice import remedies_of, wasteful
 from titan_parallel.planning.alike import Alike
+from titan_parallel.planning.child import in_child
 from titan_parallel.planning.record import Record
 from titan_parallel.planning.report import Axis, Collective, Flops, Plan, Stage
 from titan_parallel.planning.simulate import BuildOptimizer, Rows, Step
@@ -54,8 +55,8 @@ def plan(
     `device_memory` (bytes, or "80GiB") the plan says whether it fits, and what would. `rank` is the one to look at;
     None takes the first of each stage, which has the largest parts of what does not divide. Blocks that are alike are
     simulated once or twice and counted as often as they are there, unless `every_block`. Compiled blocks are planned as
-    eager ones, which keep and compute no less. In a process that has a
-    process group the plan is made in a forked child. Raises ConfigError for what `parallelize` refuses.
+    eager ones, which keep and compute no less. All is done in forked children: this process may be a rank of
+    something else. Raises ConfigError for what `parallelize` refuses.
     """
     step = Step(
         build=build,
@@ -73,11 +74,8 @@ def plan(
     )
     limit = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory
 
-    def make() -> Plan:
-        made = _planned(step, Alike(step, every_block), rank, flops_per_token, limit, ranks_per_node)
-        return replace(made, compiled=compile is not None)
-
-    return in_child(make) if dist.is_initialized() else make()
+    made = _planned(step, Alike(step, every_block), rank, flops_per_token, limit, ranks_per_node)
+    return replace(made, compiled=compile is not None)
 
 
 def _planned(
@@ -103,7 +101,7 @@ def _planned(
         tokens_per_step=tokens,
         flops=_flops(records, step.world_size // len(records), tokens, flops_per_token),
         stages=[_stage(index, ranks[index], step, record) for index, record in enumerate(records)],
-        bubble=None,
+        bubble=records[0].bubble,
         compiled=False,
         device_memory=limit,
         remedies=[],
@@ -122,14 +120,18 @@ def _peak(step: Step, alike: Alike, ranks_per_node: int) -> int:
 
 def _mesh(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
     """The axes with more than one rank, the number of data ranks, and the first rank of each stage."""
-    with fake_ranks(0, step.world_size):
-        dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
-        axes = []
-        for name in AXES:
-            ranks = dist.get_process_group_ranks(dims.mesh.get_group(name))
-            if len(ranks) > 1:
-                axes.append(Axis(name, len(ranks), ranks, len({rank // ranks_per_node for rank in ranks})))
-        return axes, dims.num_data_ranks, dist.get_process_group_ranks(dims.mesh.get_group("pp"))
+    return in_child(lambda: _mesh_of_fake_ranks(step, ranks_per_node))
+
+
+def _mesh_of_fake_ranks(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
+    join_fake_ranks(0, step.world_size)
+    dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
+    axes = []
+    for name in AXES:
+        ranks = dist.get_process_group_ranks(dims.mesh.get_group(name))
+        if len(ranks) > 1:
+            axes.append(Axis(name, len(ranks), ranks, len({rank // ranks_per_node for rank in ranks})))
+    return axes, dims.num_data_ranks, dist.get_process_group_ranks(dims.mesh.get_group("pp"))
 
 
 def _flops(records: Sequence[Record], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None) -> Flops:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from titan_parallel.planning.timeline import CATEGORIES, Place
@@ -20,7 +20,7 @@ class Record:
     """Bytes, counts and FLOPs of one rank."""
 
     sizes: Numbers
-    """num_parameters, and the bytes of parameters, gradients, optimizer, and of activations at their most."""
+    """The bytes of parameters, gradients, optimizer, and of activations at their most."""
     flops: Numbers
     """full and causal, of the forwards of a step."""
     calls: dict[Key, int]
@@ -28,6 +28,8 @@ class Record:
     """(axis, kind) -> how many collectives, and their bytes."""
     peaks: dict[tuple[Place, str], int]
     """(place, category) -> bytes, when there was most memory after an allocation at that place."""
+    bubble: float | None
+    """The share of a step in which ranks of the pipeline wait."""
 
     def peak(self) -> tuple[Place, dict[str, int]]:
         """Where there was most memory of all, and what for."""
@@ -41,7 +43,7 @@ class Record:
         A place that only one of them has is no matter where memory was far from full.
         """
         values: dict[str, Numbers] = {}
-        for name in (field.name for field in fields(self)):
+        for name in ("sizes", "flops", "calls", "traffic", "peaks"):
             mine, earlier = getattr(self, name), getattr(before, name)
             if name == "peaks":
                 if self._is_full_where(before) or before._is_full_where(self):
@@ -50,7 +52,7 @@ class Record:
             elif mine.keys() != earlier.keys():
                 return None
             values[name] = {key: size + times * (size - earlier[key]) for key, size in mine.items()}
-        return Record(**values)
+        return Record(**values, bubble=self.bubble)
 
     def _is_full_where(self, other: Record) -> bool:
         """Whether memory is nearly as full as it gets at a place that `other` does not have."""

@@ -17,7 +17,14 @@ from titan_parallel.gradient_norm import local
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
-from titan_parallel.planning._torch import fake_ranks, fake_tensors, flex_attention_of_shapes
+from titan_parallel.planning._torch import (
+    fake_tensors,
+    flex_attention_of_shapes,
+    join_fake_ranks,
+    pipelines_of_shapes,
+)
+from titan_parallel.planning.bubble import bubble_of
+from titan_parallel.planning.child import in_child
 from titan_parallel.planning.record import Record
 from titan_parallel.planning.recorder import Recorder
 from titan_parallel.roles import Roles, RoleTable, inside
@@ -83,6 +90,8 @@ class Step:
     mixed_precision: MixedPrecision.Config | None = None
     output: Callable[[Any], Tensor] | None = None
     also: Callable[[ParallelDims], None] | None = None
+    order_of: int | None = None
+    """Micro-batches whose order in a pipeline decides the bubble; None: `num_batches`."""
     without: tuple[str, ...] = ()
     """Blocks, the last of a list, that are left out."""
 
@@ -109,24 +118,28 @@ class Step:
 
 def simulate(step: Step, rank: int) -> Record:
     """What `rank` holds, computes and sends in `step`, once the optimizer has its state."""
-    with fake_ranks(rank, step.world_size):
-        dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
-        model, roles = step.built()
-        vocab_size = _vocab_size(model, Roles(model, roles))
-        parallel = parallelize(
-            model,
-            roles,
-            dims,
-            activation_checkpoint=step.activation_checkpoint,
-            mixed_precision=step.mixed_precision,
-            output=step.output,
-        )
-        with fake_tensors(), flex_attention_of_shapes():
-            model.to_empty(device="cpu")
-            optimizer = step.build_optimizer(model.named_parameters())
-            _fill_state(optimizer, model)
-            recorder = Recorder(dims, -(-vocab_size // dims.num_tensor) if vocab_size else None)
-            return _recorded(step, parallel, optimizer, recorder)
+    return in_child(lambda: _simulated(step, rank))
+
+
+def _simulated(step: Step, rank: int) -> Record:
+    join_fake_ranks(rank, step.world_size)
+    dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
+    model, roles = step.built()
+    vocab_size = _vocab_size(model, Roles(model, roles))
+    parallel = parallelize(
+        model,
+        roles,
+        dims,
+        activation_checkpoint=step.activation_checkpoint,
+        mixed_precision=step.mixed_precision,
+        output=step.output,
+    )
+    with fake_tensors(), flex_attention_of_shapes(), pipelines_of_shapes():
+        model.to_empty(device="cpu")
+        optimizer = step.build_optimizer(model.named_parameters())
+        _fill_state(optimizer, model)
+        recorder = Recorder(dims, -(-vocab_size // dims.num_tensor) if vocab_size else None)
+        return _recorded(step, parallel, optimizer, recorder)
 
 
 def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, recorder: Recorder) -> Record:
@@ -149,7 +162,6 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
     peaks = timeline.peaks()
     return Record(
         sizes={
-            "num_parameters": sum(p.numel() for p in parallel.model.parameters()),
             "parameters": _num_bytes(parameters),
             "gradients": _num_bytes(gradients),
             "optimizer": _num_bytes(state),
@@ -159,7 +171,15 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
         calls=dict(recorder.traffic.calls),
         traffic=dict(recorder.traffic.bytes),
         peaks={(place, name): size for place, sizes in peaks.items() for name, size in sizes.items()},
+        bubble=_bubble(parallel, step.order_of or step.num_batches),
     )
+
+
+def _bubble(parallel: ParallelModel, num_batches: int) -> float | None:
+    if parallel.dims.num_pipeline == 1:
+        return None
+    pipeline: Any = parallel.schedule
+    return bubble_of(pipeline.orders(num_batches), pipeline.num_stages)
 
 
 def _fill_state(optimizer: TorchOptimizer, model: nn.Module) -> None:

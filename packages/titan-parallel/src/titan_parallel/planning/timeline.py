@@ -54,7 +54,7 @@ class Timeline:
             self._borders.append(len(self._events))
         for tensor in outputs:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._live and storage.nbytes():
+            if storage._cdata not in self._live and storage.nbytes() and tensor.device.type != "meta":
                 phase = "backward" if in_backward else self.phase
                 place = (phase, operator, str(tensor.dtype), "x".join(map(str, tensor.shape[1:])))
                 self._begin(storage, place, in_backward)
