@@ -344,7 +344,8 @@ def give_the_second_stage_other_activations():
 
     def shifted(self, stage, micro_batch, received):
         if received is not None and self.model.training:
-            before[micro_batch], received = received, before.get(micro_batch - 1, received)
+            before[micro_batch] = received.detach().clone()
+            received = received + (before.get(micro_batch - 1, received) - received).detach()
         return run(self, stage, micro_batch, received)
 
     StageRunner.run = shifted

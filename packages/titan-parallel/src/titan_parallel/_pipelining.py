@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
@@ -13,7 +14,30 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.pipelining.schedules import _Action as Action
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime, _validate_schedule
 
-__all__ = ["Action", "parse_action", "reduce_gradients", "schedule_of_actions", "stage_ranks", "validate_actions"]
+__all__ = [
+    "Action",
+    "NumberedStage",
+    "parse_action",
+    "reduce_gradients",
+    "schedule_of_actions",
+    "stage_ranks",
+    "validate_actions",
+]
+
+
+class NumberedStage(PipelineStage):
+    """Tells its module the number of the micro-batch that comes, as `module.micro_batch`."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.submod.__dict__["micro_batch"] = fwd_chunk_id
+        try:
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as error:  # torch wraps what a model raises, and says little of it
+            raise error.__cause__ or error from None
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Without greetings from a rank to itself (torch 2.11 in a V), which gloo cannot send."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 def parse_action(text: str) -> Action | None:

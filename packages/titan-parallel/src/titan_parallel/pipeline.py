@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from titan_parallel._pipelining import Action, reduce_gradients
+from titan_parallel._pipelining import Action, NumberedStage, reduce_gradients
 from titan_parallel.accumulation import GradientHook
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.forward_only import forward_only
-from titan_parallel.stage_runner import Shape, StageRunner
+from titan_parallel.stage_runner import Shape, StageRunner, loss_dtype
 from titan_parallel.tied_weights import sum_over_ends
 
 if TYPE_CHECKING:
@@ -82,14 +82,15 @@ class Pipeline:
 
     def _torch_stage(self, index: int, shape: Shape) -> PipelineStage:
         stream = torch.empty(shape[0], dtype=shape[1], device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=loss_dtype(shape), device="meta", requires_grad=True)
         is_first, is_last = index == 0, index == self._schedule.num_stages - 1
-        return _TorchStage(
+        return NumberedStage(
             StageModule(self._runner, index),
             index,
             self._schedule.num_stages,
             torch.device(self._dims.device_type),
             input_args=() if is_first else (stream,),
-            output_args=(torch.empty((), device="meta", requires_grad=True),) if is_last else (stream,),
+            output_args=(loss,) if is_last else (stream,),
             group=self._dims.pp_mesh.get_group(),
             dw_builder=None if self._stages.splits_backward else _weights_are_done,
         )
@@ -110,17 +111,6 @@ class StageModule(nn.Module):
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         return self._run(self._index, self.micro_batch, received)
-
-
-class _TorchStage(PipelineStage):
-    """Tells its module which micro-batch comes: all stages have the inputs, and the loss its targets."""
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.submod.__dict__["micro_batch"] = fwd_chunk_id
-        try:
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        except RuntimeError as error:  # torch wraps what a model raises, and says little of it
-            raise error.__cause__ or error from None
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:

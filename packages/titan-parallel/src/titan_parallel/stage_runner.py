@@ -15,6 +15,11 @@ from titan_parallel.stage_forward import StageForward
 Shape = tuple[torch.Size, torch.dtype]
 
 
+def loss_dtype(stream: Shape) -> torch.dtype:
+    """What the last stage returns its loss sum in."""
+    return torch.promote_types(stream[1], torch.float32)
+
+
 class StageRunner(nn.Module):
     """Around the model, so that sharding has a root whose forward ends although the model's is cut short.
 
@@ -77,7 +82,7 @@ class StageRunner(nn.Module):
                 )
             return result.contiguous()
         self.totals.append(torch.stack([total.detach().to(torch.float64) for total in result]))
-        return result[0]
+        return result[0].to(loss_dtype(self._stream_shape(inputs)))
 
     def _cut_short(
         self, stage: StageForward, received: Tensor | None, inputs: dict[str, Tensor]
