@@ -32,7 +32,7 @@ def pipelines_of_shapes() -> Iterator[None]:
 
 
 def _trust_shapes(_schedule: Any, stages: list[Any], *_options: Any) -> None:
-    from torch.distributed.pipelining.stage import InferenceMode
+    from torch.distributed.pipelining.stage import InferenceMode  # type: ignore[attr-defined]
 
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
@@ -56,7 +56,7 @@ def group_of(arguments: list[Any]) -> dist.ProcessGroup:
     if objects:
         return dist.ProcessGroup.unbox(objects[0])
     names = [argument for argument in arguments if isinstance(argument, str)]
-    return dist.distributed_c10d._resolve_process_group(names[-1])
+    return dist.distributed_c10d._resolve_process_group(names[-1])  # type: ignore[attr-defined, arg-type]
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def in_child(function: Callable[[], Result]) -> Result:
     succeeded, value = pickle.loads(answer)
     if not succeeded:
         raise value
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _answer(function: Callable[[], Any], writer: int) -> None:

@@ -55,13 +55,18 @@ class Rows:
     @classmethod
     def of(cls, batch: Batch, rows: int | None = None) -> Rows:
         """The shapes of `batch`, with another number of rows where it is given."""
-        shapes = ({name: _shape(t, rows) for name, t in part.items()} for part in (batch.inputs, batch.targets))
-        return cls(*shapes, dict(batch.sequence_dims))
+        inputs, targets = (
+            {name: _shape(t, rows) for name, t in part.items()} for part in (batch.inputs, batch.targets)
+        )
+        return cls(inputs, targets, dict(batch.sequence_dims))
 
     def new(self) -> Rows:
         """A micro-batch of these shapes on the CPU."""
-        news = ({name: torch.empty_like(t, device="cpu") for name, t in p.items()} for p in (self.inputs, self.targets))
-        return Rows(*news, self.sequence_dims)
+        inputs, targets = (
+            {name: torch.empty_like(t, device="cpu") for name, t in part.items()}
+            for part in (self.inputs, self.targets)
+        )
+        return Rows(inputs, targets, self.sequence_dims)
 
     @property
     def num_rows(self) -> int:
