@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections import Counter
 
+import pytest
 import torch
 import torch.distributed as dist
-from titan_parallel import EveryNthBlock, FullRecompute, MixedPrecision, ParallelDims, Plan, SelectiveRecompute, plan
+from titan_config import ConfigError
+from titan_parallel import (
+    EveryNthBlock,
+    FullRecompute,
+    MixedPrecision,
+    ParallelDims,
+    ParallelModel,
+    Plan,
+    SelectiveRecompute,
+    plan,
+)
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 RECOMPUTATIONS = {
     "none": None,
@@ -30,20 +44,18 @@ def adamw(named_parameters):
     return torch.optim.AdamW([p for _, p in named_parameters], lr=1e-3)
 
 
-def planned(small, mesh="one", *, rank=None, optimizer=adamw, **options) -> Plan:
+def planned(small, mesh="one", shape=SHAPE, **options) -> Plan:
     world_size, degrees = small.MESHES[mesh]
-    return plan(
-        lambda: small.Transformer(small.Shape(**SHAPE)),
-        roles=small.ROLES,
-        batch=small.make_batch(rows=ROWS, length=LENGTH),
-        num_batches=NUM_BATCHES,
-        loss=small.chunked_loss,
-        optimizer=optimizer,
-        world_size=world_size,
-        parallelism=ParallelDims.Config(**degrees),
-        rank=rank,
-        **options,
-    )
+    defaults = {
+        "roles": small.ROLES,
+        "batch": small.make_batch(rows=ROWS, length=LENGTH),
+        "num_batches": NUM_BATCHES,
+        "loss": small.chunked_loss,
+        "optimizer": adamw,
+        "world_size": world_size,
+        "parallelism": ParallelDims.Config(**degrees),
+    }
+    return plan(lambda: small.Transformer(small.Shape(**shape)), **defaults | options)
 
 
 class Counted(TorchDispatchMode):
@@ -74,11 +86,11 @@ class Counted(TorchDispatchMode):
 
 
 class Living(TorchDispatchMode):
-    """The bytes of storages that operators made and that are still alive."""
+    """The bytes of storages that operators made and that are still alive; `given` ones are no operator's."""
 
-    def __init__(self) -> None:
+    def __init__(self, given) -> None:
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.now, self.peak = dict.fromkeys(given), 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -100,7 +112,6 @@ class Living(TorchDispatchMode):
 
 def real_step(small, mesh, options):
     """A step on gloo: bytes of weights, gradients, optimizer state; collectives."""
-    dims = small.make_dims(mesh)
     parallel = small.put_on(mesh, small.make_model(small.Shape(**SHAPE), torch.float32), **options)
     optimizer = adamw(parallel.model.named_parameters())
     batches = [small.make_batch(rows=ROWS, length=LENGTH, seed=seed) for seed in range(NUM_BATCHES)]
@@ -117,7 +128,7 @@ def real_step(small, mesh, options):
             sum(local(tensor).nbytes for tensor in tensors)
             for tensors in (parameters, [p.grad for p in parameters], states)
         ]
-    return sizes, counted.calls, counted.bytes, dims.mesh.get_coordinate()
+    return sizes, counted.calls, counted.bytes
 
 
 def collectives_of(stage, mesh, small):
@@ -139,26 +150,154 @@ def collectives_of(stage, mesh, small):
     return calls, sizes
 
 
-def check_against_gloo(small, run_ranks, meshes, options=None):
-    options = options or {}
-    world_size = small.MESHES[meshes[0]][0]
-    ranks = run_ranks(world_size, lambda: [real_step(small, mesh, options) for mesh in meshes])
-    for number, mesh in enumerate(meshes):
-        for rank in range(world_size):
-            sizes, calls, nbytes, _ = ranks[rank][number]
-            stage = planned(small, mesh, rank=rank, **options).stages[0]
-            assert [stage.parameters, stage.gradients, stage.optimizer] == sizes, mesh
-            assert collectives_of(stage, mesh, small) == (calls, nbytes), mesh
+@pytest.fixture(scope="module")
+def on_gloo(small, run_ranks):
+    """`on_gloo(mesh)`: what each rank of a real step held and sent."""
+    two, four = ["fsdp2", "ddp2", "tp2", "tp2_both"], ["hsdp2x2", "fsdp2_tp2"]
+    seen = dict(
+        zip(two, zip(*run_ranks(2, lambda: [real_step(small, mesh, {}) for mesh in two]), strict=True), strict=True)
+    )
+    seen |= zip(
+        four, zip(*run_ranks(4, lambda: [real_step(small, mesh, {}) for mesh in four]), strict=True), strict=True
+    )
+    return seen
 
 
-def test_sizes_and_collectives_are_those_of_a_run_on_two_ranks(small, run_ranks):
-    check_against_gloo(small, run_ranks, ["fsdp2", "ddp2", "tp2", "tp2_both"])
+def check(stage, mesh, small, real):
+    sizes, calls, nbytes = real
+    assert [stage.parameters, stage.gradients, stage.optimizer] == sizes, mesh
+    assert collectives_of(stage, mesh, small) == (calls, nbytes), mesh
 
 
-def test_sizes_and_collectives_are_those_of_a_run_on_four_ranks(small, run_ranks):
-    check_against_gloo(small, run_ranks, ["hsdp2x2", "fsdp2_tp2"])
+@pytest.mark.parametrize("mesh", ["fsdp2", "ddp2", "tp2", "tp2_both", "hsdp2x2", "fsdp2_tp2"])
+def test_sizes_and_collectives_are_those_of_a_run_on_every_rank(small, on_gloo, mesh):
+    for rank, real in enumerate(on_gloo[mesh]):
+        check(planned(small, mesh, rank=rank).stages[0], mesh, small, real)
 
 
-def test_sizes_and_collectives_are_those_of_a_run_in_bf16(small, run_ranks):
+def test_they_are_those_of_a_run_in_bf16_with_recomputation(small, run_ranks):
     options = {"mixed_precision": MixedPrecision.Config(), "activation_checkpoint": SelectiveRecompute.Config()}
-    check_against_gloo(small, run_ranks, ["fsdp2"], options)
+    real = run_ranks(2, lambda: real_step(small, "fsdp2", options))
+    check(planned(small, "fsdp2", **options).stages[0], "fsdp2", small, real[0])
+
+
+def test_a_forgotten_state_or_collective_is_seen(small, on_gloo, monkeypatch):
+    def amsgrad(parameters):
+        return torch.optim.AdamW([p for _, p in parameters], amsgrad=True)
+
+    with pytest.raises(AssertionError, match="tp2_both"):
+        check(planned(small, "tp2_both", optimizer=amsgrad).stages[0], "tp2_both", small, on_gloo["tp2_both"][0])
+    monkeypatch.setattr(ParallelModel, "_sum_partial_gradients", lambda self: None)
+    with pytest.raises(AssertionError, match="tp2_both"):
+        check(planned(small, "tp2_both").stages[0], "tp2_both", small, on_gloo["tp2_both"][0])
+
+
+def held_on_one_rank(small, recomputation):
+    """Of a real step: bytes alive when the backward begins, the most alive at once, and what autograd saved."""
+    model = small.make_model(small.Shape(**SHAPE), torch.float32)
+    parallel = small.put_on("one", model, activation_checkpoint=recomputation)
+    batch = small.make_batch(rows=ROWS, length=LENGTH)
+    given = [*model.parameters(), *batch.inputs.values(), *batch.targets.values()]
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    living, kept, saved = Living(known), [], {}
+
+    def loss(head, hidden, targets):
+        loss_sum, count = small.chunked_loss(head, hidden, targets)
+        loss_sum.register_hook(lambda _: kept.append(living.now))
+        return loss_sum, count
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if not kept and storage._cdata not in known:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with living, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        parallel.forward_backward([batch], loss, denominator=10)
+    return kept[0], living.peak, sum(saved.values())
+
+
+def test_activations_and_peaks_are_those_of_a_run_with_each_recomputation(small, on_one_rank):
+    real = on_one_rank(lambda: {name: held_on_one_rank(small, kind) for name, kind in RECOMPUTATIONS.items()})
+    for name, kind in RECOMPUTATIONS.items():
+        stage = planned(small, num_batches=1, activation_checkpoint=kind).stages[0]
+        kept, peak, saved = real[name]
+        assert stage.activations == pytest.approx(kept, abs=64), name  # scalars
+        assert sum(stage.at_peak.values()) == stage.peak
+        batch = 3 * 8 * ROWS * LENGTH
+        assert stage.peak - stage.parameters - stage.optimizer - batch == peak, name
+        if name == "none":
+            assert stage.activations == pytest.approx(saved, abs=64)
+
+
+@pytest.mark.parametrize(
+    ("recomputation", "mesh"),
+    [(None, "fsdp2_tp2"), (EveryNthBlock.Config(n=3), "fsdp2"), (FullRecompute.Config(), "one")],
+)
+def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, recomputation, mesh):
+    options = {"shape": SHAPE | {"layers": 13}, "num_batches": 6, "activation_checkpoint": recomputation}
+    short, long = planned(small, mesh, **options), planned(small, mesh, every_block=True, **options)
+    assert short == long
+
+
+def test_flops_are_those_that_torch_counts(small):
+    made = planned(small, num_batches=2)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model = small.Transformer(small.Shape(**SHAPE))
+        model(**{name: tensor.to("meta") for name, tensor in small.make_batch(rows=ROWS, length=LENGTH).inputs.items()})
+    assert made.flops.full_per_step == 3 * 2 * counter.get_total_flops()
+    attention = 3 * 4 * LENGTH * SHAPE["width"] * SHAPE["layers"]
+    assert made.flops.full_per_token - made.flops.causal_per_token == attention / 2
+
+
+def test_a_plan_goes_to_json_and_back_and_says_whether_it_fits(small):
+    roomy = planned(small, "fsdp2", device_memory="1GiB")
+    assert Plan.from_json(roomy.to_json()) == roomy
+    assert roomy.fits and not roomy.remedies and json.loads(roomy.to_json())["fits"] is True
+    tight = planned(small, "fsdp2", device_memory=roomy.peak - 1)
+    assert tight.fits is False
+    assert tight.remedies and tight.remedies[-1].fits
+    first = tight.remedies[0]
+    assert first.change == "activation_checkpoint SelectiveRecompute"
+    assert first.peak == planned(small, "fsdp2", activation_checkpoint=SelectiveRecompute.Config()).peak
+    assert "Does not fit" in str(tight) and first.change in str(tight)
+    assert planned(small).fits is None
+
+
+def test_a_rank_of_a_group_can_plan_a_larger_one(small, run_ranks):
+    alone = planned(small, "fsdp4")
+
+    def step_after_planning():
+        made = planned(small, "fsdp4")
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return made.to_json(), float(total)
+
+    assert run_ranks(2, step_after_planning) == [(alone.to_json(), 2.0)] * 2
+
+
+def test_a_pipeline_has_stages_and_a_bubble(small):
+    made = planned(
+        small, "one", world_size=2, parallelism=ParallelDims.Config(pipeline_parallel_degree=2), num_batches=8
+    )
+    assert made.bubble == pytest.approx(1 / 9)
+    assert [stage.stage for stage in made.stages] == [0, 1]
+    assert sum(stage.parameters for stage in made.stages) == planned(small).stages[0].parameters
+    assert made.flops.full_per_token == planned(small).flops.full_per_token
+
+
+def test_waste_is_named(small):
+    over_nodes = planned(small, "fsdp2_tp2", ranks_per_node=1, device_memory="1GiB")
+    assert any(line.startswith("Tensor parallel over 2 nodes") for line in over_nodes.wasteful)
+    assert any("micro-batches of 4 rows" in line for line in over_nodes.wasteful)
+
+
+@pytest.mark.parametrize("text", ["80", "80 gigs", "-1GiB", "0GiB", "", "nan GiB"])
+def test_nonsense_sizes_are_refused(small, text):
+    with pytest.raises(ConfigError, match=r"Got the size .* Write 80GiB, or 141GB\."):
+        planned(small, device_memory=text)
+
+
+def test_what_parallelize_refuses_is_refused(small):
+    with pytest.raises(ConfigError, match="tensor_parallel_degree 3 on 4 ranks"):
+        planned(small, world_size=4, parallelism=ParallelDims.Config(tensor_parallel_degree=3))

@@ -13,46 +13,79 @@ ENOUGH = 2  # remedies that fit: the cheapest, and a choice
 MAX_BUBBLE = 0.2
 
 
-def remedies_of(step: Step, ranks_per_node: int, limit: int, peak_of: Callable[[Step], int]) -> list[Remedy]:
-    """Changes with their peaks, cheapest first, each on top of those before it, until enough of them fit `limit`."""
+Rung = Callable[[Step, int], tuple[str, str, Step] | None]
+"""A change of a step, on nodes of so many ranks: (what, to what, the changed step), or None where it has been done."""
+
+
+def remedies_of(step: Step, ranks_per_node: int, peak: int, limit: int, peak_of: Callable[[Step], int]) -> list[Remedy]:
+    """Changes that lower the `peak`, each on top of those before it, the cheapest first, until enough fit `limit`."""
     remedies: list[Remedy] = []
-    for change, changed in _ladder(step, ranks_per_node):
-        try:
-            peak = peak_of(changed)
-        except ValueError:  # heads, rows or ranks that do not divide: no remedy
-            continue
-        remedies.append(Remedy(change, peak, peak <= limit))
-        if sum(remedy.fits for remedy in remedies) == ENOUGH:
-            break
+    changes: dict[str, str] = {}
+    for rung in RUNGS:
+        while (proposal := rung(step, ranks_per_node)) is not None:
+            name, value, changed = proposal
+            try:
+                changed_peak = peak_of(changed)
+            except ValueError:  # heads, rows or ranks that do not divide
+                break
+            if changed_peak >= peak:
+                break
+            step, peak, changes[name] = changed, changed_peak, value
+            remedies.append(Remedy(", ".join(f"{n} {v}" for n, v in changes.items()), peak, peak <= limit))
+            if sum(remedy.fits for remedy in remedies) == ENOUGH:
+                return remedies
     return remedies
 
 
-def _ladder(step: Step, ranks_per_node: int) -> Iterator[tuple[str, Step]]:
-    """Runs with the same global batch: more recomputation, smaller micro-batches, more shards, tensor ranks, ranks."""
-    changes: dict[str, str] = {}
+def _recompute_some(step: Step, _: int) -> tuple[str, str, Step] | None:
+    if step.activation_checkpoint is not None:
+        return None
+    return (
+        "activation_checkpoint",
+        "SelectiveRecompute",
+        step.changed(activation_checkpoint=SelectiveRecompute.Config()),
+    )
 
-    def rung(name: str, value: str) -> str:
-        changes[name] = value
-        return ", ".join(f"{name} {value}" for name, value in changes.items())
 
-    for recomputation in (SelectiveRecompute, FullRecompute):
-        now = step.activation_checkpoint
-        if now is None or (isinstance(now, SelectiveRecompute.Config) and recomputation is FullRecompute):
-            step = step.changed(activation_checkpoint=recomputation.Config())
-            yield rung("activation_checkpoint", recomputation.__name__), step
-    while step.batch.num_rows % 2 == 0:
-        rows = Rows.of(step.batch, step.batch.num_rows // 2)
-        step = step.changed(batch=rows, num_batches=step.num_batches * 2)
-        yield rung("rows of a micro-batch", str(rows.num_rows)), step
-    if step.parallelism.data_parallel_replicate_degree > 1:
-        step = step.with_degrees(data_parallel_replicate_degree=1)
-        yield rung("data_parallel_replicate_degree", "1"), step
-    while (degree := step.parallelism.tensor_parallel_degree * 2) <= min(ranks_per_node, step.world_size):
-        step = step.with_degrees(tensor_parallel_degree=degree).changed(num_batches=step.num_batches * 2)
-        yield rung("tensor_parallel_degree", str(degree)), step
-    while step.num_batches % 2 == 0:
-        step = step.with_degrees().changed(world_size=step.world_size * 2, num_batches=step.num_batches // 2)
-        yield rung("ranks", str(step.world_size)), step
+def _recompute_all(step: Step, _: int) -> tuple[str, str, Step] | None:
+    if isinstance(step.activation_checkpoint, FullRecompute.Config):
+        return None
+    return "activation_checkpoint", "FullRecompute", step.changed(activation_checkpoint=FullRecompute.Config())
+
+
+def _halve_rows(step: Step, _: int) -> tuple[str, str, Step] | None:
+    rows, odd = divmod(step.batch.num_rows, 2)
+    if odd:
+        return None
+    changed = step.changed(batch=Rows.of(step.batch, rows), num_batches=step.num_batches * 2)
+    return "rows of a micro-batch", str(rows), changed
+
+
+def _drop_replicas(step: Step, _: int) -> tuple[str, str, Step] | None:
+    if step.parallelism.data_parallel_replicate_degree == 1:
+        return None
+    return "data_parallel_replicate_degree", "1", step.with_degrees(data_parallel_replicate_degree=1)
+
+
+def _double_tensor(step: Step, ranks_per_node: int) -> tuple[str, str, Step] | None:
+    """Half as many data ranks, each with twice the micro-batches."""
+    degree = step.parallelism.tensor_parallel_degree * 2
+    if degree > min(ranks_per_node, step.world_size):
+        return None
+    changed = step.with_degrees(tensor_parallel_degree=degree).changed(num_batches=step.num_batches * 2)
+    return "tensor_parallel_degree", str(degree), changed
+
+
+def _double_ranks(step: Step, _: int) -> tuple[str, str, Step] | None:
+    """Twice as many data ranks, each with half of the micro-batches."""
+    half, odd = divmod(step.num_batches, 2)
+    if odd:
+        return None
+    changed = step.with_degrees().changed(world_size=step.world_size * 2, num_batches=half)
+    return "ranks", str(changed.world_size), changed
+
+
+RUNGS: tuple[Rung, ...] = (_recompute_some, _recompute_all, _halve_rows, _drop_replicas, _double_tensor, _double_ranks)
 
 
 def wasteful(plan: Plan, step: Step) -> list[str]:

@@ -109,7 +109,9 @@ def _planned(
     )
     remedies = []
     if made.fits is False and limit is not None:
-        remedies = remedies_of(step, ranks_per_node, limit, lambda changed: _peak(changed, alike, ranks_per_node))
+        remedies = remedies_of(
+            step, ranks_per_node, made.peak, limit, lambda changed: _peak(changed, alike, ranks_per_node)
+        )
     return replace(made, remedies=remedies, wasteful=wasteful(made, step))
 
 
