@@ -15,11 +15,11 @@ from titan_parallel import (
     FullRecompute,
     MixedPrecision,
     ParallelDims,
-    ParallelModel,
     Plan,
     SelectiveRecompute,
     plan,
 )
+from titan_parallel.partial_gradients import PartialGradients
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,7 +187,7 @@ def test_a_forgotten_state_or_collective_is_seen(small, on_gloo, monkeypatch):
 
     with pytest.raises(AssertionError, match="tp2_both"):
         check(planned(small, "tp2_both", optimizer=amsgrad).stages[0], "tp2_both", small, on_gloo["tp2_both"][0])
-    monkeypatch.setattr(ParallelModel, "_sum_partial_gradients", lambda self: None)
+    monkeypatch.setattr(PartialGradients, "_sum", lambda self, model: None)
     with pytest.raises(AssertionError, match="tp2_both"):
         check(planned(small, "tp2_both").stages[0], "tp2_both", small, on_gloo["tp2_both"][0])
 
