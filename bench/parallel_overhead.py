@@ -41,8 +41,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 NUM_LAYERS, D, H, K, FEED_FORWARD, V = 6, 256, 8, 32, 768, 2048
-B, T = 4, 256
-PAIRS, STEPS = 11, 3
+B, T = 2, 256
+PAIRS, STEPS = 9, 3
 Step = Callable[[], Any]
 
 
@@ -113,7 +113,10 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    by_type: dict[type, list[nn.Parameter]] = {}  # torch's fused AdamW takes no DTensors among plain ones
+    for parameter in model.parameters():
+        by_type.setdefault(type(parameter.data), []).append(parameter)
+    return torch.optim.AdamW([{"params": group} for group in by_type.values()], lr=1e-3, fused=True)
 
 
 def titan(**degrees: Any) -> Step:
@@ -192,16 +195,18 @@ def _with_plan(ends: dict[str, Any], of_block: dict[str, Any]) -> nn.Module:
     return model
 
 
-def seconds(step: Step) -> float:
+def seconds(step: Step) -> tuple[float, float]:
+    """Of a block of steps: on the clock, and of the processor, over all ranks."""
     dist.barrier()
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         step()
-    dist.barrier()
-    return time.perf_counter() - start
+    processor = torch.tensor(time.process_time() - processor_start, dtype=torch.float64)
+    dist.all_reduce(processor)
+    return time.perf_counter() - start, float(processor)
 
 
-def alternate(ours: Callable[[], Step], theirs: Callable[[], Step]) -> list[tuple[float, float]]:
+def alternate(ours: Callable[[], Step], theirs: Callable[[], Step]) -> list[tuple[tuple[float, float], ...]]:
     """Seconds of blocks of steps, pair by pair; who begins changes from pair to pair."""
     our_step, their_step = ours(), theirs()
     seconds(our_step), seconds(their_step)
@@ -247,28 +252,34 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
     return receiver.recv()
 
 
-def compare(name: str, num_ranks: int, limit: float, ours: Callable[[], Step], theirs: Callable[[], Step]) -> bool:
-    """Measure, print, and say whether the median of the ratios is good enough."""
+def compare(
+    name: str, num_ranks: int, rows: int, limit: float, ours: Callable[[], Step], theirs: Callable[[], Step]
+) -> bool:
+    """Measure steps of `rows` over all ranks, print, and say whether the median of the ratios is good enough.
+
+    The processor's time is printed beside it: it says what the code costs where other work disturbs the clock.
+    """
     pairs = on_ranks(num_ranks, alternate, ours, theirs)
-    ratios = sorted(their_seconds / our_seconds for our_seconds, their_seconds in pairs)
-    speeds = [STEPS * B * T * num_ranks / statistics.median(column) for column in zip(*pairs, strict=True)]
+    ratios = sorted(their_seconds / our_seconds for (our_seconds, _), (their_seconds, _) in pairs)
+    of_processor = statistics.median(their_seconds / our_seconds for (_, our_seconds), (_, their_seconds) in pairs)
+    speeds = [STEPS * rows * T / statistics.median(s for s, _ in column) for column in zip(*pairs, strict=True)]
     memory = [on_ranks(num_ranks, added_memory, make) for make in (ours, theirs)]
-    ratio = statistics.median(ratios)
     print(
         f"{name}: titan {speeds[0]:.0f} tokens/s and {memory[0]:.0f} MB, by hand {speeds[1]:.0f} tokens/s and "
-        f"{memory[1]:.0f} MB, ratio {ratio:.3f} (limit {limit}; {PAIRS} pairs, {ratios[0]:.2f} to {ratios[-1]:.2f})",
+        f"{memory[1]:.0f} MB, ratio {statistics.median(ratios):.3f} (limit {limit}; {PAIRS} pairs, {ratios[0]:.2f} to "
+        f"{ratios[-1]:.2f}), of processor time {of_processor:.3f}",
         flush=True,
     )
-    return ratio >= limit
+    return statistics.median(ratios) >= limit
 
 
 def main() -> None:
     plain = {"tensor_parallel_degree": 2, "sequence_parallel": False, "loss_parallel": False}
     results = [
-        compare("FSDP, one rank", 1, 0.97, titan, fully_sharded),
-        compare("FSDP, two ranks", 2, 0.97, titan, fully_sharded),
-        compare("TP, two ranks", 2, 1.0, lambda: titan(**plain), tensor_parallel),
-        compare("TP with SP, two ranks", 2, 1.0, lambda: titan(tensor_parallel_degree=2), sequence_parallel),
+        compare("FSDP, one rank", 1, B, 0.97, titan, fully_sharded),
+        compare("FSDP, two ranks", 2, 2 * B, 0.97, titan, fully_sharded),
+        compare("TP, two ranks", 2, B, 1.0, lambda: titan(**plain), tensor_parallel),
+        compare("TP with SP, two ranks", 2, B, 1.0, lambda: titan(tensor_parallel_degree=2), sequence_parallel),
     ]
     sys.exit(not all(results))
 
