@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from titan_config import ConfigError
 from titan_parallel import Compile, FullRecompute, MixedPrecision, ParallelDims, parallelize, set_collective_timeout
 from titan_parallel.agreement import Agreement
@@ -61,6 +63,26 @@ def test_what_does_not_fit_the_model_is_an_error_on_every_rank(on_two_ranks, sma
     for said_first, said_second, (_, _, message) in zip(first, second, BAD_ROLES, strict=True):
         assert said_second.startswith(message)
         assert said_first.startswith(message if 0 in where else f"Rank 1 could not parallelize: {message}")
+
+
+def test_what_stages_and_shared_sequences_refuse_on_one_rank_is_an_error_on_every_rank(on_two_ranks, small):
+    tiny = {"hidden_size": 32, "vocab_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+
+    def one_block(wrong):
+        parallelized(small, wrong, {"pipeline_parallel_degree": 2}, shape={"layers": 1})
+
+    def computes_attention_by_itself(wrong):
+        dims = ParallelDims.Config(context_parallel_degree=2).build(world_size=2, device_type="cpu")
+        bloom, llama = transformers.BloomConfig(**tiny), transformers.LlamaConfig(**tiny, intermediate_size=48)
+        model = transformers.BloomForCausalLM(bloom) if wrong else transformers.LlamaForCausalLM(llama)
+        parallelize(model, {}, dims, output=operator.attrgetter("logits"))
+
+    first, second = on_two_ranks(errors_of, [one_block, computes_attention_by_itself], {1})
+    for said_first, said_second, message in zip(
+        first, second, ["Got 1 blocks for 2 stages", "Got context"], strict=True
+    ):
+        assert said_second.startswith(message)
+        assert said_first.startswith(f"Rank 1 could not parallelize: {message}")
 
 
 def test_an_error_that_is_no_config_error_keeps_its_type_where_it_happened(on_two_ranks, small):
