@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import nullcontext
 from operator import attrgetter
 from types import SimpleNamespace
@@ -297,39 +298,75 @@ def test_what_is_broken_is_noticed(run_ranks, small, case, mesh, sabotage, says)
     assert any(says in complaint for said in run_ranks(2, wrong) for complaint in said)
 
 
-def collectives_of_a_block(block, length) -> dict[str, int]:
+def collectives_of(run) -> Counter[str]:
     from torch.distributed.tensor.debug import CommDebugMode
 
+    with CommDebugMode() as counter:
+        run()
+    return Counter({str(operator).rpartition(".")[2]: count for operator, count in counter.get_comm_counts().items()})
+
+
+def collectives_of_a_block(block, length) -> Counter[str]:
     x = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
     rotation = tuple(torch.rand(1, 8, 8, dtype=torch.float64) for _ in range(2))
-    with CommDebugMode() as counter:
-        block(x, position_embeddings=rotation).sum().backward()
-    return {str(operator).rpartition(".")[2]: count for operator, count in counter.get_comm_counts().items()}
+    return collectives_of(lambda: block(x, position_embeddings=rotation).sum().backward())
 
 
-def test_a_block_gathers_once_and_reduces_once_per_region_and_direction(run_ranks):
-    """Two regions, forward and backward. Torch's styles, one for each projection, sum the gradient of each input."""
+def test_a_block_gathers_once_and_reduces_once_per_region_and_direction(run_ranks, small):
+    """Two regions, forward and backward. Torch's styles, one for each projection, sum the gradient of each input.
+
+    With sequence parallel the gradients of norms are shares: a step sums those of all blocks at once, a backward of
+    one's own those of each block.
+    """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     colwise = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     rowwise = ("self_attn.o_proj", "mlp.down_proj")
 
-    def by_regions(sequence_parallel):
+    def on_mesh(case, sequence_parallel):
         dims = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=sequence_parallel)
-        model = make("llama of three layers")
-        parallelize(model, roles_of(model), dims.build(world_size=2, device_type="cpu"))
+        model = make(case)
+        dims = dims.build(world_size=2, device_type="cpu")
+        return parallelize(model, roles_of(model), dims, output=attrgetter("logits"))
+
+    def in_a_step(sequence_parallel):
+        def step(case):
+            parallel = on_mesh(case, sequence_parallel)
+            return collectives_of(lambda: parallel.forward_backward([make_batch()], small.chunked_loss, 1))
+
+        return step("llama of three layers") - step("llama")
+
+    def alone(sequence_parallel):
+        model = on_mesh("llama of three layers", sequence_parallel).model
         return collectives_of_a_block(model.model.layers[1], 4 if sequence_parallel else 8)
 
     def by_projections():
         dims = ParallelDims.Config(**TENSOR_2).build(world_size=2, device_type="cpu")
         plan = {name: ColwiseParallel() for name in colwise} | {name: RowwiseParallel() for name in rowwise}
-        block = parallelize_module(make("llama of three layers").model.layers[1], dims.tp_mesh, plan)
-        return collectives_of_a_block(block, 8)
+        return collectives_of_a_block(
+            parallelize_module(make("llama of three layers").model.layers[1], dims.tp_mesh, plan), 8
+        )
 
-    for whole, split, projections in run_ranks(2, lambda: (by_regions(False), by_regions(True), by_projections())):
-        assert whole == {"all_reduce": 4}
-        assert split == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 4}
+    def count():
+        return [*map(in_a_step, (False, True)), *map(alone, (False, True)), by_projections()]
+
+    gathers_and_scatters = {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 4}
+    for whole, split, whole_alone, split_alone, projections in run_ranks(2, count):
+        assert whole == whole_alone == {"all_reduce": 4}
+        assert split == gathers_and_scatters
+        assert split_alone == {**gathers_and_scatters, "all_reduce": 1}
         assert projections == {"all_reduce": 7}
+
+
+def test_a_model_that_returns_more_than_logits_asks_which_part_they_are(run_ranks, small):
+    def said():
+        model = make("llama")
+        parallel = parallelize(model, roles_of(model), ParallelDims.Config().build(world_size=1, device_type="cpu"))
+        with pytest.raises(TypeError) as caught:
+            parallel.forward_backward([make_batch()], small.chunked_loss, 1)
+        return str(caught.value)
+
+    assert "attrgetter('logits')" in run_ranks(1, said)[0]
 
 
 def test_a_model_that_cannot_be_split_is_refused_with_the_reason(run_ranks):
