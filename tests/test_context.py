@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_models import Attention, Block, Flex, Mask, Rope, Sdpa, SwiGLU
+from titan_models import Block, Chunks, Flex, GroupedQueryAttention, Rope, Sdpa, SlidingWindow, SwiGLU
 from titan_models.llama3 import Llama3
 from titan_parallel import Compile, SelectiveRecompute, check_parallel
 from titan_parallel.check import meshes
-from torch import nn
 
 METHODS = ("cp2", "cp2_ulysses", "cp2_ring")
 CORES = {"sdpa": Sdpa.Config(), "flex": Flex.Config(block_size=16)}
@@ -23,8 +22,8 @@ def flex_trains_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
-def llama(core):
-    attention = Attention.Config(num_heads=4, num_kv_heads=2, head_dim=8, core=core)
+def llama(core, *limits):
+    attention = GroupedQueryAttention.Config(num_heads=4, num_kv_heads=2, head_dim=8, core=core, limits=[*limits])
     block = Block.Config(attention=attention, feed_forward=SwiGLU.Config(hidden_dim=48))
     config = Llama3.Config(vocab_size=64, dim=32, num_layers=2, rope=Rope.Config(dim=8), block=block)
 
@@ -56,32 +55,10 @@ def test_it_holds_with_compiled_blocks():
     check_parallel(llama(CORES["sdpa"]), meshes(*METHODS), steps=1, compile=compiled).raise_for_failure()
 
 
-class Windowed(nn.Module):
-    """One attention of titan-models under a mask of documents, and a window or a chunk."""
-
-    def __init__(self, core, window: int | None, chunk: int | None) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
-        self.rope = Rope.Config(dim=8).build()
-        self.attention = Attention.Config(num_heads=4, num_kv_heads=2, head_dim=8, core=core).build(dim=32)
-        self.window, self.chunk = window, chunk
-        for projection in self.attention.children():
-            for parameter in projection.parameters():
-                nn.init.normal_(parameter, std=0.2)
-
-    def forward(self, tokens, positions, document_ids):
-        x_BTD = self.embedding(tokens)
-        mask = Mask.causal(positions, document_ids, self.window, self.chunk)
-        realised = self.attention.core.realise(mask)
-        return self.head(x_BTD + self.attention(x_BTD, *self.rope(positions, x_BTD.dtype), realised))
-
-
-@pytest.mark.parametrize("limit", [{"window": 3, "chunk": None}, {"window": None, "chunk": 4}], ids=["window", "chunk"])
+@pytest.mark.parametrize("limit", [SlidingWindow.Config(size=3), Chunks.Config(size=4)], ids=["window", "chunks"])
 @pytest.mark.parametrize("core", ["sdpa", pytest.param("flex", marks=pytest.mark.full)])
 def test_windows_and_chunks_hold_across_ranks(core, limit):
-    roles = {"attention.core": "attention", "head": "head"}
-    report = check_parallel(lambda: Windowed(CORES[core], **limit), meshes(*METHODS), roles=roles, steps=1)
-    report.raise_for_failure()
+    check_parallel(llama(CORES[core], limit), meshes(*METHODS), steps=1).raise_for_failure()
 
 
 def test_ulysses_keeps_the_fast_path_and_flex_skips_blocks_alike_on_every_rank(run_ranks):

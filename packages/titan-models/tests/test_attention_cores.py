@@ -7,22 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import Flex, Mask, Sdpa
+from titan_models import Chunks, Flex, Mask, MaskLimit, Sdpa, SlidingWindow
 from torch import Tensor
 
 CORES = [Sdpa.Config(), Flex.Config(block_size=16)]
 
 
+class EverySecond(MaskLimit):
+    """A limit of somebody else's: a query sees itself, the key before the last, and so on."""
+
+    def __init__(self, config: MaskLimit.Config) -> None:
+        pass
+
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        return (query_position - key_position) % 2 == 0
+
+
+def limits(*configs: MaskLimit.Config) -> tuple[MaskLimit, ...]:
+    return tuple(config.build() for config in configs)
+
+
 def sees(mask: Mask, row: int, query: int, key: int) -> bool:
-    """The rules of a mask in words: causal, same document, within the window, same chunk."""
+    """The rules of a mask in words: causal, same document, within the window, same chunk, an even distance."""
     q, k = int(mask.query_positions[row, query]), int(mask.key_positions[row, key])
     if k > q:
         return False
     if mask.query_documents is not None and mask.query_documents[row, query] != mask.key_documents[row, key]:
         return False
-    if mask.window is not None and q - k >= mask.window:
-        return False
-    return mask.chunk is None or q // mask.chunk == k // mask.chunk
+    rules = {
+        SlidingWindow: lambda limit: q - k < limit.size,
+        Chunks: lambda limit: q // limit.size == k // limit.size,
+        EverySecond: lambda limit: (q - k) % 2 == 0,
+    }
+    return all(rules[type(limit)](limit) for limit in mask.limits)
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -44,15 +61,17 @@ def tensors(num_queries: int = 40, num_keys: int = 40, num_heads: int = 4, num_k
 
 @pytest.fixture
 def masks(packed: dict[str, Tensor]) -> dict[str, Mask]:
-    line, documents = torch.arange(40).expand(2, 40), packed["document_ids"]
+    line, positions, documents = torch.arange(40).expand(2, 40), packed["positions"], packed["document_ids"]
+    window, chunks, every_second = SlidingWindow.Config(size=7), Chunks.Config(size=9), EverySecond.Config()
     return {
         "causal": Mask.causal(line),
-        "documents": Mask.causal(packed["positions"], documents),
-        "window": Mask.causal(line, window=7),
-        "chunk": Mask.causal(line, chunk=9),
-        "documents, window": Mask.causal(packed["positions"], documents, window=7),
-        "documents, chunk": Mask.causal(packed["positions"], documents, chunk=9),
-        "documents, window, chunk": Mask.causal(packed["positions"], documents, window=7, chunk=9),
+        "documents": Mask.causal(positions, documents),
+        "window": Mask.causal(line, limits=limits(window)),
+        "chunks": Mask.causal(line, limits=limits(chunks)),
+        "somebody else's": Mask.causal(line, limits=limits(every_second)),
+        "documents, window": Mask.causal(positions, documents, limits(window)),
+        "documents, chunks": Mask.causal(positions, documents, limits(chunks)),
+        "documents, all limits": Mask.causal(positions, documents, limits(window, chunks, every_second)),
     }
 
 
@@ -115,10 +134,10 @@ def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.M
 
 def test_impossible_masks_are_refused() -> None:
     positions = torch.arange(4)[None]
-    with pytest.raises(ValueError, match="window 0"):
-        Mask.causal(positions, window=0)
-    with pytest.raises(ValueError, match="chunk -1"):
-        Mask.causal(positions, chunk=-1)
+    with pytest.raises(ValueError, match="Got size 0"):
+        SlidingWindow.Config(size=0).build()
+    with pytest.raises(ValueError, match="Got size -1"):
+        Chunks.Config(size=-1).build()
     with pytest.raises(ValueError, match="both or neither"):
         Mask(positions, positions, query_documents=positions)
 
@@ -147,7 +166,7 @@ def test_log_sum_exps_and_their_gradients_equal_naive_attention(
     core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
 ) -> None:
     attention, weights = core.build(), torch.rand(2, 40, 4, dtype=torch.float64)
-    for name in ("causal", "documents", "documents, window, chunk"):
+    for name in ("causal", "documents", "documents, all limits"):
         ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
         output, lse = attention.with_lse(*ours, attention.realise(masks[name]), 0.3)
         expected, expected_lse = naive(*theirs, masks[name], 0.3), naive_lse(*theirs[:2], masks[name], 0.3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import titan_config
 import torch
-from titan_models import Decoder, Flex, Llama3Scaling, Mask, Rope, Sdpa, TruncatedNormal
+from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def test_documents_that_see_each_other_are_noticed(
     with torch.no_grad():
         logits = model(**packed)
         causal = Mask.causal
-        monkeypatch.setattr(Mask, "causal", staticmethod(lambda positions, documents: causal(positions)))
+        monkeypatch.setattr(Mask, "causal", staticmethod(lambda positions, documents, limits: causal(positions)))
         difference = (model(**packed) - logits).abs().amax(-1)
     first = packed["document_ids"] == packed["document_ids"][:, :1]
     assert difference[first].max() < 1e-6
@@ -189,15 +189,15 @@ def test_roles_of_the_8b_model() -> None:
 
 def test_an_exception_is_its_own_block(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
     config = shrunk(llama3_8b)
-    config.exceptions = {1: copy.deepcopy(config.block)}
-    config.exceptions[1].feed_forward.hidden_dim = 33
-    config.exceptions[1].attention.num_kv_heads = 1
+    config.exceptions = {"1": copy.deepcopy(config.block)}
+    config.exceptions["1"].feed_forward.hidden_dim = 33
+    config.exceptions["1"].attention.num_kv_heads = 1
     model = made(titan_config.from_json(titan_config.to_json(config)))
     assert [layer.feed_forward.down_proj.in_features for layer in model.layers] == [80, 33, 80]
     assert model.roles()["layers.1.attention.k_proj"] == ("colwise", {"num_heads": 1})
     assert model.roles()["layers.2.attention.k_proj"] == ("colwise", {"num_heads": 2})
     assert model(**packed).shape == (2, 40, 97)
-    with pytest.raises(ValueError, match="different hidden_dim"):
+    with pytest.raises(ValueError, match="different num_kv_heads"):
         config.hf_adapter()
 
 
@@ -225,7 +225,7 @@ def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
         config.build()
 
     for path, value, message in [
-        ("rope.dim", 6, r"rope.dim 6 and head_dim 8.*Set rope.dim to 8"),
+        ("rope.dim", 6, r"rope.dim 6, and heads of which 8 features.*Set rope.dim to 8"),
         ("rope.dim", 7, "dim 7.*pairs"),
         ("rope.theta", 0.5, "theta 0.5"),
         ("rope.scaling.factor", 0.5, "factor 0.5"),
@@ -239,19 +239,50 @@ def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
         ("vocab_size", -1, "vocab_size -1"),
         ("dim", 0, "dim 0"),
         ("max_seq_len", 0, "max_seq_len 0"),
-        ("exceptions", {3: shrunk(llama3_8b).block}, r"exceptions for the blocks \[3\]"),
+        ("exceptions", {"3": shrunk(llama3_8b).block}, "exceptions for the blocks '3'.*There are 3"),
+        ("exceptions", {"-1": shrunk(llama3_8b).block}, "exceptions for the blocks '-1'.*as in a slice"),
+        ("exceptions", dict.fromkeys(["0::2", "2"], shrunk(llama3_8b).block), r"name the blocks \[2\] twice"),
         ("block.attention.core", Flex.Config(block_size=100), "block_size 100"),
     ]:
         with pytest.raises(ValueError, match=message):
             build(path, value)
 
 
-def test_an_exception_with_another_core_is_refused(shrunk: Any) -> None:
+def test_exceptions_are_numbered_as_in_slices(shrunk: Any) -> None:
     config = shrunk(llama3_8b)
-    config.exceptions = {0: copy.deepcopy(config.block)}
-    config.exceptions[0].attention.core = Flex.Config()
-    with pytest.raises(ValueError, match="different attention cores"):
-        config.build()
+    config.num_layers = 8
+    other = copy.deepcopy(config.block)
+    for numbers, layers in [("3", [3]), (":2", [0, 1]), ("6:", [6, 7]), ("1::3", [1, 4, 7])]:
+        config.exceptions = {numbers: other}
+        assert [layer for layer, block in enumerate(config.blocks()) if block is other] == layers
+
+
+def test_layers_that_see_alike_share_a_realised_mask_and_others_do_not(
+    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks 0 and 2 have a window; the core of block 1 is another as well."""
+    config = shrunk(llama3_8b)
+    config.exceptions = {"1": copy.deepcopy(config.block)}
+    config.block.attention.limits = [SlidingWindow.Config(size=3)]
+    config.exceptions["1"].attention.core = Flex.Config(block_size=16)
+    realised = []
+    for core in (Sdpa, Flex):
+        realise = core.realise
+        monkeypatch.setattr(
+            core, "realise", lambda self, mask, realise=realise: realised.append(mask.limits) or realise(self, mask)
+        )
+    model = made(config)
+    with torch.no_grad():
+        logits = model(**packed)
+        assert [len(limits) for limits in realised] == [1, 0]
+        tokens = packed["tokens"].clone()
+        tokens[1, 5] += 1  # the first of a document of 35 tokens, which all of it sees through block 1
+        reached = (model(**packed | {"tokens": tokens}) - logits)[1].abs().amax(-1) > 0
+        assert reached[5:].all()
+        config.exceptions = {}
+        model = made(config)
+        reached = (model(**packed | {"tokens": tokens}) - model(**packed))[1].abs().amax(-1) > 0
+    assert reached.nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10, 11]  # two more through each window
 
 
 def test_angles_are_exact_in_fp32_however_narrow_the_activations() -> None:
@@ -279,7 +310,7 @@ def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, 
     model = made(shrunk(flavor))
     x, positions = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0)), torch.arange(10).expand(2, 10)
     whole = model.layers[0].attention
-    inputs = (x, *model.rope(positions, x.dtype), whole.core.realise(Mask.causal(positions)))
+    inputs = (x, Places(positions, *model.rope(positions, x.dtype)), whole.core.realise(Mask.causal(positions)))
     halves = []
     for half in (0, 1):
         part = copy.deepcopy(whole)

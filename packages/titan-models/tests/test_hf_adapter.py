@@ -51,8 +51,8 @@ def test_experts_are_taken_apart_and_put_together(shrunk: Any, made: Any) -> Non
 
 def test_dense_blocks_among_mixtures_of_experts(shrunk: Any, made: Any) -> None:
     config = shrunk(qwen3_30b_a3b)
-    config.exceptions = {1: copy.deepcopy(config.block)}
-    config.exceptions[1].feed_forward = SwiGLU.Config(hidden_dim=44)
+    config.exceptions = {"1": copy.deepcopy(config.block)}
+    config.exceptions["1"].feed_forward = SwiGLU.Config(hidden_dim=44)
     adapter = config.hf_adapter()
     assert (adapter.hf_config()["mlp_only_layers"], adapter.hf_config()["intermediate_size"]) == ([1], 44)
     assert "model.layers.1.mlp.up_proj.weight" in adapter.to_hf(made(config).state_dict())

@@ -1,16 +1,17 @@
 """Model families as plain nn.Modules built from configs, with checked Hugging Face weight adapters."""
 
-from titan_models.attention import Attention
+from titan_models.attention import Attention, Masks, Places
 from titan_models.block import Block
 from titan_models.cores import AttentionCore, Flex, Sdpa
 from titan_models.decoder import Decoder
 from titan_models.embedding import Embedding
 from titan_models.feed_forward import FeedForward
 from titan_models.flops import Flops
+from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hf_adapter import HfAdapter
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
 from titan_models.linear import Linear
-from titan_models.mask import Mask
+from titan_models.mask import Chunks, Mask, MaskLimit, SlidingWindow
 from titan_models.model import Model
 from titan_models.part import Part
 from titan_models.rms_norm import RMSNorm
@@ -22,23 +23,29 @@ __all__ = [
     "Attention",
     "AttentionCore",
     "Block",
+    "Chunks",
     "Constant",
     "Decoder",
     "Embedding",
     "FeedForward",
     "Flex",
     "Flops",
+    "GroupedQueryAttention",
     "HfAdapter",
     "Initializer",
     "Linear",
     "Llama3Scaling",
     "Mask",
+    "MaskLimit",
+    "Masks",
     "Model",
     "Normal",
     "Part",
+    "Places",
     "RMSNorm",
     "Rope",
     "Sdpa",
+    "SlidingWindow",
     "SwiGLU",
     "TruncatedNormal",
     "init_weights",

@@ -1,96 +1,75 @@
-"""Grouped-query attention."""
+"""What every attention of a block offers: one of grouped queries, of latents, or of your own."""
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_models.cores import AttentionCore, Sdpa
-from titan_models.flops import Flops
-from titan_models.linear import Linear
+from titan_models.mask import Mask, MaskLimit
 from titan_models.part import Part
-from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles
-from titan_models.rope import rotate
 
 
-class Attention(Part):
-    """Grouped-query self-attention with rotary positions (Ainslie et al., 2023).
+class Places(NamedTuple):
+    """Where the tokens of a forward stand. B batch, T tokens, K features that rotate."""
 
-    B batch, T tokens, D width, H query heads, G key-value heads, K features of a head. The number of heads is nowhere
-    in the forward: a rank may hold some of them.
-    """
+    positions: Tensor
+    """[B, T] integers, which restart with each document."""
+
+    cos: Tensor
+    """[B, T, 1, K/2], from `Rope`."""
+
+    sin: Tensor
+    """[B, T, 1, K/2], from `Rope`."""
+
+
+class Attention(Part, abc.ABC):
+    """Self-attention of a block; built with `dim`, the width of the stream."""
 
     class Config(Part.Config):
         num_heads: int
         """Query heads."""
 
-        num_kv_heads: int
-        """Key-value heads; each serves num_heads / num_kv_heads query heads."""
-
-        head_dim: int
-        """Features of a head."""
-
-        input: Linear.Config = Linear.Config()
-        """The projections to queries, keys and values."""
-
-        output: Linear.Config = Linear.Config()
-        """The projection back."""
-
-        qk_norm: RMSNorm.Config | None = None
-        """Of queries and keys, head by head, before they rotate; a gain for each of the two. None: there is none."""
+        limits: list[MaskLimit.Config] = []
+        """What a query does not see of its own document's past: none, or all keys that any of these leaves out."""
 
         core: AttentionCore.Config = Sdpa.Config()
         """The kernel."""
 
-        def validate(self) -> None:
-            if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1 or self.num_heads % self.num_kv_heads:
-                raise ValueError(
-                    f"Got {self.num_heads} heads, {self.num_kv_heads} key-value heads and head_dim {self.head_dim}. "
-                    "Each key-value head serves as many heads as any other. Set num_heads to a multiple of "
-                    "num_kv_heads, all above 0."
-                )
+        @abc.abstractmethod
+        def rotated_dim(self) -> int | None:
+            """Features of a head that `Rope` rotates; None: there are none."""
 
-    def __init__(self, config: Config, *, dim: int) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-        self.head_dim = config.head_dim
-        self.scale = config.head_dim**-0.5
-        heads_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj: Linear = config.input.build(in_features=dim, out_features=heads_dim)
-        self.k_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
-        self.v_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
-        self.o_proj: Linear = config.output.build(in_features=heads_dim, out_features=dim)
-        self.q_norm: nn.Module = _head_norm(config)
-        self.k_norm: nn.Module = _head_norm(config)
+    def __init__(self, config: Config) -> None:
+        """Call it from your own, after that of `nn.Module`."""
         self.core: AttentionCore = config.core.build()
+        self.limits: tuple[MaskLimit, ...] = tuple(limit.build() for limit in config.limits)
+        self.mask_kind = repr((config.core, config.limits))
+        """Layers in which it is the same share a realised mask."""
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        """`cos` and `sin` come from `Rope`, `mask` from `core.realise`."""
-        B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
-        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
-        v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
-        output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale)
-        return self.o_proj(output_BTHK.flatten(2))
+    @abc.abstractmethod
+    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
+        """`[B, T, D] -> [B, T, D]`; `mask` is what `core.realise` made of it."""
 
-    def own_flops(self, seq_len: int) -> Flops:
-        full = 6 * self.config.num_heads * 2 * self.config.head_dim * seq_len
-        return Flops(full=full, causal=full // 2)
-
+    @abc.abstractmethod
     def roles(self) -> Roles:
-        """The norms of heads are in no role: whole on every rank of a region, which holds some of the heads."""
-        kv_heads = {"num_heads": self.config.num_kv_heads}
-        return {
-            "": "region",
-            "q_proj": ("colwise", {"num_heads": self.config.num_heads}),
-            "k_proj": ("colwise", kv_heads),
-            "v_proj": ("colwise", kv_heads),
-            "o_proj": "rowwise",
-            "core": "attention",
-        }
+        """What each part is; see `titan_models.roles`."""
 
 
-def _head_norm(config: Attention.Config) -> nn.Module:
-    return nn.Identity() if config.qk_norm is None else config.qk_norm.build(dim=config.head_dim)
+class Masks:
+    """What cores make of the masks of one forward: the layers that see the same share one."""
+
+    def __init__(self, positions: Tensor, documents: Tensor | None) -> None:
+        """Both `[B, T]`; see `Mask.causal`."""
+        self._positions, self._documents = positions, documents
+        self._realised: dict[str, Any] = {}
+
+    def of(self, attention: Attention) -> Any:
+        """The mask of a layer, as its core wants it."""
+        if attention.mask_kind not in self._realised:
+            mask = Mask.causal(self._positions, self._documents, attention.limits)
+            self._realised[attention.mask_kind] = attention.core.realise(mask)
+        return self._realised[attention.mask_kind]

@@ -7,7 +7,7 @@ from typing import Any
 from titan_config import Configurable
 from torch import Tensor, nn
 
-from titan_models.attention import Attention
+from titan_models.attention import Attention, Places
 from titan_models.feed_forward import FeedForward
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles, under
@@ -29,8 +29,8 @@ class Block(Configurable, nn.Module):
         self.feed_forward_norm: RMSNorm = config.norm.build(dim=dim)
         self.feed_forward: FeedForward = config.feed_forward.build(dim=dim)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, mask)
+    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), places, mask)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def roles(self) -> Roles:

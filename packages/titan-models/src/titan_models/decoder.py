@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import cast
 
 from torch import Tensor, nn
 
+from titan_models.attention import Masks, Places
 from titan_models.block import Block
 from titan_models.embedding import Embedding
 from titan_models.linear import Linear
-from titan_models.mask import Mask
 from titan_models.model import Model
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles, under
@@ -33,8 +35,8 @@ class Decoder(Model):
         block: Block.Config
         """Every block."""
 
-        exceptions: dict[int, Block.Config] = {}
-        """Blocks that are different, by their number."""
+        exceptions: dict[str, Block.Config] = {}
+        """Blocks that are different, by their numbers as in a slice: "0", "0:3", or "1::2" for every second."""
 
         rope: Rope.Config
         """Rotary positions of queries and keys."""
@@ -53,27 +55,25 @@ class Decoder(Model):
 
         def blocks(self) -> list[Block.Config]:
             """The config of each block."""
-            return [self.exceptions.get(layer, self.block) for layer in range(self.num_layers)]
+            blocks = [self.block] * self.num_layers
+            for numbers, block in self.exceptions.items():
+                for layer in _layers(numbers, self.num_layers):
+                    blocks[layer] = block
+            return blocks
 
         def validate(self) -> None:
             for name in ("vocab_size", "dim", "num_layers", "max_seq_len"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"Got {name} {getattr(self, name)}. A model has some of it. Set it to 1 or more.")
-            if unknown := [layer for layer in self.exceptions if not 0 <= layer < self.num_layers]:
-                raise ValueError(
-                    f"Got exceptions for the blocks {unknown}. There are {self.num_layers}, numbered from 0. Remove "
-                    "them, or raise num_layers."
-                )
+            named = Counter(layer for numbers in self.exceptions for layer in _layers(numbers, self.num_layers))
+            if twice := sorted(layer for layer, times in named.items() if times > 1):
+                raise ValueError(f"Got exceptions that name the blocks {twice} twice. A block is one. Name it once.")
             for block in self.blocks():
-                if block.attention.head_dim != self.rope.dim:
+                rotated = block.attention.rotated_dim()
+                if rotated not in (None, self.rope.dim):
                     raise ValueError(
-                        f"Got rope.dim {self.rope.dim} and head_dim {block.attention.head_dim}. All features of a head "
-                        f"rotate. Set rope.dim to {block.attention.head_dim}."
-                    )
-                if block.attention.core != self.block.attention.core:
-                    raise ValueError(
-                        "Got blocks with different attention cores. The mask is realised once for all of them. Give "
-                        "every exception the core of block."
+                        f"Got rope.dim {self.rope.dim}, and heads of which {rotated} features rotate. Rope has an "
+                        f"angle for each pair of them. Set rope.dim to {rotated}."
                     )
 
     def __init__(self, config: Config) -> None:
@@ -96,10 +96,10 @@ class Decoder(Model):
         document, whose positions rise.
         """
         x_BTD = self.embedding(tokens)
-        cos, sin = self.rope(positions, x_BTD.dtype)
-        mask = cast(Block, self.layers[0]).attention.core.realise(Mask.causal(positions, document_ids))
+        places = Places(positions, *self.rope(positions, x_BTD.dtype))
+        masks = Masks(positions, document_ids)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos, sin, mask)
+            x_BTD = layer(x_BTD, places, masks.of(cast(Block, layer).attention))
         x_BTD = self.norm(x_BTD)
         return self.head(x_BTD)
 
@@ -110,3 +110,19 @@ class Decoder(Model):
         for number, layer in enumerate(self.layers):
             roles |= under(f"layers.{number}", cast(Block, layer).roles())
         return roles
+
+
+def _layers(numbers: str, num_layers: int) -> range:
+    """The layers that "3", "0:3" or "1::2" are. Raises ValueError for what is no slice, and for none."""
+    if not re.fullmatch(r"\d+|\d*:\d*(:[1-9]\d*)?", numbers):
+        raise ValueError(
+            f"Got exceptions for the blocks {numbers!r}. They are numbers as in a slice. Write '3', '0:3' or '1::2'."
+        )
+    start, *rest = (int(number) if number else None for number in numbers.split(":"))
+    bounds = slice(start, *rest) if rest else slice(start, cast(int, start) + 1)
+    if not (layers := range(num_layers)[bounds]):
+        raise ValueError(
+            f"Got exceptions for the blocks {numbers!r}. There are {num_layers}, numbered from 0. Remove them, or "
+            "raise num_layers."
+        )
+    return layers

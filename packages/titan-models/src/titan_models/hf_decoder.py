@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from titan_config import traverse
+
 from titan_models.decoder import Decoder
 from titan_models.feed_forward import FeedForward
+from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hf_adapter import HfAdapter
+from titan_models.rms_norm import RMSNorm
 from titan_models.swiglu import SwiGLU
 
 _RULES = {
     "embedding.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+    "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+}
+GROUPED_QUERY_RULES = {
     "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight",
     "layers.*.attention.k_proj.weight": "model.layers.*.self_attn.k_proj.weight",
     "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
     "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
-    "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
-    "norm.weight": "model.norm.weight",
 }
+"""Names of the `GroupedQueryAttention` of a block."""
+
 DENSE_RULES = {
     "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
     "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
@@ -68,19 +76,44 @@ def dense_hidden_dim(feed_forwards: list[FeedForward.Config]) -> int:
     return same_in_all("hidden_dim", hidden_dims)
 
 
+def grouped_query_fields(config: Decoder.Config) -> dict[str, Any]:
+    """What a `config.json` says of grouped queries. Raises ValueError unless all blocks have them, and alike.
+
+    It says nothing of limits: a family that has some in transformers says which.
+    """
+    attentions = [block.attention for block in config.blocks()]
+    if other := [type(each).__qualname__ for each in attentions if not isinstance(each, GroupedQueryAttention.Config)]:
+        raise ValueError(
+            f"Got a block with a {other[0]}. The family in transformers has GroupedQueryAttention there. Make it one "
+            "to export the model."
+        )
+    fields = {
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": "head_dim",
+    }
+    return {
+        hf_name: same_in_all(name, [getattr(attention, name) for attention in attentions])
+        for hf_name, name in fields.items()
+    }
+
+
+def refuse_limits(config: Decoder.Config) -> None:
+    """Raise ValueError for a model whose queries do not see all of their past."""
+    if any(block.attention.limits for block in config.blocks()):
+        raise ValueError(
+            "Got attention with limits. In the family in transformers every query sees all of its document's past. "
+            "Remove them to export the model."
+        )
+
+
 def _hf_config(config: Decoder.Config) -> dict[str, Any]:
-    blocks = config.blocks()
-    attentions = [block.attention for block in blocks]
-    head_norms = [attention.qk_norm for attention in attentions if attention.qk_norm is not None]
-    norms = [config.norm, *(block.norm for block in blocks), *head_norms]
+    norms = [part for _, part in traverse(config) if isinstance(part, RMSNorm.Config)]
     scaling = {"rope_type": "default"} if config.rope.scaling is None else config.rope.scaling.build().hf_parameters()
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": same_in_all("num_heads", [attention.num_heads for attention in attentions]),
-        "num_key_value_heads": same_in_all("num_kv_heads", [attention.num_kv_heads for attention in attentions]),
-        "head_dim": config.rope.dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
         "initializer_range": 0.02,

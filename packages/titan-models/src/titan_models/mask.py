@@ -2,14 +2,63 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
+from titan_config import Configurable
 from torch import Tensor
+
+
+class MaskLimit(Configurable, abc.ABC):
+    """Leaves out some of what a causal mask shows: `SlidingWindow`, `Chunks`, or one of your own."""
+
+    @abc.abstractmethod
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Whether queries see keys: bool, of the shape that the arguments, integers, broadcast to.
+
+        Keys never stand behind their queries, nor in other documents: those are left out already.
+        """
+
+
+class SlidingWindow(MaskLimit):
+    """A query sees itself and the keys just before."""
+
+    class Config(MaskLimit.Config):
+        size: int
+        """Keys that a query sees."""
+
+        def validate(self) -> None:
+            if self.size < 1:
+                raise ValueError(f"Got size {self.size}. A window is of keys. Set it to 1 or more.")
+
+    def __init__(self, config: Config) -> None:
+        self.size = config.size
+
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        return query_position - key_position < self.size
+
+
+class Chunks(MaskLimit):
+    """A query sees the keys of its own chunk."""
+
+    class Config(MaskLimit.Config):
+        size: int
+        """Positions in a chunk."""
+
+        def validate(self) -> None:
+            if self.size < 1:
+                raise ValueError(f"Got size {self.size}. A chunk is of positions. Set it to 1 or more.")
+
+    def __init__(self, config: Config) -> None:
+        self.size = config.size
+
+    def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        return query_position // self.size == key_position // self.size
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A causal mask, and its intersections with documents, a sliding window and chunks.
+    """A causal mask, and its intersections with documents and limits.
 
     Queries and keys are described apart, by their places in the sequence and the documents they belong to, so that
     either may be any shard of it. B batch, T queries, S keys.
@@ -27,37 +76,27 @@ class Mask:
     key_documents: Tensor | None = None
     """[B, S] integers; given when `query_documents` is."""
 
-    window: int | None = None
-    """A query sees this many keys, itself and those just before."""
-
-    chunk: int | None = None
-    """A query sees keys of its own chunk of this many positions."""
+    limits: tuple[MaskLimit, ...] = ()
+    """A query sees the keys that all of them leave."""
 
     @staticmethod
-    def causal(
-        positions: Tensor, documents: Tensor | None = None, window: int | None = None, chunk: int | None = None
-    ) -> Mask:
+    def causal(positions: Tensor, documents: Tensor | None = None, limits: tuple[MaskLimit, ...] = ()) -> Mask:
         """The mask of tokens that attend to each other: `positions` and `documents` `[B, T]`.
 
         Positions rise along a document; without documents they rise along the row.
         """
-        return Mask(positions, positions, documents, documents, window, chunk)
+        return Mask(positions, positions, documents, documents, limits)
 
     def __post_init__(self) -> None:
         if (self.query_documents is None) != (self.key_documents is None):
             raise ValueError(
                 "Got documents of queries or of keys alone. They are compared with each other. Give both or neither."
             )
-        for name in ("window", "chunk"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"Got {name} {size}. It counts keys. Set it to 1 or more, or to None for no {name}.")
 
     @property
     def only_causal(self) -> bool:
         """Whether the queries are the keys, in order, and nothing but order limits what they see."""
-        same = self.query_positions is self.key_positions
-        return same and self.query_documents is None and self.window is None and self.chunk is None
+        return self.query_positions is self.key_positions and self.query_documents is None and not self.limits
 
     def visible(self) -> Tensor:
         """[B, T, S] bool: whether a query sees a key."""
@@ -73,8 +112,6 @@ class Mask:
         visible = query_position >= key_position
         if query_document is not None:
             visible = visible & (query_document == key_document)
-        if self.window is not None:
-            visible = visible & (query_position - key_position < self.window)
-        if self.chunk is not None:
-            visible = visible & (query_position // self.chunk == key_position // self.chunk)
+        for limit in self.limits:
+            visible = visible & limit.visible(query_position, key_position)
         return visible

@@ -63,8 +63,8 @@ class LossForward:
         output = self._output(self.model(**inputs))
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"Got {type(output).__name__} from the model, expected a tensor of logits. Say which part of it they are: "
-                "parallelize(..., output=operator.attrgetter('logits'))."
+                f"Got {type(output).__name__} from the model, expected a tensor of logits. Say which part of it they "
+                "are: parallelize(..., output=operator.attrgetter('logits'))."
             )
         return output
 

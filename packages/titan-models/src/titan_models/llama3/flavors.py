@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from titan_models.attention import Attention
 from titan_models.block import Block
+from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.linear import Linear, into_stream
 from titan_models.llama3.model import Llama3
 from titan_models.rope import Llama3Scaling, Rope
@@ -72,7 +72,7 @@ def _llama3(
         dim=dim,
         num_layers=num_layers,
         block=Block.Config(
-            attention=Attention.Config(
+            attention=GroupedQueryAttention.Config(
                 num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=into_stream(num_layers)
             ),
             feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers)),

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import DENSE_RULES, decoder_adapter, dense_hidden_dim
+from titan_models.hf_decoder import (
+    DENSE_RULES,
+    GROUPED_QUERY_RULES,
+    decoder_adapter,
+    dense_hidden_dim,
+    grouped_query_fields,
+    refuse_limits,
+)
 from titan_models.llama3.model import Llama3
 
 _LLAMA3_VOCABULARY = 128_256  # in which <|begin_of_text|> is 128000 and <|end_of_text|> 128001
@@ -11,8 +18,10 @@ _LLAMA3_VOCABULARY = 128_256  # in which <|begin_of_text|> is 128000 and <|end_o
 
 def hf_adapter(config: Llama3.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `LlamaForCausalLM` cannot be."""
+    refuse_limits(config)
     known = config.vocab_size == _LLAMA3_VOCABULARY
     hf_config = {
+        **grouped_query_fields(config),
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "intermediate_size": dense_hidden_dim([block.feed_forward for block in config.blocks()]),
@@ -20,4 +29,4 @@ def hf_adapter(config: Llama3.Config) -> HfAdapter:
         "bos_token_id": 128_000 if known else None,
         "eos_token_id": 128_001 if known else None,
     }
-    return decoder_adapter(config, hf_config, rules=DENSE_RULES)
+    return decoder_adapter(config, hf_config, rules=GROUPED_QUERY_RULES | DENSE_RULES)

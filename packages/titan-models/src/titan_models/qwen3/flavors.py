@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from titan_models.attention import Attention
 from titan_models.block import Block
 from titan_models.feed_forward import FeedForward
+from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.linear import Linear, into_stream
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
@@ -106,7 +106,7 @@ def _qwen3(
         dim=dim,
         num_layers=num_layers,
         block=Block.Config(
-            attention=Attention.Config(
+            attention=GroupedQueryAttention.Config(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,

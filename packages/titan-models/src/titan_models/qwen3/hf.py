@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import DENSE_RULES, decoder_adapter, dense_hidden_dim, same_in_all
+from titan_models.hf_decoder import (
+    DENSE_RULES,
+    GROUPED_QUERY_RULES,
+    decoder_adapter,
+    dense_hidden_dim,
+    grouped_query_fields,
+    refuse_limits,
+    same_in_all,
+)
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 
@@ -24,11 +32,13 @@ _QWEN3_VOCABULARY = 151_936  # in which <|endoftext|> is 151643
 
 def hf_adapter(config: Qwen3.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
+    refuse_limits(config)
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
     moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
     dense = {layer: part for layer, part in feed_forwards.items() if layer not in moes}
     known = config.vocab_size == _QWEN3_VOCABULARY
     hf_config: dict[str, Any] = {
+        **grouped_query_fields(config),
         "use_sliding_window": False,
         "bos_token_id": 151_643 if known else None,
         "eos_token_id": 151_643 if known else None,
@@ -40,7 +50,7 @@ def hf_adapter(config: Qwen3.Config) -> HfAdapter:
         hf_config |= _moe_fields([*moes.values()])
     if dense:
         hf_config["intermediate_size"] = dense_hidden_dim([*dense.values()])
-    rules = _HEAD_NORMS | (_MOE_RULES if moes else {}) | (DENSE_RULES if dense else {})
+    rules = GROUPED_QUERY_RULES | _HEAD_NORMS | (_MOE_RULES if moes else {}) | (DENSE_RULES if dense else {})
     return decoder_adapter(config, hf_config, rules)
 
 

@@ -1,0 +1,91 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from titan_models.attention import Attention, Places
+from titan_models.flops import Flops
+from titan_models.linear import Linear
+from titan_models.rms_norm import RMSNorm
+from titan_models.roles import Roles
+from titan_models.rope import rotate
+
+
+class GroupedQueryAttention(Attention):
+    """Grouped-query self-attention with rotary positions (Ainslie et al., 2023).
+
+    B batch, T tokens, D width, H query heads, G key-value heads, K features of a head. The number of heads is nowhere
+    in the forward: a rank may hold some of them.
+    """
+
+    class Config(Attention.Config):
+        num_kv_heads: int
+        """Key-value heads; each serves num_heads / num_kv_heads query heads."""
+
+        head_dim: int
+        """Features of a head."""
+
+        input: Linear.Config = Linear.Config()
+        """The projections to queries, keys and values."""
+
+        output: Linear.Config = Linear.Config()
+        """The projection back."""
+
+        qk_norm: RMSNorm.Config | None = None
+        """Of queries and keys, head by head, before they rotate; a gain for each of the two. None: there is none."""
+
+        def rotated_dim(self) -> int:
+            return self.head_dim
+
+        def validate(self) -> None:
+            if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1 or self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"Got {self.num_heads} heads, {self.num_kv_heads} key-value heads and head_dim {self.head_dim}. "
+                    "Each key-value head serves as many heads as any other. Set num_heads to a multiple of "
+                    "num_kv_heads, all above 0."
+                )
+
+    def __init__(self, config: Config, *, dim: int) -> None:
+        nn.Module.__init__(self)
+        Attention.__init__(self, config)
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        heads_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj: Linear = config.input.build(in_features=dim, out_features=heads_dim)
+        self.k_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
+        self.v_proj: Linear = config.input.build(in_features=dim, out_features=kv_dim)
+        self.o_proj: Linear = config.output.build(in_features=heads_dim, out_features=dim)
+        self.q_norm: nn.Module = _head_norm(config)
+        self.k_norm: nn.Module = _head_norm(config)
+
+    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
+        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
+        v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
+        output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale)
+        return self.o_proj(output_BTHK.flatten(2))
+
+    def own_flops(self, seq_len: int) -> Flops:
+        full = 6 * self.config.num_heads * 2 * self.config.head_dim * seq_len
+        return Flops(full=full, causal=full // 2)
+
+    def roles(self) -> Roles:
+        """The norms of heads are in no role: whole on every rank of a region, which holds some of the heads."""
+        kv_heads = {"num_heads": self.config.num_kv_heads}
+        return {
+            "": "region",
+            "q_proj": ("colwise", {"num_heads": self.config.num_heads}),
+            "k_proj": ("colwise", kv_heads),
+            "v_proj": ("colwise", kv_heads),
+            "o_proj": "rowwise",
+            "core": "attention",
+        }
+
+
+def _head_norm(config: GroupedQueryAttention.Config) -> nn.Module:
+    return nn.Identity() if config.qk_norm is None else config.qk_norm.build(dim=config.head_dim)
