@@ -274,7 +274,7 @@ def test_bf16_mixed_precision_gives_the_same_losses_on_any_mesh(small_run, run_r
 
 
 def drop_the_sum_of_partial_gradients(monkeypatch) -> None:
-    monkeypatch.setattr("titan_parallel.parallel_model.ParallelModel._sum_partial_gradients", lambda self: None)
+    monkeypatch.setattr("titan_parallel.partial_gradients.PartialGradients._sum", lambda self, model: None)
 
 
 def shift_positions(monkeypatch) -> None:
