@@ -18,6 +18,7 @@ from titan_models.rms_norm import RMSNorm
 from titan_models.rope import Llama3Scaling, Rope
 from titan_models.swiglu import SwiGLU
 from titan_models.weights import init_weights
+from titan_models.yarn import Yarn
 
 __all__ = [
     "Attention",
@@ -48,5 +49,6 @@ __all__ = [
     "SlidingWindow",
     "SwiGLU",
     "TruncatedNormal",
+    "Yarn",
     "init_weights",
 ]

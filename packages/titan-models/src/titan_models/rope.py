@@ -15,8 +15,16 @@ class RopeScaling(Configurable, abc.ABC):
     """Changes the frequencies of a model so that it can read longer sequences than it was trained on."""
 
     @abc.abstractmethod
-    def scale(self, frequencies: Tensor) -> Tensor:
-        """The changed frequencies, radians per token."""
+    def frequencies(self, theta: float, exponents: Tensor) -> Tensor:
+        """The changed frequencies, radians per token, of the pairs that turn by `theta ** -exponents` without it."""
+
+    def attention_factor(self) -> float:
+        """What rotated features are multiplied by."""
+        return 1.0
+
+    def softmax_factor(self) -> float:
+        """What an attention that asks for it, as DeepSeek's does, multiplies its softmax scale by."""
+        return 1.0
 
     @abc.abstractmethod
     def hf_parameters(self) -> dict[str, Any]:
@@ -59,8 +67,9 @@ class Llama3Scaling(RopeScaling):
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def scale(self, frequencies: Tensor) -> Tensor:
+    def frequencies(self, theta: float, exponents: Tensor) -> Tensor:
         c = self.config
+        frequencies = 1.0 / theta**exponents
         turns = c.original_max_seq_len / (2 * math.pi / frequencies)
         fast = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
         return (1 - fast) * frequencies / c.factor + fast * frequencies
@@ -101,15 +110,23 @@ class Rope(Configurable, nn.Module):
     def __init__(self, config: Config) -> None:
         nn.Module.__init__(self)
         exponents = torch.arange(0, config.dim, 2, dtype=torch.float32, device="cpu") / config.dim
-        frequencies = 1.0 / config.theta**exponents
-        self.frequencies = frequencies if config.scaling is None else config.scaling.build().scale(frequencies)
+        self.frequencies = 1.0 / config.theta**exponents
+        self.attention_factor = self.softmax_factor = 1.0
+        if config.scaling is not None:
+            scaling = config.scaling.build()
+            self.frequencies = scaling.frequencies(config.theta, exponents)
+            self.attention_factor, self.softmax_factor = scaling.attention_factor(), scaling.softmax_factor()
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[B, T, 1, K/2]` for `positions [B, T]`, computed in fp32 or wider and cast to `dtype`."""
+        """Cosines and sines `[B, T, 1, K/2]` for `positions [B, T]`, computed in fp32 or wider and cast to `dtype`.
+
+        Both are multiplied by the scaling's attention factor, and so are the features that they rotate.
+        """
         precision = torch.promote_types(dtype, torch.float32)
         frequencies = self.frequencies.to(positions.device, precision, non_blocking=True)
         angles = positions[..., None, None].to(precision) * frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
