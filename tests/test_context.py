@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_models import Block, Chunks, Flex, GroupedQueryAttention, Rope, Sdpa, SlidingWindow, SwiGLU
+from titan_models import Block, Chunks, Flex, GroupedQueryAttention, Normal, Rope, Sdpa, SlidingWindow, SwiGLU
 from titan_models.llama3 import Llama3
 from titan_parallel import Compile, SelectiveRecompute, check_parallel
 from titan_parallel.check import meshes
@@ -22,8 +22,10 @@ def flex_trains_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
-def llama(core, *limits):
-    attention = GroupedQueryAttention.Config(num_heads=4, num_kv_heads=2, head_dim=8, core=core, limits=[*limits])
+def llama(core, *limits, **attention_options):
+    attention = GroupedQueryAttention.Config(
+        num_heads=4, num_kv_heads=2, head_dim=8, core=core, limits=[*limits], **attention_options
+    )
     block = Block.Config(attention=attention, feed_forward=SwiGLU.Config(hidden_dim=48))
     config = Llama3.Config(vocab_size=64, dim=32, num_layers=2, rope=Rope.Config(dim=8), block=block)
 
@@ -59,6 +61,18 @@ def test_it_holds_with_compiled_blocks():
 @pytest.mark.parametrize("core", ["sdpa", pytest.param("flex", marks=pytest.mark.full)])
 def test_windows_and_chunks_hold_across_ranks(core, limit):
     check_parallel(llama(CORES[core], limit), meshes(*METHODS), steps=1).raise_for_failure()
+
+
+@pytest.mark.parametrize("core", ["sdpa", pytest.param("flex", marks=pytest.mark.full)])
+def test_sinks_belong_to_heads_wherever_these_are(core):
+    sunk = llama(CORES[core], sink_init=Normal.Config(std=1.0))
+    check_parallel(sunk, meshes(*METHODS, "tp2", "cp2_tp2_sp_ulysses"), steps=1).raise_for_failure()
+
+
+def test_sinks_that_the_ring_forgets_are_noticed(monkeypatch):
+    monkeypatch.setattr("titan_parallel.attention_kernel.AttentionKernel.sunk", lambda self, output, lse: output)
+    report = check_parallel(llama(CORES["sdpa"], sink_init=Normal.Config(std=1.0)), meshes("cp2_ring"), steps=1)
+    assert not report.ok
 
 
 def test_ulysses_keeps_the_fast_path_and_flex_skips_blocks_alike_on_every_rank(run_ranks):

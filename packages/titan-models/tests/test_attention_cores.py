@@ -42,14 +42,16 @@ def sees(mask: Mask, row: int, query: int, key: int) -> bool:
     return all(rules[type(limit)](limit) for limit in mask.limits)
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sinks: Tensor | None = None) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
     output = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     for row, query, head in itertools.product(*map(range, q.shape[:3])):
         keys = [key for key in range(k.shape[1]) if sees(mask, row, query, key)]
         scores = torch.stack([scale * (q[row, query, head] @ k[row, key, head // group]) for key in keys])
-        output[row, query, head] = torch.softmax(scores, 0) @ v[row, keys, head // group]
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head, None]])
+        output[row, query, head] = torch.softmax(scores, 0)[: len(keys)] @ v[row, keys, head // group]
     return output
 
 
@@ -173,6 +175,22 @@ def test_log_sum_exps_and_their_gradients_equal_naive_attention(
         torch.testing.assert_close((output, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
         (output.square().sum() + (weights * lse).sum()).backward()
         (expected.square().sum() + (weights * expected_lse).sum()).backward()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
+def test_sinks_take_their_share_of_the_softmax_and_give_nothing(
+    core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
+) -> None:
+    attention, sinks = core.build(), torch.tensor([-2.0, 0.5, 3.0, 30.0], dtype=torch.float64)
+    for name in ("causal", "documents, window"):
+        ours, theirs = ([x.double().requires_grad_() for x in (*tensors(), sinks.clone())] for _ in range(2))
+        output = attention(*ours[:3], attention.realise(masks[name]), 0.3, ours[3])
+        expected = naive(*theirs[:3], masks[name], 0.3, theirs[3])
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+        output.square().sum().backward()
+        expected.square().sum().backward()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9)
 

@@ -36,6 +36,8 @@ def test_a_star_is_one_part_of_a_name(small):
         ({"norm": "head"}, r"Got the role head for norm, head\."),
         ({"layers": "block"}, r"Got the block layers\.0 inside the block layers\."),
         ({"layers.*.attention": "norm"}, r"Got the colwise part layers\.0\.attention\.q in no region\."),
+        ({"layers.*.attention.sink": "per_head"}, r"which matches no parameter\..*Did you mean 'layers\.\*\.attention"),
+        ({"norm.weight": "per_head"}, r"Got the per_head part norm\.weight in no region\."),
         ({"layers.*.attention.out": "norm"}, r"Got the region layers\.0\.attention without a rowwise part\."),
     ],
 )

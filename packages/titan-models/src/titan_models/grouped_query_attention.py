@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from titan_models.attention import Attention, Places
 from titan_models.flops import Flops
+from titan_models.initializers import Initializer
 from titan_models.linear import Linear
+from titan_models.part import new_parameter
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles
 from titan_models.rope import rotate
@@ -37,6 +39,9 @@ class GroupedQueryAttention(Attention):
         qk_norm: RMSNorm.Config | None = None
         """Of queries and keys, head by head, before they rotate; a gain for each of the two. None: there is none."""
 
+        sink_init: Initializer.Config | None = None
+        """How sinks are drawn: a learned score in each head of one key more, without a value. None: there are none."""
+
         def rotated_dim(self) -> int:
             return self.head_dim
 
@@ -61,14 +66,19 @@ class GroupedQueryAttention(Attention):
         self.o_proj: Linear = config.output.build(in_features=heads_dim, out_features=dim)
         self.q_norm: nn.Module = _head_norm(config)
         self.k_norm: nn.Module = _head_norm(config)
+        self.sinks = None if config.sink_init is None else new_parameter(config.num_heads)
 
     def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
         k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
         v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
-        output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale)
+        sinks = () if self.sinks is None else (self.sinks,)
+        output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale, *sinks)
         return self.o_proj(output_BTHK.flatten(2))
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {} if self.config.sink_init is None else {"sinks": self.config.sink_init.build()}
 
     def own_flops(self, seq_len: int) -> Flops:
         full = 6 * self.config.num_heads * 2 * self.config.head_dim * seq_len
@@ -84,6 +94,7 @@ class GroupedQueryAttention(Attention):
             "v_proj": ("colwise", kv_heads),
             "o_proj": "rowwise",
             "core": "attention",
+            **({} if self.sinks is None else {"sinks": "per_head"}),
         }
 
 

@@ -138,13 +138,16 @@ def _realise_with(context: ContextParallel) -> Callable[..., Any]:
 
 
 def _attend_with(context: ContextParallel) -> Callable[..., Any]:
-    def forward(core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    def forward(
+        core: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
         if not context.is_sharing:
-            output: Tensor = core.whole_forward(q, k, v, mask, scale)
+            output: Tensor = core.whole_forward(q, k, v, mask, scale, *(() if sinks is None else (sinks,)))
             return output
         kernel = AttentionKernel(
             output=lambda q, k, v, mask: core.whole_forward(q, k, v, mask, scale),
             output_and_lse=lambda q, k, v, mask: core.with_lse(q, k, v, mask, scale),
+            sinks=sinks,
         )
         return context.method.attend(kernel, q, k, v, mask)
 

@@ -20,9 +20,13 @@ OPTIONS: dict[str, frozenset[str]] = {
     "rowwise": frozenset({"transposed", "border"}),
     "attention": frozenset(),
     "norm": frozenset({"num_heads", "num_kv_heads"}),
+    "per_head": frozenset(),
     "head": frozenset({"takes_loss"}),
 }
 """Every role and the options it takes; docs/parallel.md says what each is."""
+
+OF_PARAMETERS = frozenset({"per_head"})
+"""Roles of parameters; all others are of modules."""
 
 RoleTable = Mapping[str, str | tuple[str, Mapping[str, Any]]]
 """`{pattern: role}` or `{pattern: (role, options)}`; in a pattern `*` is one part of a name."""
@@ -30,16 +34,16 @@ RoleTable = Mapping[str, str | tuple[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Role:
-    """What one module is."""
+    """What one part is."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Roles:
-    """The roles of a model's modules, by fully qualified name.
+    """The roles of a model's modules and parameters, by fully qualified name.
 
-    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a module with two roles, and parts
+    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a part with two roles, and parts
     that lie where they have no meaning.
     """
 
@@ -47,17 +51,25 @@ class Roles:
         self._model = model
         self._roles: dict[str, Role] = {}
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+        parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         patterns: dict[str, str] = {}
         for pattern, entry in table.items():
             role = _role(pattern, entry)
-            for name in _matches(pattern, names):
+            matched = (
+                _matches(pattern, parameters, "parameter")
+                if role.name in OF_PARAMETERS
+                else _matches(pattern, names, "module")
+            )
+            for name in matched:
                 if name in patterns:
                     raise ConfigError(
                         f"Got two roles for {name}: {self._roles[name].name} from {patterns[name]!r} and {role.name} "
                         f"from {pattern!r}. A part is one thing. Narrow one of the patterns."
                     )
                 self._roles[name], patterns[name] = role, pattern
-        self._roles = {name: self._roles[name] for name in names if name in self._roles}  # in the model's order
+        self._roles = {
+            name: self._roles[name] for name in names + parameters if name in self._roles
+        }  # in the model's order
         self._check_nesting()
         self._check_stack()
 
@@ -68,11 +80,11 @@ class Roles:
         )
 
     def named(self, role: str) -> list[str]:
-        """The names of all modules with this role, in the model's order."""
+        """The names of all parts with this role, in the model's order."""
         return [name for name, its_role in self._roles.items() if its_role.name == role]
 
     def options(self, name: str) -> Mapping[str, Any]:
-        """The options that the table gives to a module's role."""
+        """The options that the table gives to a part's role."""
         return self._roles[name].options
 
     @property
@@ -131,7 +143,7 @@ class Roles:
                             f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. "
                             "Give the role to one of them."
                         )
-        for name in [name for role in ("colwise", "rowwise", "norm") for name in self.named(role)]:
+        for name in [name for role in ("colwise", "rowwise", "norm", "per_head") for name in self.named(role)]:
             splits = self._roles[name].name != "norm" or self.options(name)
             if splits and self.region_of(name) is None and not self.options(name).get("border"):
                 raise ConfigError(
@@ -168,13 +180,13 @@ def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]]) -> Role:
     return Role(name, dict(options))
 
 
-def _matches(pattern: str, names: list[str]) -> list[str]:
+def _matches(pattern: str, names: list[str], kind: str) -> list[str]:
     expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
     matched = [name for name in names if expression.fullmatch(name)]
     if not matched:
         known = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
         raise ConfigError(
-            f"Got the pattern {pattern!r}, which matches no module. A pattern names parts of the model. "
+            f"Got the pattern {pattern!r}, which matches no {kind}. A pattern names parts of the model. "
             f"{_nearest(pattern, known)}"
         )
     return matched

@@ -173,6 +173,9 @@ class TensorParallel:
                 dims[module, "weight"] = features_dim(role, self._roles.options(name))
                 if role != "rowwise":
                     dims[module, "bias"] = 0
+        for name in self._roles.named("per_head"):
+            owner, _, parameter = name.rpartition(".")
+            dims[self._model.get_submodule(owner), parameter] = 0
         return dims
 
     def _split_embedding(self, name: str) -> None:

@@ -43,6 +43,9 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
     for name in roles.named("norm"):
         if roles.options(name):
             _check_heads(model.get_submodule(name).get_parameter("weight").numel(), roles.options(name), name, size)
+    for name in roles.named("per_head"):
+        count = len(model.get_parameter(name))
+        _check_shared(size, [Features(count, "heads", heads=count)], name)
     for role in ("embedding", "head"):
         for name in roles.named(role):
             rows = _num_features(model, roles, name, role)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from titan_models.cores.core import AttentionCore
+from titan_models.cores.core import AttentionCore, sunk
 from titan_models.mask import Mask
 
 
@@ -39,7 +39,11 @@ class Flex(AttentionCore):
         create = _for(device, create_block_mask)
         return create(_mask_function(mask), *shape, device=device, BLOCK_SIZE=self.block_size)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        if sinks is not None:
+            return sunk(*self.with_lse(q, k, v, mask, scale), sinks)
         output: Tensor = self._attention(q, k, v, mask, scale)
         return output.transpose(1, 2)
 

@@ -7,14 +7,15 @@ from titan_config import Configurable
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titan_models.cores.core import AttentionCore
+from titan_models.cores.core import AttentionCore, sunk
 from titan_models.mask import Mask
 
 
 class Sdpa(AttentionCore):
     """PyTorch's fused attention: flash for plain causal masks, a dense `[B, 1, T, S]` bool mask for all others.
 
-    On GPUs dense masks are slow and large at long sequences: use Flex there for packed documents.
+    On GPUs dense masks are slow and large at long sequences: use Flex there for packed documents. With sinks all scores
+    are made at once, as in `with_lse`.
     """
 
     def __init__(self, config: Configurable.Config) -> None:
@@ -23,7 +24,11 @@ class Sdpa(AttentionCore):
     def realise(self, mask: Mask) -> Tensor | None:
         return None if mask.only_causal else mask.visible()[:, None]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None
+    ) -> Tensor:
+        if sinks is not None:
+            return sunk(*self.with_lse(q, k, v, mask, scale), sinks)
         output = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
