@@ -8,7 +8,8 @@ from titan_models.embedding import Embedding
 from titan_models.feed_forward import FeedForward
 from titan_models.flops import Flops
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter
+from titan_models.hf_adapter import HfAdapter, Inside
+from titan_models.hf_rules import Stored
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
 from titan_models.linear import Linear
 from titan_models.mask import Chunks, Mask, MaskLimit, SlidingWindow
@@ -34,6 +35,7 @@ __all__ = [
     "GroupedQueryAttention",
     "HfAdapter",
     "Initializer",
+    "Inside",
     "Linear",
     "Llama3Scaling",
     "Mask",
@@ -47,6 +49,7 @@ __all__ = [
     "Rope",
     "Sdpa",
     "SlidingWindow",
+    "Stored",
     "SwiGLU",
     "TruncatedNormal",
     "Yarn",

@@ -10,17 +10,18 @@ from titan_config import traverse
 from titan_models.decoder import Decoder
 from titan_models.feed_forward import FeedForward
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter
+from titan_models.hf_adapter import HfAdapter, Inside
+from titan_models.hf_rules import Rules
 from titan_models.rms_norm import RMSNorm
 from titan_models.swiglu import SwiGLU
 
-_RULES = {
+_RULES: Rules = {
     "embedding.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
     "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
     "norm.weight": "model.norm.weight",
 }
-GROUPED_QUERY_RULES = {
+GROUPED_QUERY_RULES: Rules = {
     "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight",
     "layers.*.attention.k_proj.weight": "model.layers.*.self_attn.k_proj.weight",
     "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
@@ -28,19 +29,27 @@ GROUPED_QUERY_RULES = {
 }
 """Names of the `GroupedQueryAttention` of a block."""
 
-DENSE_RULES = {
+DENSE_RULES: Rules = {
     "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
     "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
     "layers.*.feed_forward.down_proj.weight": "model.layers.*.mlp.down_proj.weight",
 }
 """Names of the SwiGLU of a block, if a block has one."""
 
-_HEAD = {"head.weight": "lm_head.weight"}
+_HEAD: Rules = {"head.weight": "lm_head.weight"}
 _REPEATS = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def decoder_adapter(config: Decoder.Config, hf_config: Mapping[str, Any], rules: Mapping[str, str]) -> HfAdapter:
+def decoder_adapter(
+    config: Decoder.Config,
+    hf_config: Mapping[str, Any],
+    rules: Rules,
+    ignored: tuple[str, ...] = (),
+    inside: Inside | None = None,
+) -> HfAdapter:
     """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
+
+    `ignored` and `inside` are those of `HfAdapter`.
 
     Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
     """
@@ -50,6 +59,8 @@ def decoder_adapter(config: Decoder.Config, hf_config: Mapping[str, Any], rules:
         rules={**_RULES, **({} if tied else _HEAD), **rules},
         repeats=_REPEATS if tied else {},
         config={**_hf_config(config), **hf_config},
+        ignored=ignored,
+        inside=inside,
     )
 
 

@@ -14,14 +14,15 @@ from titan_models.hf_decoder import (
     refuse_limits,
     same_in_all,
 )
+from titan_models.hf_rules import Rules
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 
-_HEAD_NORMS = {
+_HEAD_NORMS: Rules = {
     "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
 }
-_MOE_RULES = {
+_MOE_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
     "layers.*.feed_forward.experts.gate_proj": "model.layers.*.mlp.experts.#.gate_proj.weight",
     "layers.*.feed_forward.experts.up_proj": "model.layers.*.mlp.experts.#.up_proj.weight",
