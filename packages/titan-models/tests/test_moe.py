@@ -7,12 +7,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from titan_models import SwiGLU, init_weights
-from titan_models.moe import ExpertGroups, Experts, GroupedMM, Loop, MoE, Router, SwiGLUExperts, TopKRouter
+from titan_models import Normal, SwiGLU, init_weights
+from titan_models.moe import (
+    ClampedGating,
+    ExpertGroups,
+    Experts,
+    GroupedMM,
+    Loop,
+    MoE,
+    Router,
+    SwiGLUExperts,
+    TopKRouter,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
 DIM, HIDDEN, EXPERTS = 32, 16, 8
+BIASES = Normal.Config(std=0.02)
+LIKE_GPT_OSS = {"gating": ClampedGating.Config(), "bias_init": BIASES}
 
 
 def moe(**router: Any) -> MoE.Config:
@@ -43,10 +55,19 @@ def naive(layer: MoE, x_BTD: Tensor) -> Tensor:
         chosen, weights = layer.router(x_D[None])
         row = torch.zeros_like(x_D) if layer.shared is None else layer.shared(x_D)
         for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
-            gate, up, down = (getattr(layer.experts, f"{name}_proj")[expert] for name in ("gate", "up", "down"))
-            row = row + weight * (down @ (functional.silu(gate @ x_D) * (up @ x_D)))
+            row = row + weight * naive_expert(layer.experts, expert, x_D)
         rows.append(row)
     return torch.stack(rows).view_as(x_BTD)
+
+
+def naive_expert(experts: SwiGLUExperts, number: int, x_D: Tensor) -> Tensor:
+    (gate, up), down = (getattr(experts, f"{name}_proj")[number] @ x_D for name in ("gate", "up")), experts.down_proj
+    if experts.gate_bias is None:
+        return down[number] @ (functional.silu(gate) * up)
+    gate, up = gate + experts.gate_bias[number], up + experts.up_bias[number]
+    gate, up = torch.minimum(gate, torch.tensor(7.0)), torch.maximum(up, torch.tensor(-7.0))
+    hidden = gate / (1 + torch.exp(-1.702 * gate)) * (1 + torch.minimum(up, torch.tensor(7.0)))
+    return down[number] @ hidden + experts.down_bias[number]
 
 
 def gradients(module: nn.Module, x: Tensor, output: Tensor) -> list[Tensor]:
@@ -59,6 +80,7 @@ CASES = {
     "all experts": {"top_k": EXPERTS},
     "sigmoid, renormalised": {"score": "sigmoid", "renormalise": True, "scale": 2.5},
     "groups": {"groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="best")},
+    "a bias": {"bias_init": BIASES},
 }
 
 
@@ -68,6 +90,19 @@ def test_each_token_gets_the_sum_over_its_experts(case: str, shared: bool) -> No
     config = moe(**CASES[case])
     config.shared = SwiGLU.Config(hidden_dim=24) if shared else None
     layer, x = made(config), stream().requires_grad_()
+    output, expected = layer(x), naive(layer, x)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    for one, other in zip(gradients(layer, x, output), gradients(layer, x, expected), strict=True):
+        assert (one - other).norm() <= 1e-10 * other.norm() + 1e-13
+
+
+def test_clamped_experts_with_biases_give_the_sum_that_their_formula_says() -> None:
+    """Far enough out that projections are clamped on all sides."""
+    config = moe(bias_init=BIASES)
+    config.experts = SwiGLUExperts.Config(hidden_dim=HIDDEN, **LIKE_GPT_OSS)
+    layer, x = made(config), (3 * stream()).requires_grad_()
+    projected = torch.einsum("btd,ehd->bteh", x.detach(), layer.experts.up_proj)
+    assert projected.min() < -7 and projected.max() > 7 and projected.abs().median() < 7
     output, expected = layer(x), naive(layer, x)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     for one, other in zip(gradients(layer, x, output), gradients(layer, x, expected), strict=True):
@@ -98,10 +133,12 @@ def test_operands_that_the_grouped_kernel_does_not_take_go_through_the_loop(dtyp
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("options", [{}, LIKE_GPT_OSS], ids=["plain", "clamped, biases"])
 @pytest.mark.parametrize("kernel", [GroupedMM.Config(), Loop.Config()], ids=["grouped", "loop"])
-def test_rows_of_nobody_reach_no_result_and_no_gradient(kernel: Any) -> None:
+def test_rows_of_nobody_reach_no_result_and_no_gradient(kernel: Any, options: dict[str, Any]) -> None:
     """Whatever is in them: NaN in the input, NaN in the gradient that comes back."""
-    experts = made(SwiGLUExperts.Config(hidden_dim=HIDDEN, kernel=kernel), torch.float32, num_experts=4, top_k=1)
+    config = SwiGLUExperts.Config(hidden_dim=HIDDEN, kernel=kernel, **options)
+    experts = made(config, torch.float32, num_experts=4, top_k=1)
     counts, num_owned = torch.tensor([3, 0, 6, 2]), 11
     x = stream(torch.float32, 16, DIM)
     clean = x[:num_owned].clone().requires_grad_()
@@ -172,7 +209,7 @@ ROUTERS = {
         ),
     ),
     "GPT-OSS": (
-        {"renormalise": True},
+        {"renormalise": True, "bias_init": BIASES},
         lambda: their_router("gpt_oss.GptOssTopKRouter", config_class="GptOssConfig", num_local_experts=EXPERTS),
     ),
 }
@@ -184,6 +221,8 @@ def test_choices_and_weights_are_those_of_transformers(family: str) -> None:
     router, theirs, x = made(moe(**config).router, torch.float32), make(), stream(torch.float32, 200, DIM)
     with torch.no_grad():
         theirs.weight.copy_(router.weight)
+        if router.bias is not None:
+            theirs.bias.copy_(router.bias)
         chosen, weights = router(x)
         _, their_weights, their_chosen = theirs(x)
     (chosen, order), (their_chosen, their_order) = chosen.sort(), their_chosen.sort()
@@ -248,6 +287,9 @@ def test_mixtures_that_cannot_be_built_say_why() -> None:
     config.experts.hidden_dim = 0
     with pytest.raises(ValueError, match="hidden_dim 0"):
         config.build(dim=DIM)
+    for gating, message in [({"alpha": 0.0}, "alpha 0.0"), ({"limit": -7.0}, "limit -7.0")]:
+        with pytest.raises(ValueError, match=message):
+            ClampedGating.Config(**gating).build()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

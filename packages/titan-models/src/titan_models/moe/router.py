@@ -63,6 +63,9 @@ class TopKRouter(Router):
         weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
         """How the projection is drawn."""
 
+        bias_init: Initializer.Config | None = None
+        """How the projection's bias is drawn. None: there is none."""
+
         def validate(self) -> None:
             Router.Config.validate(self)
             if self.scale <= 0:
@@ -75,11 +78,13 @@ class TopKRouter(Router):
         self.config = config
         self.weight = new_parameter(config.num_experts, dim)
         self.weight_init: Initializer = config.weight_init.build()
+        self.bias = None if config.bias_init is None else new_parameter(config.num_experts)
         self.groups: ExpertGroups | None = None if config.groups is None else config.groups.build()
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(x_ND.dtype, torch.float32)
-        logits_NE = functional.linear(x_ND.to(precision), self.weight.to(precision))
+        bias_E = None if self.bias is None else self.bias.to(precision)
+        logits_NE = functional.linear(x_ND.to(precision), self.weight.to(precision), bias_E)
         scores_NE = logits_NE.softmax(-1) if self.config.score == "softmax" else logits_NE.sigmoid()
         chosen_NK = self._choose(scores_NE.detach())
         weights_NK = scores_NE.gather(1, chosen_NK)
@@ -92,7 +97,8 @@ class TopKRouter(Router):
         return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
 
     def initializers(self) -> dict[str, Initializer]:
-        return {"weight": self.weight_init}
+        bias_init = self.config.bias_init
+        return {"weight": self.weight_init} | ({} if bias_init is None else {"bias": bias_init.build()})
 
     def own_flops(self, seq_len: int) -> Flops:
         return matmul_flops(self.weight.numel())
