@@ -118,6 +118,7 @@ TENSOR_2 = {"tensor_parallel_degree": 2}
 MESHES = {
     "one": (1, {}),
     "fsdp2": (2, {}),
+    "fsdp2_once": (2, {"fsdp_reduce_gradients": "once"}),
     "ddp2": (2, {"data_parallel_replicate_degree": 2}),
     "tp2": (2, {**TENSOR_2, "sequence_parallel": False, "loss_parallel": False}),
     "tp2_loss": (2, {**TENSOR_2, "sequence_parallel": False}),
@@ -126,6 +127,7 @@ MESHES = {
     "fsdp4": (4, {}),
     "hsdp2x2": (4, {"data_parallel_replicate_degree": 2}),
     "fsdp2_tp2": (4, TENSOR_2),
+    "fsdp2_tp2_once": (4, {**TENSOR_2, "fsdp_reduce_gradients": "once"}),
     "ddp2_tp2": (4, {**TENSOR_2, "data_parallel_replicate_degree": 2}),
 }
 """name -> (ranks, degrees)"""

@@ -20,6 +20,7 @@ from titan_parallel import (
     plan,
 )
 from titan_parallel.partial_gradients import PartialGradients
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,24 +91,26 @@ class Living(TorchDispatchMode):
 
     def __init__(self, given) -> None:
         super().__init__()
-        self.alive, self.now, self.peak = dict.fromkeys(given), 0, 0
+        self.given, self.alive, self.peak = given, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):  # DTensor finds shapes with those
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = (weakref.ref(storage, self._ended(storage._cdata)), storage.nbytes())
-                    self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+                if storage._cdata not in self.given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = weakref.ref(storage, self._ended(storage._cdata))
+        self.peak = max(self.peak, self.now())
         return result
 
-    def _ended(self, key):
-        def end(_):
-            self.now -= self.alive.pop(key)[1]
+    def now(self) -> int:
+        """FSDP makes storages larger and smaller."""
+        return sum(storage().nbytes() for storage in list(self.alive.values()) if storage() is not None)
 
-        return end
+    def _ended(self, key):
+        return lambda _: self.alive.pop(key)
 
 
 def real_step(small, mesh, options):
@@ -203,7 +206,7 @@ def held_on_one_rank(small, recomputation):
 
     def loss(head, hidden, targets):
         loss_sum, count = small.chunked_loss(head, hidden, targets)
-        loss_sum.register_hook(lambda _: kept.append(living.now))
+        loss_sum.register_hook(lambda _: kept.append(living.now()))
         return loss_sum, count
 
     def pack(tensor):
@@ -228,6 +231,55 @@ def test_activations_and_peaks_are_those_of_a_run_with_each_recomputation(small,
         assert stage.peak - stage.parameters - stage.optimizer - batch == peak, name
         if name == "none":
             assert stage.activations == pytest.approx(saved, abs=64)
+
+
+WIDE = SHAPE | {"vocab": 4096}
+"""Its embedding is most of the model: whole, it would show."""
+
+
+def peak_of_a_run(small, mesh) -> int:
+    """The most bytes alive at once in a step with its optimizer, besides weights, optimizer state and batches."""
+    model = small.make_model(small.Shape(**WIDE), torch.float32)
+    parallel = small.put_on(mesh, model)
+    optimizer = adamw(model.named_parameters())
+    batches = [small.make_batch(rows=ROWS, length=LENGTH, seed=seed) for seed in range(NUM_BATCHES)]
+
+    def step():
+        parallel.forward_backward(batches, small.chunked_loss, denominator=10)
+        parallel.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    given = [*model.parameters(), *states, *(t for b in batches for t in (*b.inputs.values(), *b.targets.values()))]
+    with torch.no_grad():
+        known = {local(tensor).untyped_storage()._cdata for tensor in given}
+    with Living(known) as living:
+        step()
+    return living.peak
+
+
+def test_peaks_are_those_of_a_run_on_ranks(small, run_ranks):
+    two, four = ("fsdp2", "tp2", "tp2_both"), ("fsdp2_tp2", "fsdp2_tp2_once")
+    real = run_ranks(2, lambda: {mesh: peak_of_a_run(small, mesh) for mesh in two})[0]
+    real |= run_ranks(4, lambda: {mesh: peak_of_a_run(small, mesh) for mesh in four})[0]
+    for mesh, peak in real.items():
+        stage = planned(small, mesh, shape=WIDE).stages[0]
+        given = stage.parameters + stage.optimizer + 3 * 8 * ROWS * LENGTH * NUM_BATCHES
+        assert stage.peak - given == pytest.approx(peak, rel=0.05), mesh
+
+
+def test_gradients_reduced_once_are_kept_whole_until_then(small):
+    """Of 6 micro-batches; FSDP then keeps whole gradients, of which a rank owns half."""
+    always, once = planned(small, "fsdp2", num_batches=6), planned(small, "fsdp2_once", num_batches=6)
+    whole = 2 * always.stages[0].gradients
+    assert once.peak - always.peak > 0.4 * whole
+    calls = [{c.kind: c.calls for c in made.stages[0].collectives}["reduce_scatter"] for made in (always, once)]
+    assert calls[0] == 6 * calls[1]
+    tight = planned(small, "fsdp2_once", num_batches=6, device_memory=once.peak - 1)
+    assert tight.remedies[0].change == "fsdp_reduce_gradients always"
+    assert tight.remedies[0].peak == always.peak
 
 
 @pytest.mark.parametrize(

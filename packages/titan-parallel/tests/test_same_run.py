@@ -41,7 +41,7 @@ MESHES = ["one", "fsdp2", "ddp2", "tp2", "tp2_loss", "tp2_sequence", "tp2_both",
 CASES = [
     *(Case(mesh, recomputation) for mesh in MESHES for recomputation in RECOMPUTATIONS),
     *(Case(mesh, "full", torch.float32, micro_batches=2) for mesh in MESHES),
-    *(Case(mesh, "selective", tied=True, micro_batches=2) for mesh in MESHES),
+    *(Case(mesh, "selective", tied=True, micro_batches=2) for mesh in [*MESHES, "fsdp2_once", "fsdp2_tp2_once"]),
     *(Case(mesh, "full", vocab=61, tied=tied) for mesh in ("tp2", "tp2_both", "fsdp2_tp2") for tied in (False, True)),
     Case("ddp2_tp2", "every_2nd", torch.float32, tied=True),
     Case("fsdp2", "keep", backend="aot_eager"),

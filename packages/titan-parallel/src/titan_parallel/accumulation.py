@@ -25,7 +25,7 @@ class Schedule(Protocol):
         """Raise ValueError for batches that cannot be the micro-batches of a step; before any rank waits for others."""
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
-        """Add the gradients of loss sum / `denominator`, summed over data and context ranks once; the loss sum."""
+        """Add the gradients of loss sum / `denominator`, summed over data and context ranks; the loss sum."""
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
         """`[loss sum, count]`."""
@@ -35,11 +35,13 @@ class Schedule(Protocol):
 
 
 class Accumulation:
-    """Forward and backward of one micro-batch after the other, gradients summed over ranks with the last."""
+    """Forward and backward of one micro-batch after the other, gradients summed over replicas with the last."""
 
-    def __init__(self, forward: LossForward, units: Sequence[FSDPModule]) -> None:
+    def __init__(self, forward: LossForward, units: Sequence[FSDPModule], *, reduces_each: bool) -> None:
+        """`reduces_each`: gradients are summed over the ranks of a shard, and split, with every micro-batch."""
         self._forward = forward
         self._units = units
+        self._reduces_each = reduces_each
         self._gradient_hook: GradientHook | None = None
 
     def check(self, batches: Sequence[Batch]) -> None:
@@ -67,9 +69,10 @@ class Accumulation:
 
     @contextmanager
     def _synchronised(self, is_last: bool) -> Iterator[None]:
-        """Let the backward sum gradients over data ranks, and call the gradient hook, in the last micro-batch only."""
+        """Let the backward sum gradients over data ranks, and call the gradient hook on the sums."""
         for unit in self._units:
-            unit.set_requires_gradient_sync(is_last, recurse=False)
+            unit.set_requires_gradient_sync(is_last or self._reduces_each, recurse=False)
+            unit.set_requires_all_reduce(is_last, recurse=False)
         handles = []
         if is_last and self._gradient_hook is not None and not self._units:
             hook = self._gradient_hook

@@ -66,6 +66,8 @@ class ParallelDims(Configurable):
         """Under tensor parallel, take the loss on logits that stay split over the vocabulary."""
         fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
         """Whether gathered weights are freed between forward and backward. Default: all but those of the head."""
+        fsdp_reduce_gradients: Literal["always", "once"] = "always"
+        """After each micro-batch, so that a rank keeps its part alone, or with a step's last one. Stages: once."""
 
         def validate(self) -> None:
             for name in (*DEGREES, "data_parallel_shard_degree", "pipeline_parallel_stages_per_rank"):

@@ -57,7 +57,7 @@ class ParallelModel:
 
         `batches` are all micro-batches of this data rank for the step, as many on every rank; `denominator` is one
         number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
-        mesh, never averaged, and synchronised once. The loss sum is an fp64 scalar over the whole mesh, on every rank.
+        mesh, never averaged. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
         self._agree_on(batches, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
@@ -95,8 +95,9 @@ class ParallelModel:
     def set_gradient_hook(self, hook: GradientHook) -> None:
         """Call `hook(tensor)` on each gradient, or bucket of gradients, once it is summed over this mesh's data ranks.
 
-        It happens once a step, during the backward of the last micro-batch, in the same order on every rank. The hook
-        changes the tensor in place (a sum over replicas), and everything after sees the changed one.
+        It happens during the backward of the last micro-batch, in the same order on every rank; also in those before
+        where these are reduced too (`fsdp_reduce_gradients` "always", without replicas on the mesh). The hook changes
+        the tensor in place (a sum over replicas), and everything after sees the changed one.
         """
         self._schedule.set_gradient_hook(hook)
 

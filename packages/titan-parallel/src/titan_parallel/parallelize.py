@@ -75,7 +75,7 @@ def parallelize(
     return ParallelModel(
         model,
         dims,
-        schedule=Accumulation(forward, units) if stages is None else stages.pipeline(units),
+        schedule=Accumulation(forward, units, reduces_each=_reduces_each(dims)) if stages is None else stages.pipeline(units),
         partial_gradients=partial,
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
@@ -89,6 +89,11 @@ def _check_tensor_parallel(model: nn.Module, roles: Roles, dims: ParallelDims) -
         from titan_parallel.tensor_parallel_checks import check_can_be_split
 
         check_can_be_split(model, roles, dims)
+
+
+def _reduces_each(dims: ParallelDims) -> bool:
+    """Whether each micro-batch's gradients are brought to the ranks that own them: where ranks own parts."""
+    return dims.config.fsdp_reduce_gradients == "always" and dims.num_shard * dims.num_context > 1
 
 
 def _share_sequences(model: nn.Module, roles: Roles, dims: ParallelDims) -> ContextParallel | None:

@@ -45,6 +45,22 @@ def fake_tensors() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+@contextmanager
+def unwatched_shapes_of_dtensors() -> Iterator[None]:
+    """Let DTensor find out what an operator returns unseen: its whole tensors, which no rank has, are nobody's memory."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def find_unseen(self: ShardingPropagator, op_schema: Any) -> Any:
+        with _disable_current_modes():
+            return find(self, op_schema)
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", find_unseen):
+        yield
+
+
 def in_backward() -> bool:
     """Whether autograd is running a backward."""
     return torch._C._current_graph_task_id() != -1

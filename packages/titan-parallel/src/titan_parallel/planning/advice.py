@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 from titan_parallel.activation_checkpoint import FullRecompute, SelectiveRecompute
@@ -35,6 +36,14 @@ def remedies_of(step: Step, ranks_per_node: int, peak: int, limit: int, peak_of:
             if sum(remedy.fits for remedy in remedies) == ENOUGH:
                 return remedies
     return remedies
+
+
+def _reduce_always(step: Step, _: int) -> tuple[str, str, Step] | None:
+    if step.parallelism.fsdp_reduce_gradients == "always":
+        return None
+    changed = copy.deepcopy(step.parallelism)
+    changed.fsdp_reduce_gradients = "always"
+    return "fsdp_reduce_gradients", "always", step.changed(parallelism=changed)
 
 
 def _recompute_some(step: Step, _: int) -> tuple[str, str, Step] | None:
@@ -85,7 +94,15 @@ def _double_ranks(step: Step, _: int) -> tuple[str, str, Step] | None:
     return "ranks", str(changed.world_size), changed
 
 
-RUNGS: tuple[Rung, ...] = (_recompute_some, _recompute_all, _halve_rows, _drop_replicas, _double_tensor, _double_ranks)
+RUNGS: tuple[Rung, ...] = (
+    _reduce_always,
+    _recompute_some,
+    _recompute_all,
+    _halve_rows,
+    _drop_replicas,
+    _double_tensor,
+    _double_ranks,
+)
 
 
 def wasteful(plan: Plan, step: Step) -> list[str]:

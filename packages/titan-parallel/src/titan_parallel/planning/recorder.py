@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_parallel.dims import ParallelDims
-from titan_parallel.planning._torch import in_backward, watched_resizes
+from titan_parallel.planning._torch import in_backward, unwatched_shapes_of_dtensors, watched_resizes
 from titan_parallel.planning.flops import ForwardFlops
 from titan_parallel.planning.timeline import Timeline
 from titan_parallel.planning.traffic import Traffic
@@ -31,6 +31,7 @@ class Recorder(TorchDispatchMode):
         self.timeline, self.traffic, self.flops = Timeline(), Traffic(dims), ForwardFlops()
 
     def __enter__(self) -> Recorder:
+        self._stack.enter_context(unwatched_shapes_of_dtensors())
         self._stack.enter_context(watched_resizes(self.timeline.resized))
         super().__enter__()
         return self
