@@ -16,7 +16,7 @@ class Part(Configurable, nn.Module, abc.ABC):
     """A module that owns parameters or does matrix products of its own."""
 
     def initializers(self) -> dict[str, Initializer]:
-        """`{name: initializer}` of the parameters this very module owns, not its children."""
+        """`{name: initializer}` of the parameters and buffers this very module owns, not its children."""
         return {}
 
     @abc.abstractmethod

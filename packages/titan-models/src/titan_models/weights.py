@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_models.keyed import Place, key_of
 from titan_models.part import Part
@@ -15,12 +15,13 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """Draw every parameter of `model` in place, from generators keyed by (seed, its fully qualified name, place in it).
 
     The parameters have memory, on any device and in any dtype, plain or `DTensor`: whatever the sharding, the whole
-    tensor has the same bits. A tied parameter is drawn once, by the first name it has. Raises ValueError for a
-    parameter nobody has an initializer for, and for one on the meta device.
+    tensor has the same bits. A tied parameter is drawn once, by the first name it has. Buffers get their first values,
+    too. Raises ValueError for what nobody has an initializer for, and for what is on the meta device.
     """
-    seen: set[nn.Parameter] = set()
+    seen: set[Tensor] = set()
     for prefix, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        own |= dict(module.named_buffers(recurse=False))
         initializers = module.initializers() if isinstance(module, Part) else {}
         for name, parameter in own.items():
             full_name = f"{prefix}.{name}" if prefix else name
@@ -29,7 +30,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
             seen.add(parameter)
             if name not in initializers:
                 raise ValueError(
-                    f"Got the parameter {full_name} of a {type(module).__qualname__}. Every parameter needs an "
+                    f"Got the parameter or buffer {full_name} of a {type(module).__qualname__}. Each needs an "
                     "initializer. Make its module a titan_models.Part whose initializers() names it."
                 )
             if parameter.is_meta:

@@ -1,5 +1,6 @@
 """Mixtures of experts: a router that chooses, experts as 3-D weights, and what joins them."""
 
+from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.experts import Experts, SwiGLUExperts
 from titan_models.moe.gating import ClampedGating, Gating, SiluGating
 from titan_models.moe.groups import ExpertGroups
@@ -8,6 +9,7 @@ from titan_models.moe.moe import MoE
 from titan_models.moe.router import Router, TopKRouter
 
 __all__ = [
+    "BalancingBias",
     "ClampedGating",
     "ExpertGroups",
     "Experts",

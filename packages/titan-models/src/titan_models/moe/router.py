@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from titan_models.flops import Flops, matmul_flops
 from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.groups import ExpertGroups
 from titan_models.part import Part, new_parameter
 
@@ -57,6 +58,9 @@ class TopKRouter(Router):
         renormalise: bool = False
         """A token's weights are divided by their sum."""
 
+        balancing: BalancingBias.Config | None = None
+        """A bias that experts are chosen by, and that no weight contains. None: there is none."""
+
         scale: float = 1.0
         """What weights are multiplied by in the end."""
 
@@ -80,6 +84,9 @@ class TopKRouter(Router):
         self.weight_init: Initializer = config.weight_init.build()
         self.bias = None if config.bias_init is None else new_parameter(config.num_experts)
         self.groups: ExpertGroups | None = None if config.groups is None else config.groups.build()
+        self.balancing: BalancingBias | None = None
+        if config.balancing is not None:
+            self.balancing = config.balancing.build(num_experts=config.num_experts)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(x_ND.dtype, torch.float32)
@@ -93,7 +100,8 @@ class TopKRouter(Router):
         return chosen_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
-        limited = scores_NE if self.groups is None else self.groups.limit(scores_NE)
+        judged = scores_NE if self.balancing is None else self.balancing(scores_NE)
+        limited = judged if self.groups is None else self.groups.limit(judged)
         return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
 
     def initializers(self) -> dict[str, Initializer]:
