@@ -6,22 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from titan_models import Decoder
+from titan_models import Decoder, FeedForward, GroupedQueryAttention
 from titan_models.moe import MoE
 
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     config = flavor()
-    attention = config.block.attention
-    groups = attention.num_heads // attention.num_kv_heads
-    config.vocab_size, config.dim, config.num_layers = 97, 48, 3
-    attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
-    feed_forward = config.block.feed_forward
-    if isinstance(feed_forward, MoE.Config):
-        feed_forward.router.num_experts, feed_forward.router.top_k = 8, 3
-        feed_forward.experts.hidden_dim = 20
-    else:
-        feed_forward.hidden_dim = 80
+    config.vocab_size, config.dim, config.num_layers = 97, 48, 5 if config.exceptions else 3
+    for block in (config.block, *config.exceptions.values()):
+        _shrink_attention(block.attention)
+        _shrink_feed_forward(block.feed_forward)
     config.rope.dim = 8
     if config.rope.scaling is not None:
         config.rope.scaling.original_max_seq_len = 32
@@ -29,9 +23,28 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     return config
 
 
+def _shrink_attention(attention: GroupedQueryAttention.Config) -> None:
+    groups = attention.num_heads // attention.num_kv_heads
+    attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
+    for limit in attention.limits:
+        limit.size = 16
+    if attention.temperature is not None:
+        attention.temperature.step = 16
+
+
+def _shrink_feed_forward(feed_forward: FeedForward.Config) -> None:
+    if not isinstance(feed_forward, MoE.Config):
+        feed_forward.hidden_dim = 80
+        return
+    feed_forward.router.num_experts, feed_forward.router.top_k = 8, min(feed_forward.router.top_k, 3)
+    feed_forward.experts.hidden_dim = 20
+    if feed_forward.shared is not None:
+        feed_forward.shared.hidden_dim = 20
+
+
 @pytest.fixture(scope="session")
 def shrunk() -> Callable[[Callable[[], Decoder.Config]], Decoder.Config]:
-    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 layers 48 wide, original length 32."""
+    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 to 5 layers 48 wide, chunks of 16."""
     return _shrunk
 
 

@@ -9,6 +9,7 @@ import torch
 from titan_models import Flops
 from titan_models.counts import count_flops_per_token
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.moe import Loop, MoE
 from titan_models.qwen3 import (
     qwen3_0_6b,
@@ -33,6 +34,9 @@ PARAMETERS = {
     llama3_8b: 8_030_261_248,
     llama3_70b: 70_553_706_496,
     llama3_405b: 405_853_388_800,
+    llama4_debug: 15_017_216,
+    llama4_scout: 107_769_861_120,
+    llama4_maverick: 400_711_848_960,
     qwen3_debug: 5_246_592,
     qwen3_0_6b: 596_049_920,
     qwen3_1_7b: 1_720_574_976,
@@ -71,11 +75,14 @@ def test_active_parameters_are_all_but_those_of_experts_that_a_token_does_not_go
     assert qwen3_30b_a3b().flops_per_token(1).full == 6 * matmul + 6 * 48 * 32 * (128 + 128)
 
 
-@pytest.mark.parametrize("flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b])
+@pytest.mark.parametrize(
+    "flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, llama4_scout, llama4_maverick]
+)
 def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:
     config = shrunk(flavor)
-    if isinstance(config.block.feed_forward, MoE.Config):
-        config.block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
+    for block in config.blocks():
+        if isinstance(block.feed_forward, MoE.Config):
+            block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
     model = made(config)
     tokens = torch.randint(97, (2, 24))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -229,7 +229,7 @@ def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
         ("rope.dim", 7, "dim 7.*pairs"),
         ("rope.theta", 0.5, "theta 0.5"),
         ("rope.scaling.factor", 0.5, "factor 0.5"),
-        ("rope.scaling.high_freq_factor", 1.0, "low_freq_factor 1.0 and high_freq_factor 1.0"),
+        ("rope.scaling.high_freq_factor", 0.5, "low_freq_factor 1.0 and high_freq_factor 0.5"),
         ("rope.scaling.original_max_seq_len", 0, "original_max_seq_len 0"),
         ("block.attention.num_kv_heads", 3, "8 heads, 3 key-value heads"),
         ("block.attention.num_heads", 0, "0 heads"),

@@ -14,6 +14,7 @@ import torch
 import transformers
 from titan_models import Decoder, Rope
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
+from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional

@@ -54,8 +54,11 @@ def naive(layer: MoE, x_BTD: Tensor) -> Tensor:
     for x_D in x_BTD.flatten(0, 1):
         chosen, weights = layer.router(x_D[None])
         row = torch.zeros_like(x_D) if layer.shared is None else layer.shared(x_D)
+        of_input = layer.config.weighted == "input"
         for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
-            row = row + weight * naive_expert(layer.experts, expert, x_D)
+            given = weight * x_D if of_input else x_D
+            result = naive_expert(layer.experts, expert, given)
+            row = row + (result if of_input else weight * result)
         rows.append(row)
     return torch.stack(rows).view_as(x_BTD)
 
@@ -84,10 +87,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("weighted", ["output", "input"])
 @pytest.mark.parametrize("shared", [False, True], ids=["no shared", "shared"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_token_gets_the_sum_over_its_experts(case: str, shared: bool) -> None:
+def test_each_token_gets_the_sum_over_its_experts(case: str, shared: bool, weighted: str) -> None:
     config = moe(**CASES[case])
+    config.weighted = weighted
     config.shared = SwiGLU.Config(hidden_dim=24) if shared else None
     layer, x = made(config), stream().requires_grad_()
     output, expected = layer(x), naive(layer, x)

@@ -18,6 +18,7 @@ from titan_models.part import Part
 from titan_models.rms_norm import RMSNorm
 from titan_models.rope import Llama3Scaling, Rope
 from titan_models.swiglu import SwiGLU
+from titan_models.temperature import Temperature
 from titan_models.weights import init_weights
 from titan_models.yarn import Yarn
 
@@ -51,6 +52,7 @@ __all__ = [
     "SlidingWindow",
     "Stored",
     "SwiGLU",
+    "Temperature",
     "TruncatedNormal",
     "Yarn",
     "init_weights",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,11 +13,12 @@ from titan_models.linear import Linear
 from titan_models.part import new_parameter
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles
-from titan_models.rope import rotate
+from titan_models.rope import rotate, rotate_neighbours
+from titan_models.temperature import Temperature
 
 
 class GroupedQueryAttention(Attention):
-    """Grouped-query self-attention with rotary positions (Ainslie et al., 2023).
+    """Grouped-query self-attention (Ainslie et al., 2023), with rotary positions or without.
 
     B batch, T tokens, D width, H query heads, G key-value heads, K features of a head. The number of heads is nowhere
     in the forward: a rank may hold some of them.
@@ -42,8 +43,14 @@ class GroupedQueryAttention(Attention):
         sink_init: Initializer.Config | None = None
         """How sinks are drawn: a learned score in each head of one key more, without a value. None: there are none."""
 
-        def rotated_dim(self) -> int:
-            return self.head_dim
+        rotation: Literal["halves", "neighbours"] | None = "halves"
+        """Which features of a head rotate together: i with i + K/2, or 2i with 2i + 1. None: positions rotate none."""
+
+        temperature: Temperature.Config | None = None
+        """How queries grow with their positions. None: they do not."""
+
+        def rotated_dim(self) -> int | None:
+            return None if self.rotation is None else self.head_dim
 
         def validate(self) -> None:
             if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1 or self.num_heads % self.num_kv_heads:
@@ -67,15 +74,24 @@ class GroupedQueryAttention(Attention):
         self.q_norm: nn.Module = _head_norm(config)
         self.k_norm: nn.Module = _head_norm(config)
         self.sinks = None if config.sink_init is None else new_parameter(config.num_heads)
+        self.temperature: Temperature | None = None if config.temperature is None else config.temperature.build()
 
     def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
-        k_BTGK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), places.cos, places.sin)
+        q_BTHK = self._rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), places)
+        k_BTGK = self._rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), places)
         v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
+        if self.temperature is not None:
+            q_BTHK = self.temperature(q_BTHK, places.positions)
         sinks = () if self.sinks is None else (self.sinks,)
         output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale, *sinks)
         return self.o_proj(output_BTHK.flatten(2))
+
+    def _rotate(self, x: Tensor, places: Places) -> Tensor:
+        if self.config.rotation is None:
+            return x
+        together = rotate if self.config.rotation == "halves" else rotate_neighbours
+        return together(x, places.cos, places.sin)
 
     def initializers(self) -> dict[str, Initializer]:
         return {} if self.config.sink_init is None else {"sinks": self.config.sink_init.build()}

@@ -88,25 +88,45 @@ def dense_hidden_dim(feed_forwards: list[FeedForward.Config]) -> int:
 
 
 def grouped_query_fields(config: Decoder.Config) -> dict[str, Any]:
-    """What a `config.json` says of grouped queries. Raises ValueError unless all blocks have them, and alike.
+    """What a `config.json` says of grouped queries. Raises ValueError unless all blocks have them, plain and alike.
 
     It says nothing of limits: a family that has some in transformers says which.
     """
-    attentions = [block.attention for block in config.blocks()]
-    if other := [type(each).__qualname__ for each in attentions if not isinstance(each, GroupedQueryAttention.Config)]:
-        raise ValueError(
-            f"Got a block with a {other[0]}. The family in transformers has GroupedQueryAttention there. Make it one "
-            "to export the model."
-        )
+    for attention in grouped_queries(config):
+        gainless = attention.qk_norm is not None and attention.qk_norm.weight_init is None
+        if attention.rotation != "halves" or attention.temperature is not None or gainless:
+            raise ValueError(
+                f"Got attention with rotation {attention.rotation!r}, temperature {attention.temperature} and qk_norm "
+                f"{attention.qk_norm}. The family in transformers rotates halves, has no temperature, and no norm "
+                "without a gain. Make it so to export the model."
+            )
+    return head_fields(config)
+
+
+def head_fields(config: Decoder.Config) -> dict[str, Any]:
+    """What a `config.json` says of heads. Raises ValueError unless all blocks have grouped queries, as many each."""
     fields = {
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_kv_heads",
         "head_dim": "head_dim",
     }
     return {
-        hf_name: same_in_all(name, [getattr(attention, name) for attention in attentions])
+        hf_name: same_in_all(name, [getattr(attention, name) for attention in grouped_queries(config)])
         for hf_name, name in fields.items()
     }
+
+
+def grouped_queries(config: Decoder.Config) -> list[GroupedQueryAttention.Config]:
+    """The attention of each block. Raises ValueError unless it is that."""
+    attentions = []
+    for block in config.blocks():
+        if not isinstance(block.attention, GroupedQueryAttention.Config):
+            raise ValueError(
+                f"Got a block with a {type(block.attention).__qualname__}. The family in transformers has "
+                "GroupedQueryAttention there. Make it one to export the model."
+            )
+        attentions.append(block.attention)
+    return attentions
 
 
 def refuse_limits(config: Decoder.Config) -> None:

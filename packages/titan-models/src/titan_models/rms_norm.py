@@ -17,8 +17,8 @@ class RMSNorm(Part):
         eps: float = 1e-5
         """Added to the mean square."""
 
-        weight_init: Initializer.Config = Constant.Config(value=1.0)
-        """How the gain is drawn."""
+        weight_init: Initializer.Config | None = Constant.Config(value=1.0)
+        """How the gain is drawn. None: there is no gain."""
 
         def validate(self) -> None:
             if self.eps <= 0:
@@ -27,14 +27,16 @@ class RMSNorm(Part):
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)
         self.eps = config.eps
-        self.weight = new_parameter(dim)
-        self.weight_init: Initializer = config.weight_init.build()
+        self.dim = dim
+        self.weight_init: Initializer | None = None if config.weight_init is None else config.weight_init.build()
+        self.weight: nn.Parameter | None
+        self.register_parameter("weight", None if self.weight_init is None else new_parameter(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, (self.dim,), self.weight, self.eps)
 
     def initializers(self) -> dict[str, Initializer]:
-        return {"weight": self.weight_init}
+        return {} if self.weight_init is None else {"weight": self.weight_init}
 
     def own_flops(self, seq_len: int) -> Flops:
         return Flops(full=0, causal=0)

@@ -54,10 +54,10 @@ class Llama3Scaling(RopeScaling):
         def validate(self) -> None:
             if self.factor < 1:
                 raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
-            if not 0 < self.low_freq_factor < self.high_freq_factor:
+            if not 0 < self.low_freq_factor <= self.high_freq_factor:
                 raise ValueError(
                     f"Got low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}. The "
-                    "frequencies between them are blended. Set them to 0 < low < high, such as 1 and 4."
+                    "frequencies between them are blended. Set them to 0 < low <= high, such as 1 and 4."
                 )
             if self.original_max_seq_len < 1:
                 raise ValueError(
@@ -71,7 +71,10 @@ class Llama3Scaling(RopeScaling):
         c = self.config
         frequencies = 1.0 / theta**exponents
         turns = c.original_max_seq_len / (2 * math.pi / frequencies)
-        fast = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
+        if c.low_freq_factor == c.high_freq_factor:
+            fast = (turns > c.low_freq_factor).to(frequencies.dtype)
+        else:
+            fast = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
         return (1 - fast) * frequencies / c.factor + fast * frequencies
 
     def hf_parameters(self) -> dict[str, Any]:
@@ -85,7 +88,7 @@ class Llama3Scaling(RopeScaling):
 
 
 class Rope(Configurable, nn.Module):
-    """Angles of rotation from positions (Su et al., 2021), in the layout of Hugging Face: feature i turns with i + K/2.
+    """Angles of rotation from positions (Su et al., 2021).
 
     There are no buffers: the frequencies are a constant of the config, fp32 as the released models define them.
     B batch, T tokens, K features that rotate.
@@ -130,6 +133,15 @@ class Rope(Configurable, nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the features of `x [B, T, H, K]` by the angles whose cosines and sines are `[B, T, 1, K/2]`."""
+    """Rotate the features of `x [B, T, H, K]` by the angles whose cosines and sines are `[B, T, 1, K/2]`.
+
+    Feature i turns with i + K/2.
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`, but feature 2i turns with 2i + 1."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,9 @@ class MoE(FeedForward):
         experts: Experts.Config
         """What they compute."""
 
+        weighted: Literal["output", "input"] = "output"
+        """What weights multiply: what experts give, or what they get, as in Llama 4."""
+
         shared: SwiGLU.Config | None = None
         """The experts of all tokens, as one layer of their common width. None: there are none."""
 
@@ -41,9 +46,14 @@ class MoE(FeedForward):
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weights_NK = self.router(x_ND)
         order, counts_E = self._sort(chosen_NK)
-        sorted_output = self.experts(x_ND.index_select(0, order // chosen_NK.shape[1]), counts_E)
+        sorted_input = x_ND.index_select(0, order // chosen_NK.shape[1])
+        if self.config.weighted == "input":
+            sorted_input = sorted_input * weights_NK.flatten().index_select(0, order).unsqueeze(-1)
+        sorted_output = self.experts(sorted_input, counts_E)
         output_NKD = sorted_output.index_select(0, order.argsort()).unflatten(0, chosen_NK.shape)
-        output_BTD = (output_NKD * weights_NK.unsqueeze(-1)).sum(1).view_as(x_BTD)
+        if self.config.weighted == "output":
+            output_NKD = output_NKD * weights_NK.unsqueeze(-1)
+        output_BTD = output_NKD.sum(1).view_as(x_BTD)
         return output_BTD if self.shared is None else output_BTD + self.shared(x_BTD)
 
     def _sort(self, chosen_NK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,134 @@
+"""Llama 4 as transformers' `Llama4ForCausalLM` names it, and as the released files of text and images hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_models.decoder import Decoder
+from titan_models.grouped_query_attention import GroupedQueryAttention
+from titan_models.hf_adapter import HfAdapter, Inside
+from titan_models.hf_decoder import (
+    GROUPED_QUERY_RULES,
+    decoder_adapter,
+    dense_hidden_dim,
+    grouped_queries,
+    head_fields,
+    same_in_all,
+)
+from titan_models.hf_rules import Rules, Stored
+from titan_models.hf_steps import Halves, Transposed
+from titan_models.llama4.model import Llama4
+from titan_models.mask import Chunks
+from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
+
+_DENSE_RULES: Rules = {
+    f"layers.*.feed_forward.{name}_proj.weight": f"model.layers.*.feed_forward.{name}_proj.weight"
+    for name in ("gate", "up", "down")
+}
+_MOE_RULES: Rules = {
+    "layers.*.feed_forward.router.weight": "model.layers.*.feed_forward.router.weight",
+    ("layers.*.feed_forward.experts.gate_proj", "layers.*.feed_forward.experts.up_proj"): Stored(
+        "model.layers.*.feed_forward.experts.gate_up_proj", Halves(dim=-2), Transposed()
+    ),
+    "layers.*.feed_forward.experts.down_proj": Stored("model.layers.*.feed_forward.experts.down_proj", Transposed()),
+} | {
+    f"layers.*.feed_forward.shared.{name}_proj.weight": f"model.layers.*.feed_forward.shared_expert.{name}_proj.weight"
+    for name in ("gate", "up", "down")
+}
+_LLAMA4_VOCABULARY = 202_048  # in which <|begin_of_text|> is 200000 and <|end_of_text|> 200001
+
+
+def hf_adapter(config: Llama4.Config) -> HfAdapter:
+    """The adapter of a model. Raises ValueError for a model that `Llama4ForCausalLM` cannot be."""
+    feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
+    moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
+    dense = [part for layer, part in feed_forwards.items() if layer not in moes]
+    known = config.vocab_size == _LLAMA4_VOCABULARY
+    hf_config: dict[str, Any] = {
+        **_attention_fields(config),
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "moe_layers": [*moes],
+        "bos_token_id": 200_000 if known else None,
+        "eos_token_id": 200_001 if known else None,
+    }
+    if moes:
+        hf_config |= _moe_fields([*moes.values()])
+    if dense:
+        hf_config["intermediate_size_mlp"] = dense_hidden_dim(dense)
+    rules = GROUPED_QUERY_RULES | (_MOE_RULES if moes else {}) | (_DENSE_RULES if dense else {})
+    inside = Inside("language_model.", others=("vision_model.", "multi_modal_projector."))
+    return decoder_adapter(config, hf_config, rules, inside=inside)
+
+
+def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
+    attentions = grouped_queries(config)
+    for attention in attentions:
+        if not (_is_llamas_rotating(attention) or _is_llamas_still(attention)):
+            raise ValueError(
+                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbours, with a norm without "
+                "a gain or with none, or it does not rotate and may have a temperature; it sees all of the past or its "
+                "chunk. Make it one of these to export the model."
+            )
+    rotating = [attention for attention in attentions if attention.rotation is not None]
+    still = [attention for attention in attentions if attention.rotation is None]
+    fields = {
+        **head_fields(config),
+        "no_rope_layers": [int(attention.rotation is not None) for attention in attentions],
+        "layer_types": ["chunked_attention" if attention.limits else "full_attention" for attention in attentions],
+        "use_qk_norm": bool(rotating) and same_in_all("qk_norm", [each.qk_norm for each in rotating]) is not None,
+    }
+    if chunks := [limit for attention in attentions for limit in attention.limits]:
+        fields["attention_chunk_size"] = same_in_all("chunks", chunks).size
+    temperature = same_in_all("temperature", [each.temperature for each in still]) if still else None
+    fields["attn_temperature_tuning"] = temperature is not None
+    if temperature is not None:
+        fields |= {"floor_scale": temperature.step, "attn_scale": temperature.strength}
+    return fields
+
+
+def _is_llamas_rotating(attention: GroupedQueryAttention.Config) -> bool:
+    norm = attention.qk_norm
+    normed_plainly = norm is None or norm.weight_init is None
+    return (
+        _sees_chunks(attention)
+        and attention.rotation == "neighbours"
+        and attention.temperature is None
+        and normed_plainly
+    )
+
+
+def _is_llamas_still(attention: GroupedQueryAttention.Config) -> bool:
+    return _sees_chunks(attention) and attention.rotation is None and attention.qk_norm is None
+
+
+def _sees_chunks(attention: GroupedQueryAttention.Config) -> bool:
+    """Or everything."""
+    return [type(limit) for limit in attention.limits] in ([], [Chunks.Config])
+
+
+def _moe_fields(moes: list[MoE.Config]) -> dict[str, Any]:
+    moe = same_in_all("mixtures of experts", moes)
+    router, experts = moe.router, moe.experts
+    if not _is_llamas_moe(moe):
+        raise ValueError(
+            f"Got {moe}. transformers' Llama4ForCausalLM has SwiGLUExperts and a shared one of the same width, chosen "
+            "by a TopKRouter by their sigmoid alone, which weighs their input. Make it that to export the model."
+        )
+    return {
+        "num_local_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "intermediate_size": experts.hidden_dim,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+        "router_jitter_noise": 0.0,
+    }
+
+
+def _is_llamas_moe(moe: MoE.Config) -> bool:
+    router, experts = moe.router, moe.experts
+    if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
+        return False
+    plain = (router.score, router.groups, router.renormalise, router.scale) == ("sigmoid", None, False, 1.0)
+    shared = moe.shared is not None and moe.shared.hidden_dim == experts.hidden_dim
+    return plain and shared and moe.weighted == "input"

@@ -1,0 +1,95 @@
+"""What grouped-query attention may do with positions, each judged by its formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from titan_models import GroupedQueryAttention, Mask, Places, RMSNorm, Rope, Temperature, init_weights
+from torch import Tensor
+
+DIM, HEADS, FEATURES, LENGTH = 24, 4, 6, 20
+ROPE = Rope.Config(dim=FEATURES, theta=100.0).build()
+
+
+def stream() -> Tensor:
+    return torch.randn(2, LENGTH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def attend(positions: Tensor, **config: Any) -> tuple[GroupedQueryAttention, Tensor]:
+    attention = GroupedQueryAttention.Config(num_heads=HEADS, num_kv_heads=2, head_dim=FEATURES, **config)
+    module = attention.build(dim=DIM)
+    init_weights(module, seed=0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(20)
+    module.double()
+    places = Places(positions, *ROPE(positions, torch.float64))
+    return module, module(stream(), places, module.core.realise(Mask.causal(positions)))
+
+
+def by_formula(module: GroupedQueryAttention, turn: Any) -> Tensor:
+    """Head by head, with `turn(q or k, is_query)` of `[B, T, K]`."""
+    x, heads = stream(), []
+    q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    for head in range(HEADS):
+        own, shared = slice(head * FEATURES, (head + 1) * FEATURES), head // 2
+        of_group = slice(shared * FEATURES, (shared + 1) * FEATURES)
+        scores = turn(q[..., own], True) @ turn(k[..., of_group], False).transpose(1, 2) / FEATURES**0.5
+        hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+        heads.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[..., of_group])
+    return module.o_proj(torch.cat(heads, -1))
+
+
+POSITIONS = torch.arange(LENGTH).expand(2, LENGTH) + torch.tensor([[0], [7]])
+
+
+def turned_as_complex_numbers(x: Tensor, halves: bool) -> Tensor:
+    pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.unflatten(-1, (-1, 2))
+    angles = POSITIONS[..., None] * ROPE.frequencies.double()
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    pairs = torch.view_as_real(turned)
+    return (pairs.transpose(-1, -2) if halves else pairs).flatten(-2)
+
+
+@pytest.mark.parametrize("rotation", ["halves", "neighbours"])
+def test_pairs_of_features_turn_as_complex_numbers_do(rotation: str) -> None:
+    module, output = attend(POSITIONS, rotation=rotation)
+    halves = rotation == "halves"
+    expected = by_formula(module, lambda x, is_query: turned_as_complex_numbers(x, halves))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    other = by_formula(module, lambda x, is_query: turned_as_complex_numbers(x, not halves))
+    assert (output - other).abs().max() > 1e-2
+
+
+def test_without_rotation_positions_change_nothing() -> None:
+    module, output = attend(POSITIONS, rotation=None)
+    torch.testing.assert_close(output, by_formula(module, lambda x, is_query: x), rtol=0, atol=1e-12)
+    assert torch.equal(output, attend(POSITIONS * 3, rotation=None)[1])
+
+
+def test_a_temperature_scales_queries_by_their_positions() -> None:
+    module, output = attend(POSITIONS, rotation=None, temperature=Temperature.Config(step=8, strength=0.5))
+    scales = 1 + 0.5 * torch.log(1 + torch.floor((POSITIONS.double() + 1) / 8))
+    assert scales[0, 6] == 1 < scales[0, 7]  # the eighth token is the first that grows
+    expected = by_formula(module, lambda x, is_query: x * scales[..., None] if is_query else x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+def test_a_norm_without_a_gain_commutes_with_the_rotation() -> None:
+    """So it does not matter that Llama 4's stands behind it in transformers."""
+    module, output = attend(POSITIONS, rotation="neighbours", qk_norm=RMSNorm.Config(eps=1e-2, weight_init=None))
+    assert [name for name, _ in module.named_parameters() if "norm" in name] == []
+
+    def turn_then_norm(x: Tensor, is_query: bool) -> Tensor:
+        x = turned_as_complex_numbers(x, halves=False)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+
+    torch.testing.assert_close(output, by_formula(module, turn_then_norm), rtol=0, atol=1e-12)
+
+
+def test_temperatures_that_are_none_say_so() -> None:
+    for values, message in [({"step": 0}, "step 0.*counts positions"), ({"strength": 0.0}, "temperature to None")]:
+        with pytest.raises(ValueError, match=message):
+            Temperature.Config(**values).build()
