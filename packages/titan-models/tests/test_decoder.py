@@ -11,21 +11,24 @@ import titan_config
 import torch
 from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
+from titan_models.llama4 import llama4_debug, llama4_scout
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b, qwen3_moe_debug]
+FLAVORS += [llama4_debug, llama4_scout]
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug])
 @pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
 def test_packed_documents_equal_the_documents_one_by_one(
     core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
 ) -> None:
     config = shrunk(flavor)
-    config.block.attention.core = core
+    for block in config.blocks():
+        block.attention.core = core
     model = made(config)
     with torch.no_grad():
         logits = model(**packed)
@@ -138,7 +141,7 @@ def test_identical_blocks_compile_once_whatever_the_documents(
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, llama4_debug])
 def test_recomputed_blocks_give_the_same_gradients(
     flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
 ) -> None:

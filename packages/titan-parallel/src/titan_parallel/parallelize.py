@@ -75,7 +75,9 @@ def parallelize(
     return ParallelModel(
         model,
         dims,
-        schedule=Accumulation(forward, units, reduces_each=_reduces_each(dims)) if stages is None else stages.pipeline(units),
+        schedule=Accumulation(forward, units, reduces_each=_reduces_each(dims))
+        if stages is None
+        else stages.pipeline(units),
         partial_gradients=partial,
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,

@@ -19,10 +19,14 @@ from titan_models.hf_rules import Rules, Stored
 from titan_models.hf_steps import Halves, Transposed
 from titan_models.llama4.model import Llama4
 from titan_models.mask import Chunks
-from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
+from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
 
 _DENSE_RULES: Rules = {
     f"layers.*.feed_forward.{name}_proj.weight": f"model.layers.*.feed_forward.{name}_proj.weight"
+    for name in ("gate", "up", "down")
+}
+_SHARED_RULES: Rules = {
+    f"layers.*.feed_forward.shared.{name}_proj.weight": f"model.layers.*.feed_forward.shared_expert.{name}_proj.weight"
     for name in ("gate", "up", "down")
 }
 _MOE_RULES: Rules = {
@@ -31,9 +35,7 @@ _MOE_RULES: Rules = {
         "model.layers.*.feed_forward.experts.gate_up_proj", Halves(dim=-2), Transposed()
     ),
     "layers.*.feed_forward.experts.down_proj": Stored("model.layers.*.feed_forward.experts.down_proj", Transposed()),
-} | {
-    f"layers.*.feed_forward.shared.{name}_proj.weight": f"model.layers.*.feed_forward.shared_expert.{name}_proj.weight"
-    for name in ("gate", "up", "down")
+    **_SHARED_RULES,
 }
 _LLAMA4_VOCABULARY = 202_048  # in which <|begin_of_text|> is 200000 and <|end_of_text|> 200001
 
@@ -66,9 +68,9 @@ def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
     for attention in attentions:
         if not (_is_llamas_rotating(attention) or _is_llamas_still(attention)):
             raise ValueError(
-                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbours, with a norm without "
-                "a gain or with none, or it does not rotate and may have a temperature; it sees all of the past or its "
-                "chunk. Make it one of these to export the model."
+                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbours, with a norm "
+                "without a gain or with none, or it does not rotate and may have a temperature; it sees all of the "
+                "past or its chunk. Make it one of these to export the model."
             )
     rotating = [attention for attention in attentions if attention.rotation is not None]
     still = [attention for attention in attentions if attention.rotation is None]
@@ -131,4 +133,4 @@ def _is_llamas_moe(moe: MoE.Config) -> bool:
         return False
     plain = (router.score, router.groups, router.renormalise, router.scale) == ("sigmoid", None, False, 1.0)
     shared = moe.shared is not None and moe.shared.hidden_dim == experts.hidden_dim
-    return plain and shared and moe.weighted == "input"
+    return plain and shared and moe.weighted == "input" and isinstance(experts.gating, SiluGating.Config)

@@ -15,7 +15,7 @@ from titan_models.hf_decoder import (
     same_in_all,
 )
 from titan_models.hf_rules import Rules
-from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
+from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 
 _HEAD_NORMS: Rules = {
@@ -79,4 +79,6 @@ def _is_qwens(moe: MoE.Config) -> bool:
     router = moe.router
     if not (isinstance(router, TopKRouter.Config) and isinstance(moe.experts, SwiGLUExperts.Config)):
         return False
-    return moe.shared is None and router.groups is None and (router.score, router.scale) == ("softmax", 1.0)
+    plain = router.groups is None and (router.score, router.scale) == ("softmax", 1.0)
+    gated = moe.weighted == "output" and isinstance(moe.experts.gating, SiluGating.Config)
+    return plain and gated and moe.shared is None

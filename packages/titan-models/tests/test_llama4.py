@@ -1,0 +1,121 @@
+"""What Llama 4 has besides: files of text and images, and where transformers counts positions otherwise."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from titan_models import RMSNorm, SlidingWindow, SwiGLU
+from titan_models.llama4 import Llama4, llama4_debug, llama4_maverick, llama4_scout
+from titan_models.moe import ClampedGating
+from torch import Tensor
+
+
+def theirs_like(model: Llama4, **changes: Any) -> Any:
+    adapter = model.config.hf_adapter()
+    hf_config = {**adapter.hf_config(), **changes}
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config), attn_implementation="eager"
+    )
+    theirs.load_state_dict(adapter.to_hf(model.state_dict()))
+    return theirs
+
+
+def test_blocks_are_of_the_kinds_published() -> None:
+    """Every fourth does not rotate; the others attend in chunks; scout has experts in all, maverick in every second."""
+    for flavor, with_experts in [(llama4_scout, [1, 1, 1, 1]), (llama4_maverick, [0, 1, 0, 1])]:
+        hf_config = flavor().hf_adapter().hf_config()
+        theirs = transformers.Llama4TextConfig(interleave_moe_layer_step=1 if all(with_experts) else 2)
+        for name in (
+            "no_rope_layers",
+            "layer_types",
+            "moe_layers",
+            "attention_chunk_size",
+            "floor_scale",
+            "attn_scale",
+        ):
+            assert hf_config[name] == getattr(theirs, name), name
+        assert [layer in hf_config["moe_layers"] for layer in range(48)] == [bool(each) for each in with_experts] * 12
+        assert hf_config["use_qk_norm"] == (flavor is llama4_scout)
+        blocks = flavor().blocks()
+        assert [block.attention.rotation is None for block in blocks] == [False, False, False, True] * 12
+        assert [block.attention.temperature is None for block in blocks] == [True, True, True, False] * 12
+        assert [bool(block.attention.limits) for block in blocks] == [True, True, True, False] * 12
+
+
+def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -> None:
+    """Those have a prefix, and weights of vision besides; experts' gate and up are one, [expert, in, out]."""
+    model = made(shrunk(llama4_scout))
+    state, adapter = model.state_dict(), model.config.hf_adapter()
+    text = adapter.to_hf(state)
+    gate_up = text["model.layers.2.feed_forward.experts.gate_up_proj"]
+    assert torch.equal(gate_up[7, :, :20], state["layers.2.feed_forward.experts.gate_proj"][7].T)
+    assert torch.equal(gate_up[7, :, 20:], state["layers.2.feed_forward.experts.up_proj"][7].T)
+    released = {f"language_model.{name}": tensor for name, tensor in text.items()}
+    released["vision_model.class_embedding"] = released["multi_modal_projector.linear_1.weight"] = torch.zeros(3)
+    for files in (text, released):
+        back = adapter.from_hf(files)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], state[name]) for name in state)
+    with pytest.raises(ValueError, match=r"has audio_model\.weight besides"):
+        adapter.from_hf(released | {"audio_model.weight": torch.zeros(3)})
+
+
+def test_models_that_transformers_cannot_have_are_refused(shrunk: Any) -> None:
+    for path, value, message in [
+        ("attention.rotation", "halves", "rotates neighbours"),
+        ("attention.qk_norm", RMSNorm.Config(), "norm without a gain"),
+        ("attention.limits", [SlidingWindow.Config(size=8)], "or its chunk"),
+        ("feed_forward.weighted", "output", "weighs their input"),
+        ("feed_forward.router.score", "softmax", "by their sigmoid"),
+        ("feed_forward.experts.gating", ClampedGating.Config(), "SwiGLUExperts"),
+        ("feed_forward.shared", SwiGLU.Config(hidden_dim=21), "of the same width"),
+        ("feed_forward.router.top_k", 2, "different mixtures of experts"),
+        ("attention.num_kv_heads", 1, "different num_kv_heads"),
+    ]:
+        config = shrunk(llama4_scout)
+        *parents, name = path.split(".")
+        for block in [config.block] if "different" in message else [config.block, *config.exceptions.values()]:
+            setattr(functools.reduce(getattr, parents, block), name, value)
+        with pytest.raises(ValueError, match=message):
+            config.hf_adapter()
+
+
+@pytest.mark.parametrize("flavor", [llama4_debug, llama4_maverick])
+def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, made: Any) -> None:
+    """Rotating blocks that see everything, still ones in chunks, several experts for each token, no temperature."""
+    config = shrunk(flavor)
+    tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(0))
+    for block in (config.block, *config.exceptions.values()):
+        block.attention.temperature = None
+        if isinstance(block.feed_forward, type(config.exceptions["1::4"].feed_forward)):
+            block.feed_forward.router.top_k = 3
+    config.exceptions["3::4"].attention.limits, config.block.attention.limits = config.block.attention.limits, []
+    model = made(config)
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(50).expand(2, 50))
+        torch.testing.assert_close(logits, theirs_like(model)(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_positions_count_where_transformers_counts_places(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+    """In rows of several documents, and far from the start, transformers takes the temperature of a place in the row.
+
+    Here it goes by the position in a document, as rotation and chunks do: a document is the same wherever it stands.
+    """
+    model = made(shrunk(llama4_debug))
+    row = {name: tensor[:1] for name, tensor in packed.items()}  # transformers takes no more
+
+    def difference(theirs: Any) -> Tensor:
+        with torch.no_grad():
+            expected = theirs(row["tokens"], position_ids=row["positions"], use_cache=False).logits
+            return (model(**row) - expected)[0].abs().amax(-1)
+
+    first = row["document_ids"][0] == row["document_ids"][0, 0]
+    found = difference(theirs_like(model))
+    assert found[first].max() < 1e-6
+    assert found[~first].max() > 1e-5
+    model.layers[3].attention.temperature = None
+    assert difference(theirs_like(model, attn_temperature_tuning=False)).max() < 1e-6
