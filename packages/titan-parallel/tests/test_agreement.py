@@ -119,17 +119,31 @@ def test_ranks_that_differ_are_told_in_what_and_who_has_which(on_two_ranks, smal
             assert message.startswith(f"Got other {item} on rank 1 ({other}") and f"on rank 0 ({one}" in message
 
 
+def test_ranks_that_drew_other_weights_are_told_where(on_two_ranks, small):
+    def attempt(wrong):
+        dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
+        model = small.make_model()
+        if wrong:
+            with torch.no_grad():
+                model.layers[1].feed_forward.up.weight.add_(1e-12)
+        parallelize(model, small.ROLES, dims)
+
+    for (said,) in on_two_ranks(errors_of, [attempt], {1}):
+        assert said.startswith("Got other weights on rank 1 (layers.1.feed_forward.up.weight begins with [")
+
+
 def test_degrees_that_do_not_divide_or_differ_are_an_error_on_every_rank(on_two_ranks):
     def build(wrong, degrees, world_size=2):
         ParallelDims.Config(**(degrees if wrong else {})).build(
             world_size=world_size if wrong else 2, device_type="cpu"
         )
 
-    attempts = [partial(build, degrees={"tensor_parallel_degree": 3}), partial(build, degrees=TENSOR_2)]
+    attempts = [partial(build, degrees={"tensor_parallel_degree": degree}) for degree in (3, 0, 2)]
     first, second = on_two_ranks(errors_of, attempts, {1})
-    assert second[0].startswith("Got tensor_parallel_degree 3 on 2 ranks.")
-    assert first[0].startswith("Rank 1 could not build a mesh: Got tensor_parallel_degree 3 on 2 ranks.")
-    assert first[1] == second[1] and first[1].startswith("Got other degrees on rank 1 (ParallelDims.Config(")
+    for index, message in enumerate(["Got tensor_parallel_degree 3 on 2 ranks.", "Got tensor_parallel_degree 0."]):
+        assert second[index].startswith(message)
+        assert first[index].startswith(f"Rank 1 could not build a mesh: {message}")
+    assert first[2] == second[2] and first[2].startswith("Got other degrees on rank 1 (ParallelDims.Config(")
 
 
 def test_a_step_that_differs_between_ranks_is_an_error_on_every_rank(on_two_ranks, small):

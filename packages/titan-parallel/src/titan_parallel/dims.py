@@ -69,12 +69,6 @@ class ParallelDims(Configurable):
         fsdp_reduce_gradients: Literal["always", "once"] = "always"
         """After each micro-batch, so that a rank keeps its part alone, or with a step's last one. Stages: once."""
 
-        def validate(self) -> None:
-            for name in (*DEGREES, "data_parallel_shard_degree", "pipeline_parallel_stages_per_rank"):
-                degree = getattr(self, name)
-                if degree is not None and degree < 1:
-                    raise ConfigError(f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number.")
-
     @staticmethod
     def count_data_ranks(config: Config, world_size: int) -> int:
         """Into how many parts a global batch is split on `world_size` ranks. Raises ConfigError as `build` does."""
@@ -167,6 +161,10 @@ def _along(mesh: DeviceMesh, outer: str, inner: str) -> DeviceMesh:
 
 def shard_degree(config: ParallelDims.Config, world_size: int) -> int:
     """Over how many ranks weights are split: what is left, as the product of all degrees is the world size."""
+    for name in (*DEGREES, "data_parallel_shard_degree", "pipeline_parallel_stages_per_rank"):
+        degree = getattr(config, name)
+        if degree is not None and degree < 1:
+            raise ConfigError(f"Got {name} {degree}. It is 1 or more. Set {name} to a positive number.")
     left, of = world_size, f"{world_size} ranks"
     for name in DEGREES:
         degree = getattr(config, name)

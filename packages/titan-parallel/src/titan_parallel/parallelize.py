@@ -52,6 +52,7 @@ def parallelize(
         agreement.on("degrees", repr(dims.config))
         agreement.on("roles", str(matched))
         agreement.on("parameters", _described(model))
+        agreement.on("weights", _first_values(model))
         agreement.on("activation_checkpoint", repr(activation_checkpoint))
         agreement.on("compile", repr(compile))
         agreement.on("mixed_precision", repr(mixed_precision))
@@ -129,6 +130,12 @@ def _cut_into_stages(
         )
     dtype = None if precision is None else precision.param_dtype
     return Stages(model, roles, schedule, dims, dtype=dtype, recomputes=recomputation is not None)
+
+
+def _first_values(model: nn.Module) -> str:
+    """A few numbers of each plain parameter that has memory: ranks that drew other weights have others."""
+    plain = {name: p.data for name, p in model.named_parameters() if type(p.data) is Tensor and not p.is_meta}
+    return "\n".join(f"{name} begins with {weight.flatten()[:4].tolist()}" for name, weight in plain.items())
 
 
 def _described(model: nn.Module) -> str:
