@@ -47,7 +47,7 @@ def fake_tensors() -> Any:
 
 @contextmanager
 def unwatched_shapes_of_dtensors() -> Iterator[None]:
-    """Let DTensor find out what an operator returns unseen: its whole tensors, which no rank has, are nobody's memory."""
+    """Let DTensor find shapes unseen: the whole tensors it uses, which no rank has, are nobody's memory."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.utils._python_dispatch import _disable_current_modes
 
