@@ -11,6 +11,7 @@ from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hf_adapter import HfAdapter, Inside
 from titan_models.hf_rules import Stored
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
+from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.linear import Linear
 from titan_models.mask import Chunks, Mask, MaskLimit, SlidingWindow
 from titan_models.model import Model
@@ -43,6 +44,7 @@ __all__ = [
     "MaskLimit",
     "Masks",
     "Model",
+    "MultiHeadLatentAttention",
     "Normal",
     "Part",
     "Places",

@@ -25,6 +25,9 @@ class Places(NamedTuple):
     sin: Tensor
     """[B, T, 1, K/2], from `Rope`."""
 
+    softmax_factor: float = 1.0
+    """From `Rope`, for attentions whose softmax scale is multiplied by it."""
+
 
 class Attention(Part, abc.ABC):
     """Self-attention of a block; built with `dim`, the width of the stream."""

@@ -1,0 +1,163 @@
+"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own, to change."""
+
+from __future__ import annotations
+
+from titan_models.block import Block
+from titan_models.deepseek.model import DeepSeek
+from titan_models.feed_forward import FeedForward
+from titan_models.latent_attention import MultiHeadLatentAttention
+from titan_models.linear import into_stream
+from titan_models.moe import ExpertGroups, MoE, Router, SwiGLUExperts, TopKRouter
+from titan_models.rms_norm import RMSNorm
+from titan_models.rope import Rope
+from titan_models.swiglu import SwiGLU
+from titan_models.yarn import Yarn
+
+
+def deepseek_debug() -> DeepSeek.Config:
+    """A V2 of 33 million parameters, 8 experts, with a vocabulary of 2048: trains on a laptop."""
+    return _deepseek(
+        vocab_size=2048,
+        dim=256,
+        num_layers=6,
+        num_heads=16,
+        hidden_dim=1024,
+        expert_dim=256,
+        num_shared=2,
+        router=TopKRouter.Config(num_experts=8, top_k=3),
+        mscale=0.707,
+    )
+
+
+def deepseek_v3_debug() -> DeepSeek.Config:
+    """A V3 of 14 million parameters, 8 experts in 4 groups, with a vocabulary of 2048: trains on a laptop."""
+    config = _deepseek(
+        vocab_size=2048,
+        dim=256,
+        num_layers=4,
+        num_heads=8,
+        q_rank=96,
+        hidden_dim=768,
+        expert_dim=256,
+        num_shared=1,
+        router=TopKRouter.Config(
+            num_experts=8,
+            top_k=2,
+            score="sigmoid",
+            groups=ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
+            renormalise=True,
+            scale=2.5,
+        ),
+    )
+    for block in (config.block, *config.exceptions.values()):
+        attention = block.attention
+        attention.head_dim, attention.rotated_head_dim, attention.value_head_dim, attention.kv_rank = 32, 16, 32, 64
+    config.rope.dim = 16
+    return config
+
+
+def deepseek_v2_lite_16b() -> DeepSeek.Config:
+    """DeepSeek-V2-Lite: 64 experts, 6 of them and two shared for each token."""
+    return _deepseek(
+        dim=2048,
+        num_layers=27,
+        num_heads=16,
+        hidden_dim=10_944,
+        expert_dim=1408,
+        num_shared=2,
+        router=TopKRouter.Config(num_experts=64, top_k=6),
+        mscale=0.707,
+    )
+
+
+def deepseek_v2_236b() -> DeepSeek.Config:
+    """DeepSeek-V2: 160 experts, 6 of them, from 3 of 8 groups, and two shared for each token."""
+    return _deepseek(
+        dim=5120,
+        num_layers=60,
+        num_heads=128,
+        q_rank=1536,
+        hidden_dim=12_288,
+        expert_dim=1536,
+        num_shared=2,
+        router=TopKRouter.Config(
+            num_experts=160,
+            top_k=6,
+            groups=ExpertGroups.Config(num_groups=8, num_kept=3, score="best"),
+            scale=16.0,
+        ),
+    )
+
+
+def deepseek_v3_671b() -> DeepSeek.Config:
+    """DeepSeek-V3: 256 experts, 8 of them, from 4 of 8 groups, and a shared one for each token."""
+    return _deepseek(
+        vocab_size=129_280,
+        dim=7168,
+        num_layers=61,
+        num_heads=128,
+        q_rank=1536,
+        num_dense=3,
+        hidden_dim=18_432,
+        expert_dim=2048,
+        num_shared=1,
+        router=TopKRouter.Config(
+            num_experts=256,
+            top_k=8,
+            score="sigmoid",
+            groups=ExpertGroups.Config(num_groups=8, num_kept=4, score="sum of best two"),
+            renormalise=True,
+            scale=2.5,
+        ),
+    )
+
+
+def _deepseek(
+    *,
+    vocab_size: int = 102_400,
+    dim: int,
+    num_layers: int,
+    num_heads: int,
+    q_rank: int | None = None,
+    num_dense: int = 1,
+    hidden_dim: int,
+    expert_dim: int,
+    num_shared: int,
+    router: Router.Config,
+    mscale: float = 1.0,
+) -> DeepSeek.Config:
+    output = into_stream(num_layers)
+
+    def block(feed_forward: FeedForward.Config) -> Block.Config:
+        return Block.Config(
+            attention=MultiHeadLatentAttention.Config(
+                num_heads=num_heads,
+                head_dim=128,
+                rotated_head_dim=64,
+                value_head_dim=128,
+                kv_rank=512,
+                q_rank=q_rank,
+                latent_norm=RMSNorm.Config(eps=1e-6),
+                output=output,
+            ),
+            feed_forward=feed_forward,
+            norm=RMSNorm.Config(eps=1e-6),
+        )
+
+    return DeepSeek.Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        num_layers=num_layers,
+        block=block(
+            MoE.Config(
+                router=router,
+                experts=SwiGLUExperts.Config(hidden_dim=expert_dim, output_init=output.weight_init),
+                shared=SwiGLU.Config(hidden_dim=num_shared * expert_dim, output=output),
+            )
+        ),
+        exceptions={f"0:{num_dense}": block(SwiGLU.Config(hidden_dim=hidden_dim, output=output))},
+        rope=Rope.Config(
+            dim=64, theta=10_000.0, scaling=Yarn.Config(factor=40.0, mscale=mscale, mscale_all_dim=mscale)
+        ),
+        norm=RMSNorm.Config(eps=1e-6),
+    )
