@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from titan_models import Decoder, FeedForward, GroupedQueryAttention
+from titan_models import Attention, Decoder, FeedForward, MultiHeadLatentAttention
 from titan_models.moe import MoE
 
 
@@ -23,11 +23,15 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     return config
 
 
-def _shrink_attention(attention: GroupedQueryAttention.Config) -> None:
-    groups = attention.num_heads // attention.num_kv_heads
-    attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
+def _shrink_attention(attention: Attention.Config) -> None:
     for limit in attention.limits:
         limit.size = 16
+    if isinstance(attention, MultiHeadLatentAttention.Config):
+        attention.num_heads, attention.kv_rank, attention.q_rank = 4, 20, attention.q_rank and 28
+        attention.head_dim, attention.rotated_head_dim, attention.value_head_dim = 10, 8, 12
+        return
+    groups = attention.num_heads // attention.num_kv_heads
+    attention.num_kv_heads, attention.num_heads, attention.head_dim = 2, 2 * min(groups, 4), 8
     if attention.temperature is not None:
         attention.temperature.step = 16
 
@@ -36,10 +40,13 @@ def _shrink_feed_forward(feed_forward: FeedForward.Config) -> None:
     if not isinstance(feed_forward, MoE.Config):
         feed_forward.hidden_dim = 80
         return
-    feed_forward.router.num_experts, feed_forward.router.top_k = 8, min(feed_forward.router.top_k, 3)
+    router, shared = feed_forward.router, feed_forward.shared
+    router.num_experts, router.top_k = 8, min(router.top_k, 3)
+    if router.groups is not None:
+        router.groups.num_groups, router.groups.num_kept = 4, 2
+    if shared is not None:
+        shared.hidden_dim = 20 * shared.hidden_dim // feed_forward.experts.hidden_dim
     feed_forward.experts.hidden_dim = 20
-    if feed_forward.shared is not None:
-        feed_forward.shared.hidden_dim = 20
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +63,9 @@ def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int 
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains of exactly 1 would hide mistakes
                 parameter.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("balancing.bias"):  # wide enough to change choices
+                buffer.uniform_(-0.02, 0.02, generator=generator)
     return model.to(dtype)
 
 

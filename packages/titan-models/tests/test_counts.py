@@ -8,6 +8,13 @@ import pytest
 import torch
 from titan_models import Flops
 from titan_models.counts import count_flops_per_token
+from titan_models.deepseek import (
+    deepseek_debug,
+    deepseek_v2_236b,
+    deepseek_v2_lite_16b,
+    deepseek_v3_671b,
+    deepseek_v3_debug,
+)
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.moe import Loop, MoE
@@ -47,6 +54,11 @@ PARAMETERS = {
     qwen3_moe_debug: 11_681_408,
     qwen3_30b_a3b: 30_532_122_624,
     qwen3_235b_a22b: 235_093_634_560,
+    deepseek_debug: 33_014_016,
+    deepseek_v3_debug: 7_676_800,
+    deepseek_v2_lite_16b: 15_706_484_224,
+    deepseek_v2_236b: 235_741_434_880,
+    deepseek_v3_671b: 671_026_404_352,
 }
 
 
@@ -76,7 +88,18 @@ def test_active_parameters_are_all_but_those_of_experts_that_a_token_does_not_go
 
 
 @pytest.mark.parametrize(
-    "flavor", [llama3_debug, llama3_1b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, llama4_scout, llama4_maverick]
+    "flavor",
+    [
+        llama3_debug,
+        llama3_1b,
+        qwen3_0_6b,
+        qwen3_8b,
+        qwen3_30b_a3b,
+        deepseek_v2_lite_16b,
+        deepseek_v3_671b,
+        llama4_scout,
+        llama4_maverick,
+    ],
 )
 def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:
     config = shrunk(flavor)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from titan_models import Decoder, Rope
+from titan_models.deepseek import deepseek_debug, deepseek_v2_236b, deepseek_v2_lite_16b, deepseek_v3_671b
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
@@ -22,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 DENSE = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
-FLAVORS = [*DENSE, qwen3_moe_debug, qwen3_30b_a3b, llama4_debug, llama4_scout, llama4_maverick]
-TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, llama4_maverick]
+MOE = [qwen3_moe_debug, qwen3_30b_a3b, llama4_debug, llama4_scout, llama4_maverick]
+DEEPSEEK = [deepseek_debug, deepseek_v2_lite_16b, deepseek_v2_236b, deepseek_v3_671b]
+FLAVORS = [*DENSE, *MOE, *DEEPSEEK]
+TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, llama4_maverick, deepseek_v3_671b]
 LENGTH = 96  # three times the shrunk original length
 
 
@@ -68,8 +71,10 @@ def batch() -> dict[str, Tensor]:
 
 
 def logits_and_gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of all that the model's files hold; buffers stand in for gradients of their own."""
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters()} | buffers
 
 
 def as_released(state: dict[str, Tensor], files: Collection[str]) -> dict[str, Tensor]:
@@ -127,6 +132,13 @@ def test_logits_and_gradients_are_equal(
         (qwen3_30b_a3b, "block.feed_forward.router.renormalise"),
         (qwen3_30b_a3b, "block.feed_forward.router.top_k"),
         (qwen3_30b_a3b, "block.feed_forward.router.score"),
+        (deepseek_v3_671b, "block.feed_forward.router.balancing"),
+        (deepseek_v3_671b, "block.feed_forward.router.groups"),
+        (deepseek_v3_671b, "block.feed_forward.router.scale"),
+        (deepseek_v2_236b, "block.feed_forward.router.groups.num_kept"),
+        (deepseek_v2_236b, "block.feed_forward.shared"),
+        (deepseek_v2_lite_16b, "rope.scaling.mscale_all_dim"),
+        (deepseek_v2_lite_16b, "rope.scaling.factor"),
         (qwen3_8b, "block.attention.qk_norm"),
         (qwen3_8b, "rope.theta"),
         (llama3_8b, "rope.scaling"),
@@ -152,6 +164,7 @@ def test_a_model_without_a_part_is_noticed(
         theirs = their_model(batch["tokens"]).logits
     without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
     without |= {"limits": [], "weighted": "output", "rotation": "halves"}
+    without |= {"scale": 2.0, "num_kept": 3, "factor": 20.0}
     *parents, name = part.split(".")
     owner = functools.reduce(lambda o, n: o[n] if isinstance(o, dict) else getattr(o, n), parents, config)
     setattr(owner, name, without.get(name))
@@ -234,6 +247,6 @@ def test_weights_come_in_from_transformers(flavor: Any, shrunk: Any, batch: dict
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_rope_frequencies_have_the_bits_of_transformers(flavor: Any) -> None:
     config = flavor()
-    hf_config = transformers.LlamaConfig.from_dict(config.hf_adapter().hf_config())
+    hf_config = transformers.LlamaConfig.from_dict(config.hf_adapter().hf_config() | {"head_dim": config.rope.dim})
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq
     assert torch.equal(config.rope.build().frequencies, theirs)

@@ -96,7 +96,8 @@ class Decoder(Model):
         document, whose positions rise.
         """
         x_BTD = self.embedding(tokens)
-        places = Places(positions, *self.rope(positions, x_BTD.dtype), self.rope.softmax_factor)
+        cos, sin = self.rope(positions, x_BTD.dtype)
+        places = Places(positions, cos, sin, self.rope.softmax_factor)
         masks = Masks(positions, document_ids)
         for layer in self.layers:
             x_BTD = layer(x_BTD, places, masks.of(cast(Block, layer).attention))

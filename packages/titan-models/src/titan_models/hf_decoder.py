@@ -36,6 +36,14 @@ DENSE_RULES: Rules = {
 }
 """Names of the SwiGLU of a block, if a block has one."""
 
+SPLIT_EXPERTS_RULES: Rules = {
+    "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
+    "layers.*.feed_forward.experts.gate_proj": "model.layers.*.mlp.experts.#.gate_proj.weight",
+    "layers.*.feed_forward.experts.up_proj": "model.layers.*.mlp.experts.#.up_proj.weight",
+    "layers.*.feed_forward.experts.down_proj": "model.layers.*.mlp.experts.#.down_proj.weight",
+}
+"""Names of a router and SwiGLU experts, of which each matrix is a tensor of its own."""
+
 _HEAD: Rules = {"head.weight": "lm_head.weight"}
 _REPEATS = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -139,7 +147,11 @@ def refuse_limits(config: Decoder.Config) -> None:
 
 
 def _hf_config(config: Decoder.Config) -> dict[str, Any]:
-    norms = [part for _, part in traverse(config) if isinstance(part, RMSNorm.Config)]
+    norms = [
+        part
+        for path, part in traverse(config)
+        if isinstance(part, RMSNorm.Config) and not path.endswith("latent_norm")  # of which config.json says nothing
+    ]
     scaling = {"rope_type": "default"} if config.rope.scaling is None else config.rope.scaling.build().hf_parameters()
     return {
         "vocab_size": config.vocab_size,

@@ -66,7 +66,10 @@ class MultiHeadLatentAttention(Attention):
         self.config = config
         self.qk_head_dim = config.head_dim + config.rotated_head_dim
         self.scale = self.qk_head_dim**-0.5
-        q_dim, kv_dim = config.num_heads * self.qk_head_dim, config.num_heads * (config.head_dim + config.value_head_dim)
+        q_dim, kv_dim = (
+            config.num_heads * self.qk_head_dim,
+            config.num_heads * (config.head_dim + config.value_head_dim),
+        )
         self.q_down_proj: nn.Module = nn.Identity()
         self.q_norm: nn.Module = nn.Identity()
         if config.q_rank is not None:

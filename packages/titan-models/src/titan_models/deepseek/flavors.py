@@ -1,13 +1,14 @@
-"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own, to change."""
+"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own."""
 
 from __future__ import annotations
 
+import copy
+
 from titan_models.block import Block
 from titan_models.deepseek.model import DeepSeek
-from titan_models.feed_forward import FeedForward
 from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.linear import into_stream
-from titan_models.moe import ExpertGroups, MoE, Router, SwiGLUExperts, TopKRouter
+from titan_models.moe import BalancingBias, ExpertGroups, MoE, Router, SwiGLUExperts, TopKRouter
 from titan_models.rms_norm import RMSNorm
 from titan_models.rope import Rope
 from titan_models.swiglu import SwiGLU
@@ -20,7 +21,7 @@ def deepseek_debug() -> DeepSeek.Config:
         vocab_size=2048,
         dim=256,
         num_layers=6,
-        num_heads=16,
+        attention=_attention(num_heads=16),
         hidden_dim=1024,
         expert_dim=256,
         num_shared=2,
@@ -30,13 +31,14 @@ def deepseek_debug() -> DeepSeek.Config:
 
 
 def deepseek_v3_debug() -> DeepSeek.Config:
-    """A V3 of 14 million parameters, 8 experts in 4 groups, with a vocabulary of 2048: trains on a laptop."""
-    config = _deepseek(
+    """A V3 of 8 million parameters, 8 experts in 4 groups, with a vocabulary of 2048: trains on a laptop."""
+    return _deepseek(
         vocab_size=2048,
         dim=256,
         num_layers=4,
-        num_heads=8,
-        q_rank=96,
+        attention=MultiHeadLatentAttention.Config(
+            num_heads=8, head_dim=32, rotated_head_dim=16, value_head_dim=32, kv_rank=64, q_rank=96
+        ),
         hidden_dim=768,
         expert_dim=256,
         num_shared=1,
@@ -47,13 +49,9 @@ def deepseek_v3_debug() -> DeepSeek.Config:
             groups=ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
             renormalise=True,
             scale=2.5,
+            balancing=BalancingBias.Config(),
         ),
     )
-    for block in (config.block, *config.exceptions.values()):
-        attention = block.attention
-        attention.head_dim, attention.rotated_head_dim, attention.value_head_dim, attention.kv_rank = 32, 16, 32, 64
-    config.rope.dim = 16
-    return config
 
 
 def deepseek_v2_lite_16b() -> DeepSeek.Config:
@@ -61,7 +59,7 @@ def deepseek_v2_lite_16b() -> DeepSeek.Config:
     return _deepseek(
         dim=2048,
         num_layers=27,
-        num_heads=16,
+        attention=_attention(num_heads=16),
         hidden_dim=10_944,
         expert_dim=1408,
         num_shared=2,
@@ -75,8 +73,7 @@ def deepseek_v2_236b() -> DeepSeek.Config:
     return _deepseek(
         dim=5120,
         num_layers=60,
-        num_heads=128,
-        q_rank=1536,
+        attention=_attention(num_heads=128, q_rank=1536),
         hidden_dim=12_288,
         expert_dim=1536,
         num_shared=2,
@@ -95,8 +92,7 @@ def deepseek_v3_671b() -> DeepSeek.Config:
         vocab_size=129_280,
         dim=7168,
         num_layers=61,
-        num_heads=128,
-        q_rank=1536,
+        attention=_attention(num_heads=128, q_rank=1536),
         num_dense=3,
         hidden_dim=18_432,
         expert_dim=2048,
@@ -108,7 +104,14 @@ def deepseek_v3_671b() -> DeepSeek.Config:
             groups=ExpertGroups.Config(num_groups=8, num_kept=4, score="sum of best two"),
             renormalise=True,
             scale=2.5,
+            balancing=BalancingBias.Config(),
         ),
+    )
+
+
+def _attention(*, num_heads: int, q_rank: int | None = None) -> MultiHeadLatentAttention.Config:
+    return MultiHeadLatentAttention.Config(
+        num_heads=num_heads, head_dim=128, rotated_head_dim=64, value_head_dim=128, kv_rank=512, q_rank=q_rank
     )
 
 
@@ -117,8 +120,7 @@ def _deepseek(
     vocab_size: int = 102_400,
     dim: int,
     num_layers: int,
-    num_heads: int,
-    q_rank: int | None = None,
+    attention: MultiHeadLatentAttention.Config,
     num_dense: int = 1,
     hidden_dim: int,
     expert_dim: int,
@@ -126,38 +128,22 @@ def _deepseek(
     router: Router.Config,
     mscale: float = 1.0,
 ) -> DeepSeek.Config:
-    output = into_stream(num_layers)
-
-    def block(feed_forward: FeedForward.Config) -> Block.Config:
-        return Block.Config(
-            attention=MultiHeadLatentAttention.Config(
-                num_heads=num_heads,
-                head_dim=128,
-                rotated_head_dim=64,
-                value_head_dim=128,
-                kv_rank=512,
-                q_rank=q_rank,
-                latent_norm=RMSNorm.Config(eps=1e-6),
-                output=output,
-            ),
-            feed_forward=feed_forward,
-            norm=RMSNorm.Config(eps=1e-6),
-        )
-
+    attention.output, attention.latent_norm = into_stream(num_layers), RMSNorm.Config(eps=1e-6)
+    experts = MoE.Config(
+        router=router,
+        experts=SwiGLUExperts.Config(hidden_dim=expert_dim, output_init=into_stream(num_layers).weight_init),
+        shared=SwiGLU.Config(hidden_dim=num_shared * expert_dim, output=into_stream(num_layers)),
+    )
+    block = Block.Config(attention=attention, feed_forward=experts, norm=RMSNorm.Config(eps=1e-6))
+    dense = copy.deepcopy(block)
+    dense.feed_forward = SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers))
+    scaling = Yarn.Config(factor=40.0, mscale=mscale, mscale_all_dim=mscale)
     return DeepSeek.Config(
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
-        block=block(
-            MoE.Config(
-                router=router,
-                experts=SwiGLUExperts.Config(hidden_dim=expert_dim, output_init=output.weight_init),
-                shared=SwiGLU.Config(hidden_dim=num_shared * expert_dim, output=output),
-            )
-        ),
-        exceptions={f"0:{num_dense}": block(SwiGLU.Config(hidden_dim=hidden_dim, output=output))},
-        rope=Rope.Config(
-            dim=64, theta=10_000.0, scaling=Yarn.Config(factor=40.0, mscale=mscale, mscale_all_dim=mscale)
-        ),
+        block=block,
+        exceptions={f"0:{num_dense}": dense},
+        rope=Rope.Config(dim=attention.rotated_head_dim, theta=10_000.0, scaling=scaling),
         norm=RMSNorm.Config(eps=1e-6),
     )

@@ -8,6 +8,7 @@ from titan_models.hf_adapter import HfAdapter
 from titan_models.hf_decoder import (
     DENSE_RULES,
     GROUPED_QUERY_RULES,
+    SPLIT_EXPERTS_RULES,
     decoder_adapter,
     dense_hidden_dim,
     grouped_query_fields,
@@ -21,12 +22,6 @@ from titan_models.qwen3.model import Qwen3
 _HEAD_NORMS: Rules = {
     "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
-}
-_MOE_RULES: Rules = {
-    "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
-    "layers.*.feed_forward.experts.gate_proj": "model.layers.*.mlp.experts.#.gate_proj.weight",
-    "layers.*.feed_forward.experts.up_proj": "model.layers.*.mlp.experts.#.up_proj.weight",
-    "layers.*.feed_forward.experts.down_proj": "model.layers.*.mlp.experts.#.down_proj.weight",
 }
 _QWEN3_VOCABULARY = 151_936  # in which <|endoftext|> is 151643
 
@@ -51,7 +46,7 @@ def hf_adapter(config: Qwen3.Config) -> HfAdapter:
         hf_config |= _moe_fields([*moes.values()])
     if dense:
         hf_config["intermediate_size"] = dense_hidden_dim([*dense.values()])
-    rules = GROUPED_QUERY_RULES | _HEAD_NORMS | (_MOE_RULES if moes else {}) | (DENSE_RULES if dense else {})
+    rules = GROUPED_QUERY_RULES | _HEAD_NORMS | (SPLIT_EXPERTS_RULES if moes else {}) | (DENSE_RULES if dense else {})
     return decoder_adapter(config, hf_config, rules)
 
 

@@ -1,0 +1,157 @@
+"""DeepSeek as transformers' `DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM` name it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_models.deepseek.model import DeepSeek
+from titan_models.hf_adapter import HfAdapter
+from titan_models.hf_decoder import (
+    DENSE_RULES,
+    SPLIT_EXPERTS_RULES,
+    decoder_adapter,
+    dense_hidden_dim,
+    refuse_limits,
+    same_in_all,
+)
+from titan_models.hf_rules import Rules
+from titan_models.latent_attention import MultiHeadLatentAttention
+from titan_models.moe import ExpertGroups, MoE, SwiGLUExperts, TopKRouter
+
+_ATTENTION_RULES: Rules = {
+    "layers.*.attention.kv_down_proj.weight": "model.layers.*.self_attn.kv_a_proj_with_mqa.weight",
+    "layers.*.attention.kv_norm.weight": "model.layers.*.self_attn.kv_a_layernorm.weight",
+    "layers.*.attention.kv_proj.weight": "model.layers.*.self_attn.kv_b_proj.weight",
+    "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
+}
+_Q_RULES: Rules = {"layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight"}
+_LOW_RANK_Q_RULES: Rules = {
+    "layers.*.attention.q_down_proj.weight": "model.layers.*.self_attn.q_a_proj.weight",
+    "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_a_layernorm.weight",
+    "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_b_proj.weight",
+}
+_SHARED_RULES: Rules = {
+    "layers.*.feed_forward.shared.gate_proj.weight": "model.layers.*.mlp.shared_experts.gate_proj.weight",
+    "layers.*.feed_forward.shared.up_proj.weight": "model.layers.*.mlp.shared_experts.up_proj.weight",
+    "layers.*.feed_forward.shared.down_proj.weight": "model.layers.*.mlp.shared_experts.down_proj.weight",
+}
+_V3_RULES: Rules = {
+    "layers.*.feed_forward.router.balancing.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
+}
+_SPECIAL_IDS = {102_400: (100_000, 100_001), 129_280: (0, 1)}
+"""By the size of the vocabulary, where its sentences begin and end."""
+
+
+def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
+    """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
+    refuse_limits(config)
+    feed_forwards = [block.feed_forward for block in config.blocks()]
+    moes = [part for part in feed_forwards if isinstance(part, MoE.Config)]
+    num_dense = len(feed_forwards) - len(moes)
+    if not moes or any(isinstance(part, MoE.Config) for part in feed_forwards[:num_dense]):
+        raise ValueError(
+            f"Got experts in {len(moes)} of {len(feed_forwards)} blocks, not in the last of them. In the family in "
+            "transformers some first blocks are dense, and all others have experts. Order them so to export the model."
+        )
+    attention, moe = _attention(config), same_in_all("mixtures of experts", moes)
+    bos, eos = _SPECIAL_IDS.get(config.vocab_size, (None, None))
+    hf_config = {
+        **_attention_fields(attention),
+        **_moe_fields(moe),
+        "first_k_dense_replace": num_dense,
+        "intermediate_size": dense_hidden_dim(feed_forwards[:num_dense]) if num_dense else moe.experts.hidden_dim,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+    rules = _ATTENTION_RULES | (_Q_RULES if attention.q_rank is None else _LOW_RANK_Q_RULES)
+    rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
+    if moe.router.score == "softmax":
+        return decoder_adapter(config, hf_config, rules)
+    return decoder_adapter(config, hf_config, rules | _V3_RULES, ignored=(f"model.layers.{config.num_layers}.",))
+
+
+def _attention(config: DeepSeek.Config) -> MultiHeadLatentAttention.Config:
+    attentions = [block.attention for block in config.blocks()]
+    for each in attentions:
+        if not isinstance(each, MultiHeadLatentAttention.Config):
+            raise ValueError(
+                f"Got a block with a {type(each).__qualname__}. The family in transformers has "
+                "MultiHeadLatentAttention there. Make it one to export the model."
+            )
+        if each.latent_norm.eps != 1e-6:
+            raise ValueError(
+                f"Got a latent_norm.eps of {each.latent_norm.eps}. In the family in transformers it is 1e-6, whatever "
+                "the eps of other norms. Set it to that to export the model."
+            )
+    return same_in_all("attention", attentions)
+
+
+def _attention_fields(attention: MultiHeadLatentAttention.Config) -> dict[str, Any]:
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.q_rank,
+        "kv_lora_rank": attention.kv_rank,
+        "qk_nope_head_dim": attention.head_dim,
+        "qk_rope_head_dim": attention.rotated_head_dim,
+        "v_head_dim": attention.value_head_dim,
+        "rope_interleave": True,
+    }
+
+
+def _moe_fields(moe: Any) -> dict[str, Any]:
+    router, experts, shared = moe.router, moe.experts, moe.shared
+    is_known = isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)
+    if not is_known or shared is None or shared.hidden_dim % experts.hidden_dim:
+        raise ValueError(
+            f"Got {moe}. The family in transformers has SwiGLUExperts chosen by a TopKRouter, and some of the same "
+            "width that all tokens share. Make it that to export the model."
+        )
+    fields = _v2_fields(router) if router.score == "softmax" else _v3_fields(router)
+    return {
+        **fields,
+        "n_routed_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "n_shared_experts": shared.hidden_dim // experts.hidden_dim,
+        "moe_intermediate_size": experts.hidden_dim,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": router.scale,
+        "scoring_func": router.score,
+        "output_router_logits": False,
+    }
+
+
+def _v2_fields(router: TopKRouter.Config) -> dict[str, Any]:
+    groups = router.groups
+    if router.renormalise or router.balancing is not None or (groups is not None and groups.score != "best"):
+        raise ValueError(
+            f"Got {router}. transformers' DeepseekV2ForCausalLM chooses by a softmax alone, in groups judged by their "
+            "best expert, and renormalises nothing. Make it that to export the model, or take the sigmoids of V3."
+        )
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "topk_method": "greedy" if groups is None else "group_limited_greedy",
+        "n_group": None if groups is None else groups.num_groups,
+        "topk_group": None if groups is None else groups.num_kept,
+        "norm_topk_prob": False,
+        "mlp_bias": False,
+    }
+
+
+def _v3_fields(router: TopKRouter.Config) -> dict[str, Any]:
+    groups = router.groups or ExpertGroups.Config(num_groups=1, num_kept=1, score="sum of best two")
+    if router.balancing is None or groups.score != "sum of best two":
+        raise ValueError(
+            f"Got {router}. transformers' DeepseekV3ForCausalLM chooses by sigmoids and a balancing bias, in groups "
+            "judged by the sum of their best two. Make it that to export the model."
+        )
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "topk_method": "noaux_tc",
+        "n_group": groups.num_groups,
+        "topk_group": groups.num_kept,
+        "norm_topk_prob": router.renormalise,
+        "num_nextn_predict_layers": 0,
+    }
