@@ -1,11 +1,13 @@
 """Weights go to Hugging Face's format and come back bitwise, sharded or not; `transformers` loads them as they are."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from titan_ckpt import Checkpointer, CheckpointError, export_hf, load_hf, save_hf
+from titan_ckpt import Checkpointer, CheckpointError, Renamed, export_hf, load_hf, save_hf
 from titan_ckpt.__main__ import main
 from titan_config import Configurable
 from torch import nn
@@ -13,23 +15,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 
+@dataclass(frozen=True)
+class Made:
+    """A piece of two functions."""
+
+    own: list
+    hf_names: list
+    to_hf: Callable
+    from_hf: Callable
+    is_quantised: bool = False
+    keeps_dtype: bool = False
+
+
 class Renames:
     """Names of `Toy` to others, one tensor turned (`flip`), two stacked into one (`pair`)."""
 
-    def to_hf(self, state):
-        return {
-            "hf.first": state["first.weight"],
-            "hf.turned": state["second.weight"].t().contiguous(),
-            "hf.both": torch.stack([state["a"], state["b"]]),
-        }
+    def pieces(self):
+        return [
+            Renamed("first.weight", "hf.first"),
+            Made([("second.weight", None)], ["hf.turned"], lambda own: own[0].t(), lambda theirs: [theirs[0].t()]),
+            Made([("a", None), ("b", None)], ["hf.both"], torch.stack, lambda theirs: theirs[0].unbind()),
+        ]
 
-    def from_hf(self, state):
-        return {
-            "first.weight": state["hf.first"],
-            "second.weight": state["hf.turned"].t(),
-            "a": state["hf.both"][0],
-            "b": state["hf.both"][1],
-        }
+    def find(self, stored, config):
+        return self.pieces()
 
     def hf_config(self):
         return {"model_type": "toy"}
@@ -114,23 +123,45 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_touched(tmp_path, edit
     assert_equal(model, toy(seed=2))
 
 
-def test_a_repeat_of_an_expected_tensor_is_no_surprise(tmp_path):
+def test_tensors_without_use_are_checked_before_a_weight_is_touched(tmp_path):
+    class Ties(Renames):
+        def find(self, stored, config):
+            return [*self.pieces(), Made([], ["hf.tied", "hf.first"], None, self.compare)]
+
+        def compare(self, theirs):
+            if not torch.equal(*theirs):
+                raise ValueError("They differ.")
+
     def repeat(state):
         state["hf.tied"] = state["hf.first"].clone()
 
     model = toy(seed=2)
-    load_hf(change(tmp_path, repeat), model.state_dict(), Renames())
+    load_hf(change(tmp_path, repeat), model.state_dict(), Ties())
     assert_equal(model, toy())
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    save_file(load_file(path) | {"hf.tied": torch.zeros(5, 6)}, path)
+    with pytest.raises(CheckpointError, match="They differ"):
+        load_hf(tmp_path / "hf", toy(seed=2).state_dict(), Ties())
 
 
-def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path):
-    class Forgets(Renames):
-        def from_hf(self, state):
-            return {name: tensor for name, tensor in super().from_hf(state).items() if name != "b"}
+@pytest.mark.parametrize(
+    ("pieces", "named"),
+    [
+        (lambda pieces: pieces[:2], "a, b are missing"),
+        (lambda pieces: [*pieces, Renamed("a", "hf.a")], "a are missing, unexpected or there twice"),
+        (lambda pieces: [*pieces, Renamed("c", "hf.c")], "c are missing, unexpected"),
+    ],
+)
+def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path, pieces, named):
+    class Other(Renames):
+        def pieces(self):
+            return pieces(super().pieces())
 
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=r"must be a bijection: b"):
-        load_hf(tmp_path / "hf", toy().state_dict(), Forgets())
+    with pytest.raises(CheckpointError, match=f"must be a bijection: {named}"):
+        load_hf(tmp_path / "hf", toy().state_dict(), Other())
+    with pytest.raises(CheckpointError, match=f"must be a bijection: {named}"):
+        save_hf(toy().state_dict(), Other(), tmp_path / "other")
 
 
 def test_an_export_never_writes_over_a_folder(tmp_path):
@@ -227,14 +258,15 @@ def test_sharded_models_go_out_and_come_in_each_rank_its_part(run_ranks, tmp_pat
 class LlamaNames:
     """transformers' own names, but for a prefix: what an adapter of a model without transformers looks like."""
 
-    def __init__(self, config):
+    def __init__(self, names, config):
+        self.names = names
         self.config = config
 
-    def to_hf(self, state):
-        return {name.removeprefix("my."): tensor for name, tensor in state.items()}
+    def pieces(self):
+        return [Renamed(f"my.{name}", name) for name in self.names]
 
-    def from_hf(self, state):
-        return {f"my.{name}": tensor for name, tensor in state.items()}
+    def find(self, stored, config):
+        return self.pieces()
 
     def hf_config(self):
         return self.config
@@ -249,7 +281,7 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(tmp_path):
     torch.manual_seed(0)
     reference = transformers.LlamaForCausalLM(config).eval()
     state = {f"my.{name}": tensor for name, tensor in reference.state_dict().items()}
-    adapter = LlamaNames(config.to_dict())
+    adapter = LlamaNames(reference.state_dict(), config.to_dict())
     save_hf(state, adapter, tmp_path / "hf", max_file_bytes=20_000)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]

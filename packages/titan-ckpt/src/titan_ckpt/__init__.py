@@ -1,6 +1,6 @@
 """Distributed checkpoints that can be trusted: async, atomic, verified, resharding, Hugging Face in and out."""
 
-from titan_ckpt.adapter import HFAdapter
+from titan_ckpt.adapter import HFAdapter, Piece, Renamed
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf, save_hf
@@ -16,6 +16,8 @@ __all__ = [
     "Checkpointer",
     "HFAdapter",
     "Part",
+    "Piece",
+    "Renamed",
     "TensorReader",
     "check_whole",
     "export_hf",

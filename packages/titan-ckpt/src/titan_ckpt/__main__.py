@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("path", type=Path, help="a folder step-N")
     export.add_argument("folder", type=Path, help="a new folder")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="round the weights to this type")
+    export.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied")
     export.set_defaults(run=_export)
     model = commands.add_parser("export-model", help="write a checkpoint's model alone, as a checkpoint")
     model.add_argument("path", type=Path, help="a folder step-N")
@@ -57,7 +58,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    export_hf(options.path, options.folder, options.dtype and getattr(torch, options.dtype))
+    dtype = options.dtype and getattr(torch, options.dtype)
+    export_hf(options.path, options.folder, dtype, tokenizer=options.tokenizer)
     print(f"{options.folder} holds the model of {options.path}")
 
 

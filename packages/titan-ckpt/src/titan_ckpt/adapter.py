@@ -1,50 +1,85 @@
-"""What titan-ckpt asks of an adapter between a model's names and Hugging Face's, and how it uses one without data."""
+"""What titan-ckpt asks of an adapter between a model's weights and Hugging Face's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import CheckpointError, listed
+
+T = TypeVar("T")
+
+
+class Piece(Protocol):
+    """Weights of a model, and the tensors in Hugging Face's files that hold the same numbers."""
+
+    @property
+    def own(self) -> Sequence[tuple[str, int | None]]:
+        """Names of weights; with a number, of one of the matrices that a weight is a stack of.
+
+        A piece without any is a check: it is read before any weight is touched.
+        """
+
+    @property
+    def hf_names(self) -> Sequence[str]:
+        """Names in the files: one to write, one or several to read."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its numbers are computed from quantised ones, and may be rounded to the model's dtype."""
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether it is exported in the dtype that it has in the model, whatever the others are rounded to."""
+
+    def to_hf(self, own: Sequence[Tensor], /) -> Tensor: ...
+
+    def from_hf(self, theirs: Sequence[Tensor], /) -> Sequence[Tensor]: ...
 
 
 class HFAdapter(Protocol):
-    """A bijection between a model's state and Hugging Face's; it refuses a state that is not complete.
+    """Translates the weights of a model piece by piece; ValueErrors say what does not fit."""
 
-    Tensors that are only renamed must come out as the same objects. That is how `translate` finds them, so that they
-    can be copied shard by shard; the others are read whole.
-    """
+    def pieces(self) -> Sequence[Piece]:
+        """All of the model, as it is exported."""
 
-    def to_hf(self, state: Mapping[str, Tensor], /) -> Mapping[str, Tensor]: ...
+    def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None, /) -> Sequence[Piece]:
+        """All of the model, as it is in files with these tensors (on the meta device) and this `config.json`.
 
-    def from_hf(self, state: Mapping[str, Tensor], /) -> Mapping[str, Tensor]: ...
+        Every tensor is in a piece; those that the model has no use for are in one without own weights.
+        """
 
-    def hf_config(self) -> dict[str, Any]: ...
+    def hf_config(self) -> dict[str, Any]:
+        """The `config.json` to export, but for the dtype."""
 
 
 @dataclass(frozen=True)
-class Translation:
-    """Hugging Face's state of a model, on the meta device; `renamed` maps its names to the model's."""
+class Renamed:
+    """A piece that is a weight under another name: what an adapter of one's own is made of."""
 
-    hf_state: Mapping[str, Tensor]
-    renamed: Mapping[str, str]
+    name: str
+    hf_name: str
+    is_quantised: bool = False
+    keeps_dtype: bool = False
 
+    @property
+    def own(self) -> list[tuple[str, int | None]]:
+        return [(self.name, None)]
 
-def translate(adapter: HFAdapter, state: Mapping[str, Tensor]) -> Translation:
-    """Find out what an adapter does to a state, looking at shapes and types only.
+    @property
+    def hf_names(self) -> list[str]:
+        return [self.hf_name]
 
-    Raises:
-        CheckpointError: when the adapter refuses the state.
-    """
-    stand_ins = on_meta(state)
-    hf_state = asked(adapter.to_hf, stand_ins)
-    names = {id(tensor): name for name, tensor in stand_ins.items()}
-    renamed = {key: names[id(tensor)] for key, tensor in hf_state.items() if id(tensor) in names}
-    return Translation(hf_state, renamed)
+    def to_hf(self, own: Sequence[Tensor]) -> Tensor:
+        return own[0]
+
+    def from_hf(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return theirs
 
 
 def on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,16 +87,40 @@ def on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
 
 
-def asked(conversion: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Apply an adapter's conversion.
+def parts_of(piece: Piece, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The own tensors of a piece, out of a model's state."""
+    return [state[name] if index is None else state[name][index] for name, index in piece.own]
+
+
+def asked(adapter: Callable[..., T], *arguments: Any) -> T:
+    """Ask an adapter.
 
     Raises:
         CheckpointError: with the adapter's reason, when it refuses.
     """
     try:
-        return conversion(state)
+        return adapter(*arguments)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"The model's Hugging Face adapter refused the weights: {error}") from error
+
+
+def check_complete(pieces: Sequence[Piece], state: Mapping[str, Tensor]) -> None:
+    """Check that pieces are all of a state, and nothing of it twice.
+
+    Raises:
+        CheckpointError: naming weights that are not.
+    """
+    found = Counter(slot for piece in pieces for slot in piece.own)
+    stacked = {name for name, index in found if index is not None and name in state}
+    needed: Counter[tuple[str, int | None]]
+    needed = Counter((name, index) for name in stacked for index in range(len(state[name])))
+    needed += Counter((name, None) for name in state if name not in stacked)
+    if found != needed:
+        wrong = sorted({name for name, index in found | needed if found[name, index] != needed[name, index]})
+        raise CheckpointError(
+            f"Got an adapter that makes other tensors than the model has. It must be a bijection: {listed(wrong)} are "
+            f"missing, unexpected or there twice. Correct the adapter."
+        )
 
 
 def adapter_of(config: Any) -> HFAdapter:

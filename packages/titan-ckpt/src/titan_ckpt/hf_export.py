@@ -9,7 +9,7 @@ import torch
 from titan_config import from_dict
 from torch import Tensor
 
-from titan_ckpt.adapter import HFAdapter, Translation, asked, on_meta, translate
+from titan_ckpt.adapter import HFAdapter, Piece, asked, check_complete, on_meta, parts_of
 from titan_ckpt.chunks import is_dtensor
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.hf_files import write_folder
@@ -26,11 +26,13 @@ def save_hf(
     folder: Path,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer: Path | None = None,
 ) -> None:
     """Write the weights of a live model, plain or sharded, as a folder that `transformers` loads.
 
-    A collective of all ranks. Rank 0 writes, and holds one file's tensors at a time. Floating point numbers are rounded
-    to `dtype` (None: as they are).
+    A collective of all ranks. Rank 0 writes; beside the model there is never more than one piece of it. Floating point
+    numbers are rounded to `dtype` (None: as they are), but for pieces that keep theirs. The tokenizer's files are
+    copied from the folder `tokenizer` (None: there are none).
 
     Raises:
         CheckpointError: when the adapter refuses the state, or the folder is there already.
@@ -42,7 +44,7 @@ def save_hf(
         return (tensor.full_tensor() if is_dtensor(tensor) else tensor).cpu()
 
     ranks.together(lambda: _check_new(folder) if ranks.is_first else None)
-    _write(on_meta(state), read, adapter, folder, dtype, max_file_bytes, ranks)
+    _write(on_meta(state), read, adapter, folder, dtype, max_file_bytes, ranks, tokenizer)
 
 
 def export_hf(
@@ -51,10 +53,12 @@ def export_hf(
     dtype: torch.dtype | None = None,
     adapter: HFAdapter | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer: Path | None = None,
 ) -> None:
     """Write the part "model" of a checkpoint as a folder that `transformers` loads, without the model.
 
-    The adapter is that of the saved config, `config["model"].hf_adapter()`, unless one is given.
+    The adapter is that of the saved config, `config["model"].hf_adapter()`, unless one is given; the rest is as in
+    `save_hf`.
 
     Raises:
         BrokenCheckpoint: when the checkpoint is not whole.
@@ -71,9 +75,11 @@ def export_hf(
             for name, stored in reader.index.items()
             if name.startswith(prefix)
         }
-        _write(
-            state, lambda name: reader.read(prefix + name), adapter, folder, dtype, max_file_bytes, Ranks(alone=True)
-        )
+
+        def read(name: str) -> Tensor:
+            return reader.read(prefix + name)
+
+        _write(state, read, adapter, folder, dtype, max_file_bytes, Ranks(alone=True), tokenizer)
 
 
 def _write(
@@ -84,36 +90,43 @@ def _write(
     dtype: torch.dtype | None,
     max_file_bytes: int,
     ranks: Ranks,
+    tokenizer: Path | None,
 ) -> None:
-    translation = translate(adapter, state)
-    computed = _computed(translation, state, read, adapter)
+    pieces = {piece.hf_names[0]: piece for piece in asked(adapter.pieces)}
+    check_complete([*pieces.values()], state)
+    stand_ins = {
+        key: tensor.to(_rounded(piece, tensor.dtype, dtype))
+        for key, piece in pieces.items()
+        for tensor in [asked(piece.to_hf, parts_of(piece, state))]
+    }
+    kept = _Kept(read)
 
     def read_hf(key: str) -> Tensor:
-        tensor = read(translation.renamed[key]) if key in translation.renamed else computed[key]
-        return tensor.to(_rounded(tensor.dtype, dtype))
+        own = kept.only({name for name, _ in pieces[key].own})
+        return pieces[key].to_hf(parts_of(pieces[key], own)).to(stand_ins[key].dtype)
 
-    types = {key: _rounded(tensor.dtype, dtype) for key, tensor in translation.hf_state.items()}
-    sizes = {key: tensor.numel() * types[key].itemsize for key, tensor in translation.hf_state.items()}
-    config = {**adapter.hf_config(), "dtype": str(max(types.values(), key=lambda t: t.itemsize)).removeprefix("torch.")}
-    write_folder(folder, sizes, read_hf, config, max_file_bytes, ranks)
-
-
-def _computed(
-    translation: Translation, state: Mapping[str, Tensor], read: Callable[[str], Tensor], adapter: HFAdapter
-) -> Mapping[str, Tensor]:
-    """The values of the tensors that the adapter does not just rename."""
-    keys = [key for key in translation.hf_state if key not in translation.renamed]
-    if not keys:
-        return {}
-    unchanged = set(translation.renamed.values())
-    values = asked(adapter.to_hf, {name: state[name] if name in unchanged else read(name) for name in state})
-    if any(values[key].is_meta for key in keys):  # made of a tensor that is also renamed
-        values = asked(adapter.to_hf, {name: read(name) for name in state})
-    return {key: values[key] for key in keys}
+    weights = [tensor.dtype for key, tensor in stand_ins.items() if not pieces[key].keeps_dtype]
+    widest = max(weights, key=lambda each: each.itemsize)
+    config = {**adapter.hf_config(), "dtype": str(widest).removeprefix("torch.")}
+    write_folder(folder, stand_ins, read_hf, config, max_file_bytes, ranks, tokenizer)
 
 
-def _rounded(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and dtype.is_floating_point else dtype
+class _Kept:
+    """Reads weights, and keeps those that the piece before needed too: the matrices of a stack come one by one."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self._read = read
+        self._kept: dict[str, Tensor] = {}
+
+    def only(self, names: set[str]) -> Mapping[str, Tensor]:
+        self._kept = {name: tensor for name, tensor in self._kept.items() if name in names}
+        for name in sorted(names - self._kept.keys()):
+            self._kept[name] = self._read(name)
+        return self._kept
+
+
+def _rounded(piece: Piece, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point and not piece.keeps_dtype else dtype
 
 
 def _check_new(folder: Path) -> None:

@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from titan_ckpt.chunks import Chunk, chunk_key
 from titan_ckpt.index import Index, read_index
+from titan_ckpt.mapped_file import MappedFile
 from titan_ckpt.saving import CONFIG, STATE
 
 
@@ -38,7 +38,7 @@ class TensorReader:
     def __init__(self, folder: Path) -> None:
         self.index: Index = read_index(folder)
         self._folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, MappedFile] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> TensorReader:
@@ -58,7 +58,7 @@ class TensorReader:
             files = {stored_chunk.offsets: stored_chunk.file for stored_chunk in stored.chunks}
             for item in create_read_items_for_chunk_list(chunk.name, stored.boxes(), [chunk.box]):
                 offsets = tuple(item.storage_index.offset or ())
-                source = self._open(files[offsets]).get_slice(chunk_key(chunk.name, offsets))
+                source = self._open(files[offsets]).tensor(chunk_key(chunk.name, offsets))
                 target = chunk.data[_slices(item.dest_offsets, item.lengths)]
                 target.copy_(source[_slices(item.storage_offsets, item.lengths)])
 
@@ -69,9 +69,9 @@ class TensorReader:
         self.fill([Chunk(name, stored.shape, (0,) * len(stored.shape), data)])
         return data
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> MappedFile:
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+            self._files[file] = self._stack.enter_context(MappedFile(self._folder / file))
         return self._files[file]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
@@ -76,9 +78,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         FileExistsError: when there is a file of that name.
     """
     layout = layout_of(tensors, metadata)
-    contents = (
-        tensors[key].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for key in layout.starts
-        if tensors[key].numel()
-    )
-    return write_blocks(path, chain([layout.header], contents))
+    return write_blocks(path, chain([layout.header], map(_content, map(tensors.__getitem__, layout.starts))))
+
+
+def write_streamed(path: Path, stand_ins: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write tensors as a new safetensors file for Hugging Face, each one read when it is its turn and then let go.
+
+    `stand_ins` have their shapes and types. Other ranks take part with `read_through`: where `read` waits for them, it
+    is called for all tensors, even after the disk has refused one.
+
+    Raises:
+        FileExistsError: when there is a file of that name.
+    """
+    layout = layout_of(stand_ins, {"format": "pt"})
+    contents = (_content(read(key)) for key in layout.starts)
+    try:
+        write_blocks(path, chain([layout.header], contents))
+    finally:
+        deque(contents, maxlen=0)
+
+
+def read_through(stand_ins: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Read what another rank writes, in its order."""
+    for key in layout_of(stand_ins).starts:
+        read(key)
+
+
+def _content(tensor: Tensor) -> memoryview | bytes:
+    """The bytes of a tensor, without a copy where it is on the CPU and in one piece."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

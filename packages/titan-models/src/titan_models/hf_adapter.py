@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titan_models.hf_rules import Piece, Rules, Slot, listed, pieces_of
-from titan_models.shards import local_part
+from titan_models.hf_checks import check_dtypes, check_same, check_shapes
+from titan_models.hf_config_check import block_sizes, check_config
+from titan_models.hf_fp8 import Fp8Blocks
+from titan_models.hf_pieces import Piece
+from titan_models.hf_rules import Rules, pieces_of
+from titan_models.hf_sources import sources_in
 
 
 @dataclass(frozen=True)
 class Inside:
     """A checkpoint of a larger model that holds this one, as one of text and images holds that of text.
 
-    Its names of this model begin with `prefix`. Those that begin with one of `others` belong to its other parts.
+    Its names of this model begin with `prefix`. Those that begin with one of `others` belong to its other parts. Its
+    `config.json` holds this one's under `config_key`.
     """
 
     prefix: str
     others: tuple[str, ...]
+    config_key: str = "text_config"
 
 
 class HfAdapter:
@@ -47,7 +53,8 @@ class HfAdapter:
     `inside` says how a larger model's checkpoint holds this one. `config` is the whole `config.json`, but for its
     dtype.
 
-    Parameters share one floating dtype; buffers have theirs.
+    Parameters share one floating dtype; buffers have theirs. A checkpoint may hold weights quantised, as FP8 blocks
+    (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and `NAME_scales`): they come in as fp32.
     """
 
     def __init__(
@@ -63,10 +70,12 @@ class HfAdapter:
         state = {name: tensor for name, tensor in model.state_dict().items() if name in parameters | buffers}
         stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in stand_ins.items()}
-        self._pieces = pieces_of(self._shapes, rules)
-        self._hf_shapes = {piece.hf_name: tuple(_to_hf(piece, stand_ins).shape) for piece in self._pieces}
         self._buffers = {*buffers}
-        self._hf_buffers = {piece.hf_name for piece in self._pieces if piece.own[0].name in buffers}
+        self._pieces = [
+            replace(piece, keeps_dtype=piece.own[0][0] in buffers) for piece in pieces_of(self._shapes, rules)
+        ]
+        self._hf_shapes = {piece.hf_name: tuple(_to_hf(piece, stand_ins).shape) for piece in self._pieces}
+        self._hf_buffers = {piece.hf_name for piece in self._pieces if piece.keeps_dtype}
         self._repeats = dict(repeats)
         self._config = dict(config)
         self._ignored = ignored
@@ -76,75 +85,64 @@ class HfAdapter:
         """The `config.json` for weights of `dtype`, as transformers 5 reads it."""
         return {**self._config, "dtype": str(dtype).removeprefix("torch.")}
 
+    def pieces(self) -> list[Piece]:
+        """What the model's weights are to Hugging Face, one after the other."""
+        return list(self._pieces)
+
+    def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> list[Piece]:
+        """Where the model's weights are in a checkpoint of these tensors; only shapes and dtypes are looked at.
+
+        `config` is its `config.json`, if it has one. Raises ValueError, naming them, for settings of another model, and
+        for tensors that are missing, unexpected, of another shape, or of another dtype than their neighbours.
+        """
+        if config is not None:
+            if self._inside is not None and self._inside.config_key in config:
+                config = {**config[self._inside.config_key], "quantization_config": config.get("quantization_config")}
+            check_config(config, self._config)
+        known, ignored = self._own_and_ignored(stored)
+        sources = sources_in(known, stored, Fp8Blocks(*block_sizes(config)))
+        theirs = {hf_name: source for hf_name, source in sources.items() if hf_name not in self._repeats}
+        check_shapes({hf_name: source.shape for hf_name, source in theirs.items()}, self._hf_shapes, "A checkpoint")
+        plain = [name for name, source in theirs.items() if source.is_plain and name not in self._hf_buffers]
+        check_dtypes({hf_name: stored[theirs[hf_name].names[0]].dtype for hf_name in plain})
+        pieces = [Piece((), tuple(ignored))] if ignored else []
+        for hf_name, original in self._repeats.items():
+            if hf_name in sources:
+                names = sources[hf_name].names + sources[original].names
+                pieces.append(Piece((), names, decode=partial(check_same, names)))
+        for piece in self._pieces:
+            pieces += theirs[piece.hf_name].find(piece)
+        return pieces
+
     def to_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's whole state under Hugging Face's names. Raises ValueError, naming keys, for anything else."""
-        _check(state, self._shapes, self._buffers, "The model")
+        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, self._shapes, "The model")
+        check_dtypes({name: tensor.dtype for name, tensor in state.items() if name not in self._buffers})
         return {piece.hf_name: _to_hf(piece, state) for piece in self._pieces}
 
     def from_hf(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole Hugging Face state under the model's names. Raises ValueError, naming keys, for anything else."""
-        state = self._without_others(state)
-        theirs = {hf_name: tensor for hf_name, tensor in state.items() if hf_name not in self._repeats}
-        _check(theirs, self._hf_shapes, self._hf_buffers, "Hugging Face's checkpoint")
-        for hf_name, original in self._repeats.items():
-            if hf_name in state and not _equal(state[hf_name], state[original]):
-                raise ValueError(
-                    f"Got {hf_name} with other values than {original}. This model has one weight for both. Take the "
-                    "flavor that does not tie them."
-                )
-        parts: dict[str, list[Tensor]] = {name: [] for name in self._shapes}
-        stacked = set()
-        for piece in self._pieces:
-            for slot, tensor in zip(piece.own, piece.from_hf(theirs[piece.hf_name]), strict=True):
-                parts[slot.name].append(tensor)
-                if slot.index is not None:
-                    stacked.add(slot.name)
-        return {name: torch.stack(tensors) if name in stacked else tensors[0] for name, tensors in parts.items()}
+        whole: dict[str, Tensor] = {}
+        matrices: dict[str, list[Tensor]] = {}
+        for piece in self.find(state):
+            tensors = piece.from_hf([state[name] for name in piece.hf_names])
+            for (name, index), tensor in zip(piece.own, tensors, strict=True):
+                if index is None:
+                    whole[name] = tensor
+                else:
+                    matrices.setdefault(name, []).append(tensor)
+        whole |= {name: torch.stack(tensors) for name, tensors in matrices.items()}
+        return {name: whole[name] for name in self._shapes}
 
-    def _without_others(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint without what the model does without, and by the names that it has when it is alone."""
-        if self._inside is not None and any(name.startswith(self._inside.prefix) for name in state):
-            within, others = self._inside.prefix, self._inside.others
-            state = {name.removeprefix(within): state[name] for name in state if not name.startswith(others)}
-        return {name: tensor for name, tensor in state.items() if not name.startswith(self._ignored)}
+    def _own_and_ignored(self, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+        """`{name when the model is alone: name in the checkpoint}`, and names of what the model does without."""
+        prefix, ignored = "", self._ignored
+        if self._inside is not None and any(name.startswith(self._inside.prefix) for name in stored):
+            prefix = self._inside.prefix
+            ignored = (*self._inside.others, *(prefix + name for name in ignored))
+        known = {name.removeprefix(prefix): name for name in stored if not name.startswith(ignored)}
+        return known, [name for name in stored if name.startswith(ignored)]
 
 
 def _to_hf(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:
-    return piece.to_hf([_in(slot, state) for slot in piece.own])
-
-
-def _in(slot: Slot, state: Mapping[str, Tensor]) -> Tensor:
-    return state[slot.name] if slot.index is None else state[slot.name][slot.index]
-
-
-def _check(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], buffers: Collection[str], whose: str
-) -> None:
-    """Raise ValueError, naming keys, unless `state` has these names and shapes, and weights one floating dtype."""
-    missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"Got a state that lacks {listed(missing)} and has {listed(unexpected)} besides. {whose} has "
-            f"{len(shapes)} tensors, all needed, and no others. Take the flavor that the weights belong to."
-        )
-    wrong = [name for name, shape in shapes.items() if tuple(state[name].shape) != shape]
-    if wrong:
-        told = [f"{name} {list(state[name].shape)} instead of {list(shapes[name])}" for name in wrong]
-        raise ValueError(f"Got {listed(told)}. Shapes must agree. Take the flavor that the weights belong to.")
-    weights = {name: tensor for name, tensor in state.items() if name not in buffers}
-    common = Counter(tensor.dtype for tensor in weights.values()).most_common(1)[0][0]
-    other = [f"{name} ({tensor.dtype})" for name, tensor in weights.items() if tensor.dtype != common]
-    if other:
-        raise ValueError(f"Got {listed(other)} among {common}. Weights have one dtype. Cast them to one before.")
-    if not common.is_floating_point:
-        raise ValueError(f"Got weights of {common}. They are floating-point numbers. Dequantise them before.")
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same values, as far as this rank holds them; on the meta device it holds none."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    if first.is_meta or second.is_meta:
-        return True
-    first, second = local_part(first)[0], local_part(second)[0]
-    return first is second or torch.equal(first, second)
+    return piece.to_hf([state[name] if index is None else state[name][index] for name, index in piece.own])

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from titan_models.hf_pieces import Piece
 from titan_models.hf_steps import Step
 
 
@@ -31,41 +30,6 @@ Rules = dict[str | tuple[str, ...], str | Stored]
 """`{own pattern: Hugging Face's}`, or `{(own patterns): Stored(...)}` for weights that are one tensor there."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A weight of the model, or one of the matrices that it is a stack of."""
-
-    name: str
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Weights of the model, and the tensor `hf_name` of Hugging Face's that holds the same numbers."""
-
-    own: tuple[Slot, ...]
-    hf_name: str
-    steps: tuple[Step, ...]
-
-    def to_hf(self, own: list[Tensor]) -> Tensor:
-        """Hugging Face's tensor, of own ones. Without steps it is the very tensor that was given."""
-        for step in self.steps:
-            own = step.to_hf(own)
-        if len(own) != 1:
-            raise ValueError(
-                f"Got a rule by which {', '.join(slot.name for slot in self.own)} are {len(own)} tensors after all "
-                f"steps. {self.hf_name} is one. Add a step that joins them."
-            )
-        return own[0]
-
-    def from_hf(self, tensor: Tensor) -> list[Tensor]:
-        """Own tensors, of Hugging Face's. Without steps it is the very tensor that was given."""
-        tensors = [tensor]
-        for step in reversed(self.steps):
-            tensors = step.from_hf(tensors)
-        return tensors
-
-
 def pieces_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[Piece]:
     """What becomes of each weight.
 
@@ -75,18 +39,7 @@ def pieces_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[Piece
     pieces: list[Piece] = []
     used = set()
     for name in shapes:
-        fitting = [
-            (group, stored, match)
-            for group, stored in groups
-            for pattern in group
-            if (match := re.fullmatch(_expression(pattern), name))
-        ]
-        if len(fitting) != 1:
-            raise ValueError(
-                f"Got {len(fitting)} rules for the parameter {name}. Each parameter has one place in Hugging Face's "
-                "checkpoint. Give it one rule."
-            )
-        group, stored, match = fitting[0]
+        group, stored, match = _rule_for(name, groups)
         used.add(group)
         names = tuple(_filled(pattern, match) for pattern in group)
         if absent := [other for other in names if other not in shapes]:
@@ -104,14 +57,29 @@ def pieces_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[Piece
     return pieces
 
 
+def _rule_for(name: str, groups: list[tuple[tuple[str, ...], Stored]]) -> tuple[tuple[str, ...], Stored, re.Match[str]]:
+    fitting = [
+        (group, stored, match)
+        for group, stored in groups
+        for pattern in group
+        if (match := re.fullmatch(_expression(pattern), name))
+    ]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"Got {len(fitting)} rules for the parameter {name}. Each parameter has one place in Hugging Face's "
+            "checkpoint. Give it one rule."
+        )
+    return fitting[0]
+
+
 def _pieces(
     names: tuple[str, ...], hf_name: str, steps: tuple[Step, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[Piece]:
     if "#" not in hf_name:
-        yield Piece(tuple(Slot(name) for name in names), hf_name, steps)
+        yield Piece(tuple((name, None) for name in names), (hf_name,), steps)
         return
     for index in range(shapes[names[0]][0]):
-        yield Piece(tuple(Slot(name, index) for name in names), hf_name.replace("#", str(index)), steps)
+        yield Piece(tuple((name, index) for name in names), (hf_name.replace("#", str(index)),), steps)
 
 
 def _stored(stored: str | Stored) -> Stored:

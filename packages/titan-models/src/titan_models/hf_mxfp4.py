@@ -1,0 +1,58 @@
+"""Weights in MXFP4, as OpenAI releases GPT-OSS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_models.hf_forms import Form
+from titan_models.hf_pieces import Piece
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the 16 codes mean (Open Compute Project, "Microscaling formats", 5.3.3)."""
+
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Mxfp4(Form):
+    """A stack of matrices in blocks of 32 numbers of 4 bits, two a byte, the lower half first, and powers of two.
+
+    Blocks `[E, R, C / 32, 16]` and exponents `[E, R, C / 32]`, both uint8, are the numbers `[E, C, R]`: transposed. It
+    is read expert by expert. Source: Open Compute Project, "OCP microscaling formats (MX) specification" (2023).
+    """
+
+    def shape(self, *parts: Tensor) -> tuple[int, ...]:
+        blocks, exponents = parts
+        fit = blocks.dim() == 4 and blocks.shape[-1] == _BLOCK // 2 and blocks.shape[:-1] == exponents.shape
+        if not fit or {blocks.dtype, exponents.dtype} != {torch.uint8}:
+            raise ValueError(
+                f"Got MXFP4 blocks {list(blocks.shape)} of {blocks.dtype} with exponents {list(exponents.shape)} of "
+                f"{exponents.dtype}. Blocks are uint8 [experts, rows, columns / 32, 16], and each has an exponent of "
+                "uint8. Download it again."
+            )
+        num_experts, rows, num_blocks = exponents.shape
+        return num_experts, _BLOCK * num_blocks, rows
+
+    def find(self, piece: Piece, names: tuple[str, ...], shape: tuple[int, ...]) -> list[Piece]:
+        return [
+            Piece(tuple((name, expert) for name, _ in piece.own), names, piece.steps, _Matrix(expert))
+            for expert in range(shape[0])
+        ]
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Reads the matrix of one expert."""
+
+    expert: int
+
+    def __call__(self, blocks: Tensor, exponents: Tensor) -> Tensor:
+        """Its numbers `[C, R]`, fp32."""
+        bytes_RCB = blocks[self.expert]
+        codes_RCB = torch.stack((bytes_RCB & 15, bytes_RCB >> 4), dim=-1).flatten(-2)
+        numbers_RCB = torch.tensor(_E2M1, device=blocks.device)[codes_RCB.int()]
+        powers_RC = exponents[self.expert].int() - 127
+        return torch.ldexp(numbers_RCB, powers_RC.unsqueeze(-1)).flatten(-2).mT

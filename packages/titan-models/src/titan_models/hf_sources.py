@@ -1,0 +1,58 @@
+"""What the tensors of a checkpoint are once they are not quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from titan_models.hf_forms import Form, Plain
+from titan_models.hf_fp8 import Fp8Blocks
+from titan_models.hf_mxfp4 import Mxfp4
+from titan_models.hf_pieces import Piece
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of a checkpoint that are one weight, and how."""
+
+    names: tuple[str, ...]
+    form: Form
+    shape: tuple[int, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one tensor, not quantised numbers and their factors."""
+        return len(self.names) == 1
+
+    def find(self, piece: Piece) -> list[Piece]:
+        """A piece as it is in the checkpoint, as one or several."""
+        return self.form.find(piece, self.names, self.shape)
+
+
+def sources_in(known: Mapping[str, str], stored: Mapping[str, Tensor], fp8: Fp8Blocks) -> dict[str, Source]:
+    """The weights in a checkpoint; `known` maps their names to those that they have there.
+
+    Raises ValueError for factors whose shape is not that of the numbers' blocks.
+    """
+    sources = {}
+    taken: set[str] = set()
+    for name, parts, form in _quantised(known, fp8):
+        there = tuple(known[part] for part in parts)
+        sources[name] = Source(there, form, form.shape(*(stored[part] for part in there)))
+        taken.update(parts)
+    for name in known:
+        if name not in taken:
+            sources[name] = Source((known[name],), Plain(), tuple(stored[known[name]].shape))
+    return sources
+
+
+def _quantised(known: Mapping[str, str], fp8: Fp8Blocks) -> Iterator[tuple[str, tuple[str, str], Form]]:
+    """The name of each quantised weight, those of its parts, and its form."""
+    for name in known:
+        stem = name.removesuffix("_blocks")
+        if f"{name}_scale_inv" in known:
+            yield name, (name, f"{name}_scale_inv"), fp8
+        elif stem != name and f"{stem}_scales" in known:
+            yield stem, (name, f"{stem}_scales"), Mxfp4()
