@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from titan_models import Attention, Decoder, FeedForward, MultiHeadLatentAttention
-from titan_models.moe import MoE
+from titan_models import Attention, Decoder, FeedForward, MultiHeadLatentAttention, Yarn
+from titan_models.moe import ClampedGating, MoE
 
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
@@ -19,6 +19,8 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     config.rope.dim = 8
     if config.rope.scaling is not None:
         config.rope.scaling.original_max_seq_len = 32
+        if isinstance(config.rope.scaling, Yarn.Config):  # that some of so few pairs lie between fast and slow
+            config.rope.scaling.beta_fast, config.rope.scaling.beta_slow = 4.0, 0.01
     config.max_seq_len = 1024
     return config
 
@@ -47,11 +49,13 @@ def _shrink_feed_forward(feed_forward: FeedForward.Config) -> None:
     if shared is not None:
         shared.hidden_dim = 20 * shared.hidden_dim // feed_forward.experts.hidden_dim
     feed_forward.experts.hidden_dim = 20
+    if isinstance(feed_forward.experts.gating, ClampedGating.Config):
+        feed_forward.experts.gating.limit = 0.5  # within reach of small weights
 
 
 @pytest.fixture(scope="session")
 def shrunk() -> Callable[[Callable[[], Decoder.Config]], Decoder.Config]:
-    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 to 5 layers 48 wide, chunks of 16."""
+    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 to 5 layers 48 wide, chunks and windows of 16."""
     return _shrunk
 
 
@@ -63,6 +67,8 @@ def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int 
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains of exactly 1 would hide mistakes
                 parameter.uniform_(0.5, 1.5, generator=generator)
+            if name.endswith(("bias", "sinks")):  # and so would zeros
+                parameter.normal_(std=0.5, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("balancing.bias"):  # wide enough to change choices
                 buffer.uniform_(-0.02, 0.02, generator=generator)
@@ -71,7 +77,7 @@ def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int 
 
 @pytest.fixture(scope="session")
 def made() -> Callable[..., Decoder]:
-    """`made(config, dtype, seed)`: the model with weights, its norms not all ones."""
+    """`made(config, dtype, seed)`: the model with weights: norms not all ones, biases and sinks not near zero."""
     return _made
 
 

@@ -15,6 +15,7 @@ from titan_models.deepseek import (
     deepseek_v3_671b,
     deepseek_v3_debug,
 )
+from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_120b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.moe import Loop, MoE
@@ -59,6 +60,9 @@ PARAMETERS = {
     deepseek_v2_lite_16b: 15_706_484_224,
     deepseek_v2_236b: 235_741_434_880,
     deepseek_v3_671b: 671_026_404_352,
+    gpt_oss_debug: 81_489_440,
+    gpt_oss_20b: 20_914_757_184,
+    gpt_oss_120b: 116_829_156_672,
 }
 
 
@@ -99,6 +103,7 @@ def test_active_parameters_are_all_but_those_of_experts_that_a_token_does_not_go
         deepseek_v3_671b,
         llama4_scout,
         llama4_maverick,
+        gpt_oss_20b,
     ],
 )
 def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: Any) -> None:

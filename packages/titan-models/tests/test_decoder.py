@@ -10,6 +10,7 @@ import pytest
 import titan_config
 import torch
 from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal
+from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_scout
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
@@ -18,10 +19,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b, qwen3_moe_debug]
-FLAVORS += [llama4_debug, llama4_scout]
+FLAVORS += [llama4_debug, llama4_scout, gpt_oss_debug]
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug, gpt_oss_20b])
 @pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
 def test_packed_documents_equal_the_documents_one_by_one(
     core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
@@ -141,7 +142,7 @@ def test_identical_blocks_compile_once_whatever_the_documents(
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, llama4_debug])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, llama4_debug, gpt_oss_20b])
 def test_recomputed_blocks_give_the_same_gradients(
     flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
 ) -> None:
@@ -166,7 +167,9 @@ def test_every_module_with_weights_has_one_role_but_norms_of_heads_routers_and_e
         if name.endswith(("attention.q_norm", "attention.k_norm", ".router", ".experts")):
             owns = False
         assert len(fitting) == 1 or (not owns and not fitting), name
-    assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_modules()) for p in roles)
+    of_parameters = {p for p, role in roles.items() if role == "per_head"}
+    assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_modules()) for p in roles.keys() - of_parameters)
+    assert all(any(fnmatch.fnmatch(name, p) for name, _ in model.named_parameters()) for p in of_parameters)
 
 
 def test_roles_of_the_8b_model() -> None:
@@ -307,7 +310,7 @@ def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str
         assert torch.equal(models[0](**packed), models[1](**packed))
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, gpt_oss_20b])
 def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, made: Any) -> None:
     """Half of the heads each, by weights alone: the two outputs add up to the whole, as under tensor parallelism."""
     model = made(shrunk(flavor))
@@ -320,6 +323,10 @@ def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, 
         for projection, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
             linear = getattr(part, projection)
             linear.weight = nn.Parameter(linear.weight.chunk(2, dim)[half])
+            if linear.bias is not None:  # that of the output is added once
+                linear.bias = nn.Parameter(linear.bias.chunk(2)[half] if dim == 0 else linear.bias * (1 - half))
+        if part.sinks is not None:
+            part.sinks = nn.Parameter(part.sinks.chunk(2)[half])
         halves.append(part(*inputs))
     torch.testing.assert_close(halves[0] + halves[1], whole(*inputs), rtol=0, atol=1e-6)
 

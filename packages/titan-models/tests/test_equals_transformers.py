@@ -14,8 +14,10 @@ import torch
 import transformers
 from titan_models import Decoder, Rope
 from titan_models.deepseek import deepseek_debug, deepseek_v2_236b, deepseek_v2_lite_16b, deepseek_v3_671b
+from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_120b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
+from titan_models.moe import SiluGating
 from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,8 +27,10 @@ from torch.utils import _pytree as pytree
 DENSE = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
 MOE = [qwen3_moe_debug, qwen3_30b_a3b, llama4_debug, llama4_scout, llama4_maverick]
 DEEPSEEK = [deepseek_debug, deepseek_v2_lite_16b, deepseek_v2_236b, deepseek_v3_671b]
-FLAVORS = [*DENSE, *MOE, *DEEPSEEK]
-TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, llama4_maverick, deepseek_v3_671b]
+GPT_OSS = [gpt_oss_debug, gpt_oss_20b, gpt_oss_120b]
+FLAVORS = [*DENSE, *MOE, *DEEPSEEK, *GPT_OSS]
+TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b]
+TIED_AND_NOT += [llama4_maverick, deepseek_v3_671b, gpt_oss_20b]
 LENGTH = 96  # three times the shrunk original length
 
 
@@ -129,6 +133,17 @@ def test_logits_and_gradients_are_equal(
 @pytest.mark.parametrize(
     ("flavor", "part"),
     [
+        (gpt_oss_20b, "block.attention.sink_init"),
+        (gpt_oss_20b, "block.attention.limits"),
+        (gpt_oss_20b, "block.attention.input.bias_init"),
+        (gpt_oss_20b, "block.attention.output.bias_init"),
+        (gpt_oss_20b, "block.feed_forward.router.bias_init"),
+        (gpt_oss_20b, "block.feed_forward.experts.bias_init"),
+        (gpt_oss_20b, "block.feed_forward.experts.gating"),
+        (gpt_oss_20b, "block.feed_forward.experts.gating.alpha"),
+        (gpt_oss_20b, "block.feed_forward.experts.gating.limit"),
+        (gpt_oss_20b, "rope.scaling.truncate"),
+        (gpt_oss_20b, "rope.scaling.attention_factor"),
         (qwen3_30b_a3b, "block.feed_forward.router.renormalise"),
         (qwen3_30b_a3b, "block.feed_forward.router.top_k"),
         (qwen3_30b_a3b, "block.feed_forward.router.score"),
@@ -165,13 +180,14 @@ def test_a_model_without_a_part_is_noticed(
     without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
     without |= {"limits": [], "weighted": "output", "rotation": "halves"}
     without |= {"scale": 2.0, "num_kept": 3, "factor": 20.0}
+    without |= {"gating": SiluGating.Config(), "alpha": 1.0, "limit": 1.0, "truncate": True, "attention_factor": 1.0}
     *parents, name = part.split(".")
     owner = functools.reduce(lambda o, n: o[n] if isinstance(o, dict) else getattr(o, n), parents, config)
     setattr(owner, name, without.get(name))
     other = config.build().double()
     other.load_state_dict({name: model.state_dict()[name] for name in other.state_dict()})
     with torch.no_grad():
-        assert (other(**batch) - theirs).abs().max() > 1e-5
+        assert (other(**batch) - theirs).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
@@ -187,13 +203,31 @@ def test_logits_equal_without_scaling_and_with_other_theta(
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
 
 
-def test_logits_equal_far_from_the_start(shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]) -> None:
-    model = made(shrunk(llama3_1b), torch.float64)
+@pytest.mark.parametrize("flavor", [llama3_1b, gpt_oss_20b])
+def test_logits_equal_far_from_the_start(
+    flavor: Any, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+) -> None:
+    model = made(shrunk(flavor), torch.float64)
     batch["positions"] = batch["positions"] + 900
     their_model = reference(model, torch.float64)
     with torch.no_grad(), InDouble():
         theirs = their_model(batch["tokens"], position_ids=batch["positions"]).logits
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, gpt_oss_20b])
+def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
+    flavor: Any, shrunk: Any, made: Any, reference: Any, packed: dict[str, Tensor]
+) -> None:
+    model = made(shrunk(flavor), torch.float64)
+    their_model = reference(model, torch.float64)
+    with torch.no_grad():
+        logits = model(**packed)
+        for row, ids in enumerate(packed["document_ids"]):
+            for where in (ids == document for document in ids.unique()):
+                with InDouble():
+                    alone = their_model(packed["tokens"][row, where][None]).logits[0]
+                torch.testing.assert_close(logits[row, where], alone, rtol=0, atol=1e-9)
 
 
 def test_positions_shifted_for_keys_alone_are_noticed(

@@ -1,0 +1,60 @@
+"""The released sizes of GPT-OSS, and a small one for development. Each call makes a config of its own, to change."""
+
+from __future__ import annotations
+
+from titan_models.block import Block
+from titan_models.gpt_oss.model import GptOss
+from titan_models.grouped_query_attention import GroupedQueryAttention
+from titan_models.initializers import Constant, TruncatedNormal
+from titan_models.linear import Linear, into_stream
+from titan_models.mask import MaskLimit, SlidingWindow
+from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
+from titan_models.rope import Rope
+from titan_models.yarn import Yarn
+
+
+def gpt_oss_debug() -> GptOss.Config:
+    """81 million parameters, 8 experts, 4 of them for each token, with a vocabulary of 2048: trains on a laptop."""
+    return _gpt_oss(vocab_size=2048, dim=256, num_layers=4, num_experts=8)
+
+
+def gpt_oss_20b() -> GptOss.Config:
+    """GPT-OSS 20B: 32 experts, 4 of them for each token, 3.6 billion parameters."""
+    return _gpt_oss(num_layers=24, num_experts=32)
+
+
+def gpt_oss_120b() -> GptOss.Config:
+    """GPT-OSS 120B: 128 experts, 4 of them for each token, 5.1 billion parameters."""
+    return _gpt_oss(num_layers=36, num_experts=128)
+
+
+def _gpt_oss(*, vocab_size: int = 201_088, dim: int = 2880, num_layers: int, num_experts: int) -> GptOss.Config:
+    return GptOss.Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        num_layers=num_layers,
+        block=_block(num_layers, num_experts, limits=[SlidingWindow.Config(size=128)]),
+        exceptions={"1::2": _block(num_layers, num_experts, limits=[])},
+        rope=Rope.Config(dim=64, theta=150_000.0, scaling=Yarn.Config(factor=32.0, truncate=False)),
+    )
+
+
+def _block(num_layers: int, num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
+    zeros, small = Constant.Config(value=0.0), into_stream(num_layers).weight_init
+    return Block.Config(
+        attention=GroupedQueryAttention.Config(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            limits=limits,
+            input=Linear.Config(bias_init=zeros),
+            output=Linear.Config(weight_init=small, bias_init=zeros),
+            sink_init=TruncatedNormal.Config(std=0.02),
+        ),
+        feed_forward=MoE.Config(
+            router=TopKRouter.Config(num_experts=num_experts, top_k=4, renormalise=True, bias_init=zeros),
+            experts=SwiGLUExperts.Config(
+                hidden_dim=2880, gating=ClampedGating.Config(), output_init=small, bias_init=zeros
+            ),
+        ),
+    )

@@ -1,0 +1,109 @@
+"""GPT-OSS as transformers' `GptOssForCausalLM` names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_models.attention import Attention
+from titan_models.feed_forward import FeedForward
+from titan_models.gpt_oss.model import GptOss
+from titan_models.grouped_query_attention import GroupedQueryAttention
+from titan_models.hf_adapter import HfAdapter
+from titan_models.hf_decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
+from titan_models.hf_rules import Rules, Stored
+from titan_models.hf_steps import Alternating, Transposed
+from titan_models.mask import SlidingWindow
+from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
+
+_ATTENTION_RULES: Rules = {
+    **GROUPED_QUERY_RULES,
+    "layers.*.attention.q_proj.bias": "model.layers.*.self_attn.q_proj.bias",
+    "layers.*.attention.k_proj.bias": "model.layers.*.self_attn.k_proj.bias",
+    "layers.*.attention.v_proj.bias": "model.layers.*.self_attn.v_proj.bias",
+    "layers.*.attention.o_proj.bias": "model.layers.*.self_attn.o_proj.bias",
+    "layers.*.attention.sinks": "model.layers.*.self_attn.sinks",
+}
+_MOE_RULES: Rules = {
+    "layers.*.feed_forward.router.weight": "model.layers.*.mlp.router.weight",
+    "layers.*.feed_forward.router.bias": "model.layers.*.mlp.router.bias",
+    ("layers.*.feed_forward.experts.gate_proj", "layers.*.feed_forward.experts.up_proj"): Stored(
+        "model.layers.*.mlp.experts.gate_up_proj", Alternating(dim=-2), Transposed()
+    ),
+    ("layers.*.feed_forward.experts.gate_bias", "layers.*.feed_forward.experts.up_bias"): Stored(
+        "model.layers.*.mlp.experts.gate_up_proj_bias", Alternating(dim=-1)
+    ),
+    "layers.*.feed_forward.experts.down_proj": Stored("model.layers.*.mlp.experts.down_proj", Transposed()),
+    "layers.*.feed_forward.experts.down_bias": "model.layers.*.mlp.experts.down_proj_bias",
+}
+_GPT_OSS_VOCABULARY = 201_088  # in which <|endoftext|> is 199999 and <|return|> 200002
+
+
+def hf_adapter(config: GptOss.Config) -> HfAdapter:
+    """The adapter of a model. Raises ValueError for a model that `GptOssForCausalLM` cannot be."""
+    blocks = config.blocks()
+    known = config.vocab_size == _GPT_OSS_VOCABULARY
+    hf_config = {
+        **grouped_query_fields(config),
+        **_window_fields([block.attention for block in blocks]),
+        **_moe_fields([block.feed_forward for block in blocks]),
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "pad_token_id": 199_999 if known else None,
+        "eos_token_id": 200_002 if known else None,
+    }
+    return decoder_adapter(config, hf_config, rules=_ATTENTION_RULES | _MOE_RULES)
+
+
+def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
+    if not all(_is_gpt_osss_attention(attention) for attention in attentions):
+        raise ValueError(
+            "Got attention with other limits than one SlidingWindow, or with qk_norm, or without sinks or some of its "
+            "biases. transformers' GptOssForCausalLM has all of these but the norms. Make it that to export the model."
+        )
+    sizes = [
+        limit.size for attention in attentions for limit in attention.limits if isinstance(limit, SlidingWindow.Config)
+    ]
+    return {
+        "layer_types": ["sliding_attention" if attention.limits else "full_attention" for attention in attentions],
+        "sliding_window": same_in_all("windows", sizes) if sizes else None,
+    }
+
+
+def _is_gpt_osss_attention(attention: Attention.Config) -> bool:
+    if not isinstance(attention, GroupedQueryAttention.Config) or attention.qk_norm is not None:
+        return False
+    has_all = None not in (attention.input.bias_init, attention.output.bias_init, attention.sink_init)
+    kinds = [type(limit) for limit in attention.limits]
+    return has_all and kinds in ([], [SlidingWindow.Config])
+
+
+def _moe_fields(feed_forwards: list[FeedForward.Config]) -> dict[str, Any]:
+    moe = same_in_all("mixtures of experts", feed_forwards)
+    if not _is_gpt_osss_moe(moe):
+        raise ValueError(
+            f"Got {moe}. transformers' GptOssForCausalLM has SwiGLUExperts with ClampedGating, chosen by a TopKRouter "
+            "by their renormalised softmax alone, biases in both, and no shared experts. Make it that to export the "
+            "model."
+        )
+    router, experts = moe.router, moe.experts
+    return {
+        "num_local_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "intermediate_size": experts.hidden_dim,
+        "swiglu_alpha": experts.gating.alpha,
+        "swiglu_limit": experts.gating.limit,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def _is_gpt_osss_moe(moe: FeedForward.Config) -> bool:
+    if not isinstance(moe, MoE.Config) or moe.shared is not None:
+        return False
+    router, experts = moe.router, moe.experts
+    if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
+        return False
+    has_biases = None not in (router.bias_init, experts.bias_init)
+    chosen = (router.groups, router.score, router.renormalise, router.scale) == (None, "softmax", True, 1.0)
+    return has_biases and chosen and isinstance(experts.gating, ClampedGating.Config)
