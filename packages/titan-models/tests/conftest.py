@@ -55,7 +55,7 @@ def _shrink_feed_forward(feed_forward: FeedForward.Config) -> None:
 
 @pytest.fixture(scope="session")
 def shrunk() -> Callable[[Callable[[], Decoder.Config]], Decoder.Config]:
-    """`shrunk(llama3_8b)`: the flavor with its ratios, tying and rope, 3 to 5 layers 48 wide, chunks and windows of 16."""
+    """`shrunk(llama3_8b)`: the flavor with its ratios, tying, rope, 3 to 5 layers 48 wide, windows and chunks of 16."""
     return _shrunk
 
 

@@ -58,8 +58,9 @@ def hf_adapter(config: GptOss.Config) -> HfAdapter:
 def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
     if not all(_is_gpt_osss_attention(attention) for attention in attentions):
         raise ValueError(
-            "Got attention with other limits than one SlidingWindow, or with qk_norm, or without sinks or some of its "
-            "biases. transformers' GptOssForCausalLM has all of these but the norms. Make it that to export the model."
+            "Got attention with other limits than one SlidingWindow, with norms, a temperature or another rotation, or "
+            "without sinks or some biases. transformers' GptOssForCausalLM has sinks, biases and rotated halves alone. "
+            "Make it that to export the model."
         )
     sizes = [
         limit.size for attention in attentions for limit in attention.limits if isinstance(limit, SlidingWindow.Config)
@@ -71,11 +72,12 @@ def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
 
 
 def _is_gpt_osss_attention(attention: Attention.Config) -> bool:
-    if not isinstance(attention, GroupedQueryAttention.Config) or attention.qk_norm is not None:
+    if not isinstance(attention, GroupedQueryAttention.Config):
         return False
     has_all = None not in (attention.input.bias_init, attention.output.bias_init, attention.sink_init)
+    rotates_alone = (attention.qk_norm, attention.temperature, attention.rotation) == (None, None, "halves")
     kinds = [type(limit) for limit in attention.limits]
-    return has_all and kinds in ([], [SlidingWindow.Config])
+    return has_all and rotates_alone and kinds in ([], [SlidingWindow.Config])
 
 
 def _moe_fields(feed_forwards: list[FeedForward.Config]) -> dict[str, Any]:
@@ -105,5 +107,6 @@ def _is_gpt_osss_moe(moe: FeedForward.Config) -> bool:
     if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
         return False
     has_biases = None not in (router.bias_init, experts.bias_init)
-    chosen = (router.groups, router.score, router.renormalise, router.scale) == (None, "softmax", True, 1.0)
-    return has_biases and chosen and isinstance(experts.gating, ClampedGating.Config)
+    chosen = (router.score, router.renormalise, router.scale) == ("softmax", True, 1.0)
+    limited = router.groups is not None or router.balancing is not None
+    return has_biases and chosen and not limited and isinstance(experts.gating, ClampedGating.Config)
