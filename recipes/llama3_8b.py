@@ -12,9 +12,8 @@ torchrun --nproc-per-node 8 recipes/llama3_8b.py --tokenizer.path /path/to/token
 from pathlib import Path
 
 from titan_ckpt import Checkpointer
-from titan_config import Configurable
 from titan_data import HuggingFaceSource, TiktokenTokenizer, TokenLoader
-from titan_models import Flex, llama3
+from titan_models import Decoder, Flex, llama3
 from titan_parallel import Compile, SelectiveRecompute
 from titan_trainer import AdamW, Trainer, Training, Validator, WarmupStableDecay, main
 
@@ -32,9 +31,10 @@ def c4(split: str) -> HuggingFaceSource.Config:
     return HuggingFaceSource.Config(path="allenai/c4", name="en", split=split, streaming=True)
 
 
-def llama3_run(model: Configurable.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
+def llama3_run(model: Decoder.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
     """What the Llama 3 recipes share: 8192 tokens a row, documents kept apart by flex attention."""
-    model.block.attention.core = Flex.Config()
+    for block in model.blocks():
+        block.attention.core = Flex.Config()
     return Trainer.Config(
         model=model,
         tokenizer=llama3_tokenizer(),

@@ -19,6 +19,9 @@ RECIPES = [
     "qwen3_8b",
     "qwen3_moe_debug",
     "qwen3_30b_a3b",
+    "llama4_debug",
+    "llama4_scout",
+    "llama4_maverick",
 ]
 
 

@@ -1,0 +1,30 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
+# ]
+# ///
+"""A Llama 4 of 8 experts in every second layer, 15 million parameters in all, learns Jane Austen's English on a CPU.
+
+torchrun --nproc-per-node 2 recipes/llama4_debug.py [--training.steps 20] [--help]
+"""
+
+from pathlib import Path
+
+from llama3_debug import llama3_debug, report
+from titan_models import llama4
+from titan_trainer import Trainer, main
+
+
+def llama4_debug() -> Trainer.Config:
+    """The run of llama3_debug with another model."""
+    config = llama3_debug()
+    config.model = llama4.llama4_debug()
+    config.dump_folder = Path("outputs/llama4_debug")
+    return config
+
+
+if __name__ == "__main__":
+    trainer = main(llama4_debug)
+    if trainer.is_first_rank:
+        report(trainer)

@@ -1,0 +1,37 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more. Each rank gathers all experts of a layer.
+
+torchrun --nnodes 16 --nproc-per-node 8 ... recipes/llama4_scout.py --tokenizer.path /path/to/tokenizer.json
+"""
+
+from pathlib import Path
+
+from llama3_8b import llama3_run
+from titan_data import HFTokenizer
+from titan_models import llama4
+from titan_parallel import FullRecompute
+from titan_trainer import Trainer, main
+
+
+def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
+    """What the Llama 4 recipes share: the run of the Llama 3 recipes on Llama 4's tokens."""
+    config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
+    config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
+    config.activation_checkpoint = FullRecompute.Config()
+    return config
+
+
+def llama4_scout() -> Trainer.Config:
+    """Two million tokens a step."""
+    config = llama4_run(llama4.llama4_scout(), global_batch_size=256, lr=1.5e-4)
+    config.dump_folder = Path("outputs/llama4_scout")
+    return config
+
+
+if __name__ == "__main__":
+    main(llama4_scout)
