@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from titan_config import Configurable
+from titan_models.moe import MoE
 
 REPO = Path(__file__).parent.parent
 
@@ -39,6 +40,17 @@ def change(config: Configurable.Config, changes: dict) -> None:
         setattr(node, name, value)
 
 
+def narrow(block: Configurable.Config) -> None:
+    """Four heads, two of keys and values; feed-forward layers 128 wide; chunks shorter than the rows."""
+    change(block, {"attention.num_heads": 4, "attention.num_kv_heads": 2})
+    is_mixture = isinstance(block.feed_forward, MoE.Config)
+    change(block, {"feed_forward.experts.hidden_dim" if is_mixture else "feed_forward.hidden_dim": 128})
+    if is_mixture and block.feed_forward.shared is not None:
+        block.feed_forward.shared.hidden_dim = 128
+    for limit in block.attention.limits:
+        limit.size = 16
+
+
 @pytest.fixture
 def small_run(recipe, tmp_path):
     """`small_run("name", {"training.steps": 5})`: a debug recipe with two narrow layers and 8 rows of 64 tokens."""
@@ -46,10 +58,8 @@ def small_run(recipe, tmp_path):
     def config(name: str = "run", changes: dict | None = None, flavor: str = "llama3_debug"):
         run = getattr(recipe(flavor), flavor)()
         small = {
-            "model.num_layers": 2,
+            "model.num_layers": 4 if run.model.exceptions else 2,
             "model.dim": 64,
-            "model.block.attention.num_heads": 4,
-            "model.block.attention.num_kv_heads": 2,
             "training.seq_len": 64,
             "training.global_batch_size": 8,
             "training.local_batch_size": 2,
@@ -59,9 +69,10 @@ def small_run(recipe, tmp_path):
             "checkpoint": None,
             "dump_folder": tmp_path / name,
         }
-        width = {"qwen3_moe_debug": "model.block.feed_forward.experts.hidden_dim"}
-        small[width.get(flavor, "model.block.feed_forward.hidden_dim")] = 128
-        change(run, small | (changes or {}))
+        change(run, small)
+        for block in run.model.blocks():
+            narrow(block)
+        change(run, changes or {})
         return run
 
     return config
