@@ -15,17 +15,19 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """Draw every parameter of `model` in place, from generators keyed by (seed, its fully qualified name, place in it).
 
     The parameters have memory, on any device and in any dtype, plain or `DTensor`: whatever the sharding, the whole
-    tensor has the same bits. A tied parameter is drawn once, by the first name it has. Buffers get their first values,
-    too. Raises ValueError for what nobody has an initializer for, and for what is on the meta device.
+    tensor has the same bits. A tied parameter is drawn once, by the first name it has. Buffers that are
+    state get their first values, too. Raises ValueError for what nobody has an initializer for, and for what is on the
+    meta device.
     """
     seen: set[Tensor] = set()
+    state = model.state_dict(keep_vars=True)
     for prefix, module in model.named_modules():
         own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
         initializers = module.initializers() if isinstance(module, Part) else {}
         for name, parameter in own.items():
             full_name = f"{prefix}.{name}" if prefix else name
-            if parameter in seen:
+            if parameter in seen or full_name not in state:
                 continue
             seen.add(parameter)
             if name not in initializers:

@@ -18,6 +18,7 @@ from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
 from titan_parallel.partial_gradients import PartialGradients
+from titan_parallel.tallies import Tallies
 
 if TYPE_CHECKING:
     from titan_parallel.context_parallel import ContextParallel
@@ -37,6 +38,7 @@ class ParallelModel:
         *,
         schedule: Schedule,
         partial_gradients: PartialGradients | None,
+        tallies: Tallies,
         context: ContextParallel | None = None,
         names_elsewhere: Sequence[str] = (),
         counted_elsewhere: Collection[str] = (),
@@ -48,6 +50,8 @@ class ParallelModel:
         """The parameters of the model that take gradients and that other ranks hold, not this one."""
         self._schedule = schedule
         self._partial_gradients = partial_gradients
+        self._tallies = tallies
+        self._gradient_hook: GradientHook | None = None
         self._counted_elsewhere = counted_elsewhere
         self._ranks_of_data_rank = dims.ranks_of_data_rank
         self._context = context
@@ -61,9 +65,19 @@ class ParallelModel:
         """
         self._agree_on(batches, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
+        self._tallies.forget()
         with self._sharing_sequences(), self._partial_gradients_summed_at_the_end():
             total = self._schedule.forward_backward(batches, loss, denominator / self._num_averaged)
-        return self._sum_over_mesh(total)
+        return self._sum_with_tallies(total)
+
+    def after_step(self) -> dict[str, float]:
+        """To call after each step of the optimizer: parts that count over a step act on what all ranks counted.
+
+        That is how experts are balanced. Returns what these parts tell, such as `expert_load`; of several the highest.
+        """
+        if self._tallies.summed is None:  # a loop of somebody's own went backward
+            self._sum_with_tallies(torch.zeros((), dtype=torch.float64, device=self.dims.device_type))
+        return self._tallies.settle()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[Tensor, Tensor]:
@@ -99,6 +113,7 @@ class ParallelModel:
         where these are reduced too (`fsdp_reduce_gradients` "always", without replicas on the mesh). The hook changes
         the tensor in place (a sum over replicas), and everything after sees the changed one.
         """
+        self._gradient_hook = hook
         self._schedule.set_gradient_hook(hook)
 
     def _sharing_sequences(self) -> AbstractContextManager[None]:
@@ -109,12 +124,30 @@ class ParallelModel:
         """How micro-batches run."""
         return self._schedule
 
+    def _sum_with_tallies(self, total: Tensor) -> Tensor:
+        """The sum of `total` over the mesh, and in the same go those of the tallies, which replicas sum further."""
+        if not self._tallies.size:
+            self._tallies.summed = total.new_zeros(0)
+            return self._sum_over_mesh(total)
+        own_total = total if self._is_first_tensor_rank else torch.zeros_like(total)
+        sums = torch.cat([own_total.reshape(1), self._tallies.own()])
+        if self.dims.world_size > 1:
+            dist.all_reduce(sums)
+        self._tallies.summed = sums[1:].contiguous()
+        if self._gradient_hook is not None:
+            self._gradient_hook(self._tallies.summed)
+        return sums[0]
+
     def _sum_over_mesh(self, totals: Tensor) -> Tensor:
         """Over all ranks that saw other rows, tokens or stages; those of the tensor axis all have the same."""
         if self.dims.world_size > self.dims.num_tensor:
-            totals = totals if self.dims.mesh.get_local_rank("tp") == 0 else torch.zeros_like(totals)
+            totals = totals if self._is_first_tensor_rank else torch.zeros_like(totals)
             dist.all_reduce(totals)
         return totals
+
+    @property
+    def _is_first_tensor_rank(self) -> bool:
+        return self.dims.mesh.get_local_rank("tp") == 0
 
     @property
     def _num_averaged(self) -> int:

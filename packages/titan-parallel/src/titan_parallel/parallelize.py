@@ -18,6 +18,7 @@ from titan_parallel.loss_forward import LossForward
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.roles import Roles, RoleTable
+from titan_parallel.tallies import Tallies
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -60,6 +61,7 @@ def parallelize(
         # The order: context, stages, tensor and sequence parallel, recomputation, compilation, data parallel.
         _check_tensor_parallel(model, matched, dims)
         context = _share_sequences(model, matched, dims)
+        tallies = Tallies(model, matched, dims)
         stages = _cut_into_stages(model, matched, dims, recomputation, compiler, precision)
         agreement.on("stages", "" if stages is None else repr(stages.schedule))
         held = matched if stages is None else matched.held(stages.held)
@@ -80,6 +82,7 @@ def parallelize(
         if stages is None
         else stages.pipeline(units),
         partial_gradients=partial,
+        tallies=tallies,
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,

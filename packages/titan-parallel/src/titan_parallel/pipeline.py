@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,11 +107,16 @@ class StageModule(nn.Module):
         super().__init__()
         self._run = runner.run
         self._index = index
-        self.parameters: Callable[..., Any] = runner.parameters
+        self.parameters: Callable[..., Any] = lambda: itertools.chain(runner.parameters(), _tallies(runner))
         self.micro_batch = 0
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         return self._run(self._index, self.micro_batch, received)
+
+
+def _tallies(runner: nn.Module) -> Iterator[Tensor]:
+    """What takes gradients besides the parameters: leaves in which modules count."""
+    return (buffer for buffer in runner.buffers() if buffer.requires_grad)
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:

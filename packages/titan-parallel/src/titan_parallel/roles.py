@@ -21,6 +21,7 @@ OPTIONS: dict[str, frozenset[str]] = {
     "attention": frozenset(),
     "norm": frozenset({"num_heads", "num_kv_heads"}),
     "per_head": frozenset(),
+    "tally": frozenset(),
     "head": frozenset({"takes_loss"}),
 }
 """Every role and the options it takes; docs/parallel.md says what each is."""

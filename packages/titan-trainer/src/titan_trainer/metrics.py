@@ -6,6 +6,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,8 +57,9 @@ class Metrics(Configurable):
     """Collects a record per step on the first rank and shows it.
 
     `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
-    `tokens_per_second`, `seconds` (of the step), `memory_gib`, where the device's peak is known `mfu`, and after a
-    validation `validation_loss`. A resumed run goes on in the same file, after the step that was loaded.
+    `tokens_per_second`, `seconds` (of the step), `memory_gib`, what parts of the model tell (`expert_load`), where the
+    device's peak is known `mfu`, and after a validation `validation_loss`. A resumed run goes on in the same file, after
+    the step that was loaded.
     """
 
     class Config(Configurable.Config):
@@ -105,11 +107,12 @@ class Metrics(Configurable):
         tokens: int,
         memory_gib: float,
         num_replicas: int = 1,
+        measured: Mapping[str, float] | None = None,
         validation_loss: float | None = None,
     ) -> None:
         """Take what step number `step` (counted from 1) gave, and the validation after it; the next step's time begins.
 
-        `tokens` are those of all `num_replicas`.
+        `tokens` are those of all `num_replicas`; `measured` is what parts of the model tell.
         """
         seconds, self.step_started = self.step_ended - self.step_started, time.perf_counter()
         if not self.is_first_rank:
@@ -124,6 +127,7 @@ class Metrics(Configurable):
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "memory_gib": memory_gib,
+            **(measured or {}),
         }
         if self.seconds_per_token_at_peak is not None:
             record["mfu"] = tokens * self.seconds_per_token_at_peak / (seconds * num_replicas)
@@ -133,7 +137,7 @@ class Metrics(Configurable):
         self.tokens_since_line += tokens
         self.seconds_since_line += seconds
         if step % self.log_freq == 0 or step == self.steps or self.num_steps == 1:
-            self._print_line(record)
+            self._print_line(record, measured or {})
         if validation_loss is not None:
             print(f"step {step:>6}/{self.steps}  validation loss {validation_loss:.4f}", flush=True)
 
@@ -150,14 +154,15 @@ class Metrics(Configurable):
         for sink in self.sinks:
             sink.write(record)
 
-    def _print_line(self, record: Record) -> None:
+    def _print_line(self, record: Record, measured: Mapping[str, float]) -> None:
         tokens_per_second = self.tokens_since_line / self.seconds_since_line
         remaining_s = (time.perf_counter() - self.started) / self.num_steps * (self.steps - record["step"])
         mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        told = "".join(f"{name.replace('_', ' ')} {value:.2f}  " for name, value in measured.items())
         print(
             f"step {record['step']:>6}/{self.steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
             f"lr {record['lr']:.2e}  {tokens_per_second:,.0f} tokens/s{mfu}  {record['memory_gib']:.2f} GiB  "
-            f"{format_duration(remaining_s)} left",
+            f"{told}{format_duration(remaining_s)} left",
             flush=True,
         )
         self.tokens_since_line, self.seconds_since_line = 0, 0.0

@@ -44,13 +44,17 @@ log = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """What a committed step gave: mean loss, gradient norm before clipping, learning rate, tokens of all replicas."""
+    """What a committed step gave: mean loss, gradient norm before clipping, learning rate, tokens of all replicas.
+
+    `measured` is what parts of the model tell, such as the load of experts.
+    """
 
     loss: float
     grad_norm: float
     lr: float
     tokens: int
     num_replicas: int
+    measured: dict[str, float]
 
 
 class Trainer(Configurable):
@@ -220,11 +224,12 @@ class Trainer(Configurable):
         self.require_finite(loss, grad_norm, batches)
         lr_factor = self.schedule.factor(self.step)
         self.optimizer.step(lr_factor)
+        measured = self.parallel.after_step()
         for converter in self.converters:
             converter.after_step(self.model)
         self.loader.commit(advance)
         self.step += 1
-        return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens, num_replicas)
+        return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens, num_replicas, measured)
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
         """What the group is about to compute on: valid targets (at least 1), tokens, how far each stream moves."""

@@ -12,12 +12,15 @@ from titan_models.moe.experts import Experts
 from titan_models.moe.router import Router
 from titan_models.roles import Roles, under
 from titan_models.swiglu import SwiGLU
+from titan_models.tally import Tally, Tallying
 
 
-class MoE(FeedForward):
+class MoE(FeedForward, Tallying):
     """The weighted sum of what a token's experts make of it, and of shared experts that see every token.
 
-    Router and experts are in no role: an engine holds them whole, in the stream. B batch, T tokens, N tokens of all
+    Router and experts are in no role: an engine holds them whole, in the stream. How many tokens each expert gets is
+    counted over a step; the router may balance them by it, and `expert_load` is told: the tokens of the expert that has
+    most, in multiples of the mean. B batch, T tokens, N tokens of all
     rows, D width, E experts, K experts of a token.
     """
 
@@ -41,6 +44,7 @@ class MoE(FeedForward):
         self.router: Router = config.router.build(dim=dim)
         self.experts: Experts = config.experts.build(dim=dim, num_experts=num_experts, top_k=top_k)
         self.shared: SwiGLU | None = None if config.shared is None else config.shared.build(dim=dim)
+        self.load = Tally(num_experts)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
@@ -53,7 +57,7 @@ class MoE(FeedForward):
         output_NKD = sorted_output.index_select(0, order.argsort()).unflatten(0, chosen_NK.shape)
         if self.config.weighted == "output":
             output_NKD = output_NKD * weights_NK.unsqueeze(-1)
-        output_BTD = output_NKD.sum(1).view_as(x_BTD)
+        output_BTD = self.load(output_NKD.sum(1).view_as(x_BTD), counts_E)
         return output_BTD if self.shared is None else output_BTD + self.shared(x_BTD)
 
     def _sort(self, chosen_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,5 +66,15 @@ class MoE(FeedForward):
         counts = torch.zeros(self.config.router.num_experts, dtype=torch.int64, device=chosen.device)
         return chosen.argsort(stable=True), counts.scatter_add_(0, chosen, torch.ones_like(chosen))
 
+    @property
+    def tally(self) -> Tensor | None:
+        return self.load.leaf
+
+    def settle(self, counted: Tensor) -> None:
+        self.router.settle(counted)
+
+    def measure(self, counted: Tensor) -> dict[str, float]:
+        return {"expert_load": float(counted.max() / counted.mean().clamp(min=1e-9))}
+
     def roles(self) -> Roles:
-        return {} if self.shared is None else under("shared", self.shared.roles())
+        return {"": "tally", **({} if self.shared is None else under("shared", self.shared.roles()))}

@@ -40,6 +40,9 @@ class Router(Part, abc.ABC):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of each token's experts, int64 `[N, K]`, all different, and their weights `[N, K]`."""
 
+    def settle(self, counts_E: Tensor) -> None:
+        """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did. Most do nothing."""
+
 
 class TopKRouter(Router):
     """The experts with the highest scores, weighted by these: a linear projection, a softmax or sigmoid, a choice.
@@ -103,6 +106,10 @@ class TopKRouter(Router):
         judged = scores_NE if self.balancing is None else self.balancing(scores_NE)
         limited = judged if self.groups is None else self.groups.limit(judged)
         return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
+
+    def settle(self, counts_E: Tensor) -> None:
+        if self.balancing is not None:
+            self.balancing.move(counts_E)
 
     def initializers(self) -> dict[str, Initializer]:
         bias_init = self.config.bias_init

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,22 +68,29 @@ class _Judge:
             loss_sum = parallel.forward_backward(self._batches, loss, record.denominator)
             losses[f"loss of step {step}"] = self._number(loss_sum / record.denominator, expected_loss)
             if step == 1:
-                gradients = self._tensors(record.gradients, lambda parameter: parameter.grad)
+                named = parallel.model.named_parameters()
+                gradients = self._tensors(record.gradients, {name: parameter.grad for name, parameter in named})
             norms[f"gradient norm of step {step}"] = self._number(parallel.clip_grad_norm_(MAX_NORM), expected_norm)
             optimizer.step()
+            parallel.after_step()
         loss_sum, _ = parallel.evaluate(self._batches, loss)
         losses["loss of the evaluation"] = self._number(loss_sum / record.denominator, record.losses[-1])
-        return Judgement(gradients, norms, losses, self._tensors(record.weights, lambda parameter: parameter))
+        return Judgement(gradients, norms, losses, self._tensors(record.weights, self._held()))
+
+    def _held(self) -> dict[str, Tensor | None]:
+        """Parameters, and the buffers that the plain run changed, as far as this rank has them."""
+        model = self._parallel.model
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in self._record.weights}
+        return {**dict(model.named_parameters()), **buffers}
 
     def _tensors(
-        self, expected: Mapping[str, Tensor], of: Callable[[nn.Parameter], Tensor | None]
+        self, expected: Mapping[str, Tensor], here: Mapping[str, Tensor | None]
     ) -> dict[str, Comparison | str]:
-        """Of every parameter that this rank holds, by the first of its names here; all ranks call this."""
+        """Of everything that this rank holds, by the first of its names here; all ranks call this."""
         names = self._record.names
         norm_of_all = norm_of(tensor for name, tensor in expected.items() if names[name] == name)
         found: dict[str, Comparison | str] = {}
-        for name, parameter in self._parallel.model.named_parameters():
-            tensor = of(parameter)
+        for name, tensor in here.items():
             got = None if tensor is None else whole(tensor)
             if name not in names:
                 found[name] = "a parameter that the plain model has not"
