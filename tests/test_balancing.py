@@ -7,15 +7,45 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import Decoder, SwiGLU
+import torch.distributed as dist
+from titan_models import Constant, Decoder, SwiGLU
 from titan_models.moe import BalancingBias, ExpertGroups, MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3 import qwen3_moe_debug
-from titan_parallel import Compile, EveryNthBlock, FullRecompute, SelectiveRecompute, check_parallel
+from titan_models.tally import Tally
+from titan_parallel import (
+    Compile,
+    EveryNthBlock,
+    FullRecompute,
+    ParallelDims,
+    SelectiveRecompute,
+    check_parallel,
+    cross_entropy,
+    parallelize,
+)
 from titan_parallel.check import meshes
+from titan_parallel.tallies import Tallies
 
 TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")
 ZERO_BUBBLE = ("pp2_zbvzerobubble", "pp2_interleavedzerobubble")
 FOUR_RANKS = ("fsdp4", "ddp2_fsdp2", "fsdp2_tp2_sp", "cp2_tp2_sp", "pp2_tp2_sp", "fsdp2_pp2_interleaved1f1b")
+
+
+class Remembering(TopKRouter):
+    """A router of somebody else's: one of ours that remembers the tokens of its experts in all steps."""
+
+    class Config(TopKRouter.Config):
+        pass
+
+    def __init__(self, config: TopKRouter.Config, *, dim: int) -> None:
+        super().__init__(config, dim=dim)
+        self.register_buffer("remembered", torch.zeros(config.num_experts, dtype=torch.float64))
+
+    def settle(self, counts_E: torch.Tensor) -> None:
+        super().settle(counts_E)
+        self.remembered += counts_E
+
+    def initializers(self) -> dict[str, Any]:
+        return super().initializers() | {"remembered": Constant.Config(value=0.0).build()}
 
 
 def balanced_moe(**router: Any) -> MoE.Config:
@@ -30,7 +60,7 @@ def balanced_moe(**router: Any) -> MoE.Config:
         "balancing": BalancingBias.Config(rate=0.02),
     }
     return MoE.Config(
-        router=TopKRouter.Config(**{**options, **router}),
+        router=Remembering.Config(**{**options, **router}),
         experts=SwiGLUExperts.Config(hidden_dim=16),
         shared=SwiGLU.Config(hidden_dim=16),
     )
@@ -56,15 +86,141 @@ def build_of(config: Decoder.Config) -> Callable[[], Decoder]:
     return build
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        (*TWO_RANKS[:1], "tp2_sp", "cp2_ulysses", "pp2", ZERO_BUBBLE[0]),
-        pytest.param((*TWO_RANKS, *ZERO_BUBBLE, *FOUR_RANKS), marks=pytest.mark.full),
-    ],
-    ids=["few", "all"],
-)
-def test_the_bias_is_the_same_on_any_mesh(names: tuple[str, ...]) -> None:
+FEW = ("fsdp2", "tp2_sp", "cp2_ulysses", "pp2", "pp2_zbvzerobubble")
+ALL = (*TWO_RANKS, *ZERO_BUBBLE, *FOUR_RANKS)
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(ALL, marks=pytest.mark.full)], ids=["few", "all"])
+def test_counts_and_biases_are_those_of_one_process_on_any_mesh(names: tuple[str, ...]) -> None:
+    """Every token once: the router remembers the counts, and the check compares what it remembers."""
     report = check_parallel(build_of(small(balanced_moe())), meshes(*names), steps=3)
     assert report.ok, report
-    print(report)
+
+
+RECOMPUTATIONS = {
+    "full": FullRecompute.Config(),
+    "selective": SelectiveRecompute.Config(),
+    "every_2nd": EveryNthBlock.Config(n=2),
+}
+
+
+@pytest.mark.parametrize(
+    "recomputation", ["full", *(pytest.param(n, marks=pytest.mark.full) for n in ("selective", "every_2nd"))]
+)
+def test_recomputation_counts_nothing_twice(recomputation: str) -> None:
+    report = check_parallel(
+        build_of(small(balanced_moe())),
+        meshes("fsdp2", "tp2_sp", "pp2"),
+        steps=2,
+        activation_checkpoint=RECOMPUTATIONS[recomputation],
+    )
+    assert report.ok, report
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recomputation", [None, FullRecompute.Config()], ids=["kept", "recomputed"])
+def test_compiled_blocks_count_too(recomputation: Any) -> None:
+    compiled = Compile.Config(backend="aot_eager")
+    options = {"compile": compiled, "activation_checkpoint": recomputation}
+    report = check_parallel(build_of(small(balanced_moe())), meshes("fsdp2", "tp2_sp"), steps=2, **options)
+    assert report.ok, report
+
+
+def count_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Tally, x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            before = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+            self.leaf.grad = before.detach() + numbers
+        return x
+
+    monkeypatch.setattr(Tally, "forward", forward)
+
+
+def count_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Tallies.own
+    monkeypatch.setattr(Tallies, "own", lambda self: own(self) * (dist.get_rank() == 0))
+
+
+def count_micro_batches_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last one is left."""
+    monkeypatch.setattr(Tally, "forward", lambda self, x, numbers: _Overwriting.apply(x, self, numbers))
+
+
+class _Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tally: Tally, numbers: torch.Tensor) -> torch.Tensor:
+        ctx.tally, ctx.numbers = tally, numbers.double()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.tally.leaf.grad = ctx.numbers
+        return gradient, None, None
+
+
+@pytest.mark.parametrize("sabotage", [count_in_the_forward, count_on_one_rank, count_micro_batches_anew])
+def test_wrong_counts_are_noticed(monkeypatch: pytest.MonkeyPatch, sabotage: Callable[..., None]) -> None:
+    sabotage(monkeypatch)
+    build, recomputed = build_of(small(balanced_moe())), FullRecompute.Config()
+    report = check_parallel(build, meshes("fsdp2"), steps=1, activation_checkpoint=recomputed)
+    assert "remembered" in str(report), report
+
+
+def test_a_step_that_is_not_made_is_forgotten(run_ranks: Any) -> None:
+    """Gradients that are not used, and evaluations, leave no trace in what the next step counts."""
+
+    def counted() -> tuple[list[float], list[float], dict[str, float]]:
+        model, batches = build_of(small(balanced_moe()))(), [Rows(), Rows()]
+        dims = ParallelDims.Config().build(world_size=1, device_type="cpu")
+        parallel = parallelize(model, model.roles(), dims)
+        router: Any = model.layers[0].feed_forward.router
+        parallel.forward_backward(batches, loss, 32.0)
+        parallel.evaluate(batches, loss)
+        before = router.remembered.tolist()
+        parallel.forward_backward(batches, loss, 32.0)
+        measured = parallel.after_step()
+        return before, router.remembered.tolist(), measured
+
+    (before, after, measured) = run_ranks(1, counted)[0]
+    assert before == [0] * 8
+    assert sum(after) == 2 * 16 * 3
+    assert list(measured) == ["expert_load"]
+    assert measured["expert_load"] >= max(after) / (sum(after) / 8)
+
+
+def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
+    """On ranks, and with the model alone."""
+
+    def by_hand() -> list[float]:
+        model, batch = build_of(small(balanced_moe()))(), Rows()
+        dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
+        parallel = parallelize(model, model.roles(), dims)
+        model(**batch.inputs).logsumexp(-1).sum().backward()
+        parallel.after_step()
+        router: Any = model.layers[0].feed_forward.router
+        return router.remembered.tolist()
+
+    model = build_of(small(balanced_moe()))()
+    for _ in range(2):
+        model(**Rows().inputs).logsumexp(-1).sum().backward()
+    with torch.no_grad():
+        model(**Rows().inputs)
+    model.after_step()
+    router: Any = model.layers[0].feed_forward.router
+    assert run_ranks(2, by_hand) == [router.remembered.tolist()] * 2
+    model.after_step()
+    assert sum(router.remembered) == 2 * 16 * 3
+
+
+class Rows:
+    """A row of 16 tokens."""
+
+    def __init__(self) -> None:
+        positions = torch.arange(16)[None]
+        self.inputs = {"tokens": positions * 7 % 64, "positions": positions}
+        self.targets = {"labels": positions * 5 % 64}
+        self.sequence_dims = {"tokens": 1, "positions": 1, "labels": 1}
+
+
+def loss(head: Any, hidden: torch.Tensor, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return cross_entropy(head(hidden), targets["labels"]), (targets["labels"] != -100).sum()

@@ -58,8 +58,8 @@ class Metrics(Configurable):
 
     `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
     `tokens_per_second`, `seconds` (of the step), `memory_gib`, what parts of the model tell (`expert_load`), where the
-    device's peak is known `mfu`, and after a validation `validation_loss`. A resumed run goes on in the same file, after
-    the step that was loaded.
+    device's peak is known `mfu`, and after a validation `validation_loss`. A resumed run goes on in the same file,
+    after the step that was loaded.
     """
 
     class Config(Configurable.Config):
