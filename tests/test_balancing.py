@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from titan_models import Constant, Decoder, SwiGLU
-from titan_models.moe import BalancingBias, ExpertGroups, MoE, SwiGLUExperts, TopKRouter
+from titan_models.moe import (
+    BalancingBias,
+    ExpertGroups,
+    LoadBalancingLoss,
+    MoE,
+    SwiGLUExperts,
+    TopKRouter,
+    ZLoss,
+)
 from titan_models.qwen3 import qwen3_moe_debug
 from titan_models.tally import Tally
 from titan_parallel import (
@@ -23,6 +31,7 @@ from titan_parallel import (
     parallelize,
 )
 from titan_parallel.check import meshes
+from titan_parallel.own_losses import OwnLosses
 from titan_parallel.tallies import Tallies
 
 TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")
@@ -49,7 +58,7 @@ class Remembering(TopKRouter):
 
 
 def balanced_moe(**router: Any) -> MoE.Config:
-    """Sigmoid, groups, a bias and a shared expert, as DeepSeek-V3 has them."""
+    """Sigmoid, groups, a bias and a shared expert, as DeepSeek-V3 has them, and both losses of routers."""
     options: dict[str, Any] = {
         "num_experts": 8,
         "top_k": 3,
@@ -58,6 +67,7 @@ def balanced_moe(**router: Any) -> MoE.Config:
         "scale": 2.5,
         "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
         "balancing": BalancingBias.Config(rate=0.02),
+        "losses": [LoadBalancingLoss.Config(weight=0.1), ZLoss.Config(weight=0.01)],
     }
     return MoE.Config(
         router=Remembering.Config(**{**options, **router}),
@@ -92,7 +102,10 @@ ALL = (*TWO_RANKS, *ZERO_BUBBLE, *FOUR_RANKS)
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(ALL, marks=pytest.mark.full)], ids=["few", "all"])
 def test_counts_and_biases_are_those_of_one_process_on_any_mesh(names: tuple[str, ...]) -> None:
-    """Every token once: the router remembers the counts, and the check compares what it remembers."""
+    """Every token once: the router remembers the counts, and the check compares what it remembers.
+
+    Gradients too, with those of the losses that routers have.
+    """
     report = check_parallel(build_of(small(balanced_moe())), meshes(*names), steps=3)
     assert report.ok, report
 
@@ -166,6 +179,17 @@ def test_wrong_counts_are_noticed(monkeypatch: pytest.MonkeyPatch, sabotage: Cal
     assert "remembered" in str(report), report
 
 
+def test_losses_of_a_wrong_weight_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    divided_by = OwnLosses.divided_by
+
+    def by_too_much(self: OwnLosses, denominator: float) -> Any:
+        return divided_by(self, denominator * (2 if dist.is_initialized() else 1))  # not in the one process
+
+    monkeypatch.setattr(OwnLosses, "divided_by", by_too_much)
+    report = check_parallel(build_of(small(balanced_moe())), meshes("fsdp2"), steps=1)
+    assert "router.weight" in str(report), report
+
+
 def test_a_step_that_is_not_made_is_forgotten(run_ranks: Any) -> None:
     """Gradients that are not used, and evaluations, leave no trace in what the next step counts."""
 
@@ -195,12 +219,14 @@ def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
         model, batch = build_of(small(balanced_moe()))(), Rows()
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         parallel = parallelize(model, model.roles(), dims)
+        model.scale_own_losses(1.0)
         model(**batch.inputs).logsumexp(-1).sum().backward()
         parallel.after_step()
         router: Any = model.layers[0].feed_forward.router
         return router.remembered.tolist()
 
     model = build_of(small(balanced_moe()))()
+    model.scale_own_losses(1.0)
     for _ in range(2):
         model(**Rows().inputs).logsumexp(-1).sum().backward()
     with torch.no_grad():

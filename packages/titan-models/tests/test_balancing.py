@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import init_weights
-from titan_models.moe import BalancingBias, ExpertGroups, TopKRouter
+from titan_models import Decoder, init_weights
+from titan_models.moe import BalancingBias, ExpertGroups, LoadBalancingLoss, MoE, TopKRouter, ZLoss
+from titan_models.qwen3 import qwen3_moe_debug
 from torch import Tensor
+from torch.nn import functional
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
@@ -84,3 +86,82 @@ def test_the_bias_is_state_in_fp32_whatever_the_dtype_and_the_device() -> None:
     init_weights(made, seed=0)
     assert made.balancing.bias.dtype is torch.float32
     assert made.balancing.bias.tolist() == [0] * EXPERTS
+
+
+def test_a_bias_in_the_weights_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BalancingBias, "forward", lambda self, scores: scores.add_(self.bias))  # in place
+    with pytest.raises(AssertionError):
+        test_experts_chosen_by_a_bias_are_those_of_deepseek(0)
+
+
+def small(shrunk: Any, made: Any, **router: Any) -> Decoder:
+    config = shrunk(qwen3_moe_debug)
+    for name, value in router.items():
+        setattr(config.block.feed_forward.router, name, value)
+    return made(config, torch.float64)
+
+
+def flat_loss(model: Decoder, batch: dict[str, Tensor], labels: Tensor, shares: list[Tensor], score: str) -> Tensor:
+    """The sums of cross-entropy, 0.3 times balance and 0.01 times z, by what goes into each router."""
+    streams: list[Tensor] = []
+    routers = [layer.feed_forward.router for layer in model.layers]
+    hooks = [router.register_forward_hook(lambda _, inputs, __: streams.append(inputs[0])) for router in routers]
+    total = functional.cross_entropy(model(**batch).flatten(0, 1), labels.flatten(), reduction="sum")
+    for hook in hooks:
+        hook.remove()
+    for router, x, share in zip(routers, streams, shares, strict=True):
+        for logits in x @ router.weight.T:
+            scores = logits.softmax(0) if score == "softmax" else logits.sigmoid()
+            total = total + 0.3 * len(share) * (share * scores / scores.sum()).sum()
+            total = total + 0.01 * logits.exp().sum().log() ** 2
+    return total
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_of_routers_join_that_of_the_head(shrunk: Any, made: Any, packed: Any, score: str) -> None:
+    """Two steps, in micro-batches, against a loop over tokens: the second balances by the choices of the first."""
+    losses = [LoadBalancingLoss.Config(weight=0.3), ZLoss.Config(weight=0.01)]
+    model, flat = small(shrunk, made, losses=losses, score=score), small(shrunk, made, score=score)
+    labels = packed["tokens"].roll(-1, 1)
+    shares = [torch.full((8,), 1 / 8, dtype=torch.float64)] * 3
+    for _ in range(2):
+        for row in range(2):
+            model.scale_own_losses(1 / 80)
+            logits = model(**{name: tensor[row : row + 1] for name, tensor in packed.items()})
+            (functional.cross_entropy(logits[0], labels[row], reduction="sum") / 80).backward()
+        (flat_loss(flat, packed, labels, shares, score) / 80).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), flat.parameters(), strict=True):
+            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm(), name
+        model.after_step()
+        shares = [layer.feed_forward.router.losses[0].shares.double() for layer in model.layers]
+        assert all(share.sum() == pytest.approx(1) and share.max() > 1 / 8 for share in shares)
+        model.zero_grad()
+        flat.zero_grad()
+
+
+def test_shares_are_those_of_all_choices(shrunk: Any, made: Any, packed: Any) -> None:
+    model = small(shrunk, made, losses=[LoadBalancingLoss.Config(weight=0.3)])
+    model.scale_own_losses(1.0)
+    router = model.layers[0].feed_forward.router
+    chosen: list[Tensor] = []
+    router.register_forward_hook(lambda _, __, output: chosen.append(output[0]))
+    model(**packed).sum().backward()
+    assert list(model.after_step()) == ["expert_load"]
+    expected = torch.bincount(chosen[0].flatten(), minlength=8) / chosen[0].numel()
+    torch.testing.assert_close(router.losses[0].shares, expected)
+
+
+def test_losses_that_nothing_weighs_are_refused(shrunk: Any, made: Any, packed: Any) -> None:
+    model = small(shrunk, made, losses=[ZLoss.Config(weight=0.01)])
+    with pytest.raises(RuntimeError, match="Call model\\.scale_own_losses"):
+        model(**packed)
+    with torch.no_grad():
+        model(**packed)
+
+
+def test_the_load_is_the_most_in_multiples_of_the_mean() -> None:
+    layer = MoE.Config(
+        router=TopKRouter.Config(num_experts=4, top_k=1), experts=qwen3_moe_debug().block.feed_forward.experts
+    )
+    assert layer.build(dim=16).measure(torch.tensor([6.0, 1.0, 1.0, 0.0])) == {"expert_load": 3.0}
+    assert layer.build(dim=16).measure(torch.zeros(4)) == {"expert_load": 0.0}

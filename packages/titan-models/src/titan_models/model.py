@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_models.counts import count_active_parameters, count_flops_per_token, count_parameters
 from titan_models.flops import Flops
+from titan_models.own_loss import scale_own_losses
 from titan_models.roles import Roles
 from titan_models.tally import after_step
 from titan_models.weights import init_weights
@@ -46,6 +47,10 @@ class Model(Configurable, nn.Module, abc.ABC):
     def init_weights(self, seed: int) -> None:
         """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.weights.init_weights`."""
         init_weights(self, seed)
+
+    def scale_own_losses(self, scale: float) -> None:
+        """To call before the forward, in one process, where routers have losses: 1 / what loss sums are divided by."""
+        scale_own_losses(self, scale)
 
     def after_step(self) -> dict[str, float]:
         """To call after each step of the optimizer, in one process: experts are balanced by what they got since.

@@ -17,6 +17,7 @@ from titan_parallel.batch import Batch, Loss, described
 from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
+from titan_parallel.own_losses import OwnLosses
 from titan_parallel.partial_gradients import PartialGradients
 from titan_parallel.tallies import Tallies
 
@@ -39,6 +40,7 @@ class ParallelModel:
         schedule: Schedule,
         partial_gradients: PartialGradients | None,
         tallies: Tallies,
+        own_losses: OwnLosses,
         context: ContextParallel | None = None,
         names_elsewhere: Sequence[str] = (),
         counted_elsewhere: Collection[str] = (),
@@ -51,6 +53,7 @@ class ParallelModel:
         self._schedule = schedule
         self._partial_gradients = partial_gradients
         self._tallies = tallies
+        self._own_losses = own_losses
         self._gradient_hook: GradientHook | None = None
         self._counted_elsewhere = counted_elsewhere
         self._ranks_of_data_rank = dims.ranks_of_data_rank
@@ -66,8 +69,13 @@ class ParallelModel:
         self._agree_on(batches, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
         self._tallies.forget()
-        with self._sharing_sequences(), self._partial_gradients_summed_at_the_end():
-            total = self._schedule.forward_backward(batches, loss, denominator / self._num_averaged)
+        weighed = denominator / self._num_averaged
+        with (
+            self._sharing_sequences(),
+            self._partial_gradients_summed_at_the_end(),
+            self._own_losses.divided_by(weighed),
+        ):
+            total = self._schedule.forward_backward(batches, loss, weighed)
         return self._sum_with_tallies(total)
 
     def after_step(self) -> dict[str, float]:

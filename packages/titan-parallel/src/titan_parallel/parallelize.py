@@ -16,6 +16,7 @@ from titan_parallel.dims import ParallelDims
 from titan_parallel.head import HeadForward
 from titan_parallel.loss_forward import LossForward
 from titan_parallel.mixed_precision import MixedPrecision
+from titan_parallel.own_losses import OwnLosses
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.roles import Roles, RoleTable
 from titan_parallel.tallies import Tallies
@@ -83,6 +84,7 @@ def parallelize(
         else stages.pipeline(units),
         partial_gradients=partial,
         tallies=tallies,
+        own_losses=OwnLosses(model, matched, dims.device_type),
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,

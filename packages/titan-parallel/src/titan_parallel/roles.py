@@ -22,6 +22,7 @@ OPTIONS: dict[str, frozenset[str]] = {
     "norm": frozenset({"num_heads", "num_kv_heads"}),
     "per_head": frozenset(),
     "tally": frozenset(),
+    "own_loss": frozenset(),
     "head": frozenset({"takes_loss"}),
 }
 """Every role and the options it takes; docs/parallel.md says what each is."""

@@ -7,6 +7,7 @@ from titan_models.moe.groups import ExpertGroups
 from titan_models.moe.kernels import GroupedMM, Kernel, Loop
 from titan_models.moe.moe import MoE
 from titan_models.moe.router import Router, TopKRouter
+from titan_models.moe.router_losses import LoadBalancingLoss, RouterLoss, ZLoss
 
 __all__ = [
     "BalancingBias",
@@ -16,10 +17,13 @@ __all__ = [
     "Gating",
     "GroupedMM",
     "Kernel",
+    "LoadBalancingLoss",
     "Loop",
     "MoE",
     "Router",
+    "RouterLoss",
     "SiluGating",
     "SwiGLUExperts",
     "TopKRouter",
+    "ZLoss",
 ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
-from titan_models.flops import Flops
 from titan_models.initializers import Constant, Initializer
-from titan_models.part import Part
+from titan_models.moe.fp32_state import Fp32State
 
 
-class BalancingBias(Part):
+class BalancingBias(Fp32State):
     """Experts with few tokens get a higher bias, those with many a lower one, step by step; weights do not know of it.
 
     `bias += rate * sign(mean - counts)` after each optimizer step, from the counts of the whole global batch. The bias
@@ -21,7 +17,7 @@ class BalancingBias(Part):
     N tokens, E experts. Source: Wang et al., "Auxiliary-loss-free load balancing" (2024), as in DeepSeek-V3.
     """
 
-    class Config(Part.Config):
+    class Config(Fp32State.Config):
         rate: float = 1e-3
         """What is added to an expert's bias or taken from it in a step. 0: the bias stays as it was loaded."""
 
@@ -50,13 +46,3 @@ class BalancingBias(Part):
 
     def initializers(self) -> dict[str, Initializer]:
         return {"bias": Constant.Config(value=0.0).build()}
-
-    def own_flops(self, seq_len: int) -> Flops:
-        return Flops(full=0, causal=0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.bias
-        super()._apply(fn, recurse)
-        if self.bias is not None and self.bias.dtype is not torch.float32:  # None: another rank's
-            self.bias = before.to(self.bias.device)
-        return self

@@ -77,4 +77,5 @@ class MoE(FeedForward, Tallying):
         return {"expert_load": float(counted.max() / counted.mean().clamp(min=1e-9))}
 
     def roles(self) -> Roles:
-        return {"": "tally", **({} if self.shared is None else under("shared", self.shared.roles()))}
+        own = {"": "tally", **under("router", self.router.roles())}
+        return own | ({} if self.shared is None else under("shared", self.shared.roles()))

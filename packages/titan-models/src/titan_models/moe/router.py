@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from titan_models.flops import Flops, matmul_flops
 from titan_models.initializers import Initializer, TruncatedNormal
 from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.groups import ExpertGroups
+from titan_models.moe.router_losses import RouterLoss
+from titan_models.own_loss import OwnLoss
 from titan_models.part import Part, new_parameter
+from titan_models.roles import Roles
 
 
 class Router(Part, abc.ABC):
@@ -43,6 +46,10 @@ class Router(Part, abc.ABC):
     def settle(self, counts_E: Tensor) -> None:
         """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did. Most do nothing."""
 
+    def roles(self) -> Roles:
+        """What each part is; see `titan_models.roles`. Most have none: a router is held whole, in the stream."""
+        return {}
+
 
 class TopKRouter(Router):
     """The experts with the highest scores, weighted by these: a linear projection, a softmax or sigmoid, a choice.
@@ -63,6 +70,9 @@ class TopKRouter(Router):
 
         balancing: BalancingBias.Config | None = None
         """A bias that experts are chosen by, and that no weight contains. None: there is none."""
+
+        losses: list[RouterLoss.Config] = []
+        """Losses on scores, such as `ZLoss` and `LoadBalancingLoss`, added to that of the head."""
 
         scale: float = 1.0
         """What weights are multiplied by in the end."""
@@ -90,6 +100,8 @@ class TopKRouter(Router):
         self.balancing: BalancingBias | None = None
         if config.balancing is not None:
             self.balancing = config.balancing.build(num_experts=config.num_experts)
+        self.losses = nn.ModuleList(loss.build(num_experts=config.num_experts) for loss in config.losses)
+        self.own_loss = OwnLoss()
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(x_ND.dtype, torch.float32)
@@ -100,6 +112,9 @@ class TopKRouter(Router):
         weights_NK = scores_NE.gather(1, chosen_NK)
         if self.config.renormalise:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        if self.losses and torch.is_grad_enabled():
+            losses_LN = torch.stack([loss(logits_NE, scores_NE) for loss in self.losses])
+            weights_NK = self.own_loss(weights_NK, losses_LN.sum())
         return chosen_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -110,6 +125,11 @@ class TopKRouter(Router):
     def settle(self, counts_E: Tensor) -> None:
         if self.balancing is not None:
             self.balancing.move(counts_E)
+        for loss in self.losses:
+            cast(RouterLoss, loss).settle(counts_E)
+
+    def roles(self) -> Roles:
+        return {"own_loss": "own_loss"} if self.losses else {}
 
     def initializers(self) -> dict[str, Initializer]:
         bias_init = self.config.bias_init

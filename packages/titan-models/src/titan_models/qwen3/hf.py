@@ -74,6 +74,6 @@ def _is_qwens(moe: MoE.Config) -> bool:
     router = moe.router
     if not (isinstance(router, TopKRouter.Config) and isinstance(moe.experts, SwiGLUExperts.Config)):
         return False
-    plain = router.groups is None and (router.score, router.scale) == ("softmax", 1.0)
+    plain = router.groups is None and router.balancing is None and (router.score, router.scale) == ("softmax", 1.0)
     gated = moe.weighted == "output" and isinstance(moe.experts.gating, SiluGating.Config)
     return plain and gated and moe.shared is None

@@ -13,6 +13,7 @@ from titan_parallel.check.batch import CheckBatch
 from titan_parallel.check.lift import computing_in
 from titan_parallel.check.trial import MAX_NORM, Trial
 from titan_parallel.equality import norm_of
+from titan_parallel.own_losses import OwnLosses
 from titan_parallel.roles import Roles
 from titan_parallel.tallies import Tallying
 
@@ -55,12 +56,15 @@ def run_plain(trial: Trial, batch: CheckBatch) -> Record:
         initial = _named(model, weights=True)
         buffers = {name: buffer.clone() for name, buffer in _state_buffers(model).items()}
         optimizer = trial.optimizer(model)
-        losses, norms, gradients, denominator = [], [], {}, 1.0
+        losses, norms, gradients = [], [], {}
+        with torch.no_grad():
+            denominator = float(trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)[1])
+        own_losses = OwnLosses(model, Roles(model, trial.roles_of(model)), "cpu")
         for step in range(trial.steps):
             optimizer.zero_grad()
-            loss_sum, count = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
-            denominator = denominator if step else float(count)
-            (loss_sum / denominator).backward()
+            with own_losses.divided_by(denominator):
+                loss_sum, _ = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
+                (loss_sum / denominator).backward()
             if not step:
                 gradients = _named(model, weights=False)
             norms.append(_clip(model))
