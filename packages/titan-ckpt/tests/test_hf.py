@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from titan_ckpt import Checkpointer, CheckpointError, Renamed, export_hf, load_hf, save_hf
 from titan_ckpt.__main__ import main
+from titan_ckpt.hf_reader import HFReader
 from titan_config import Configurable
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -294,3 +295,184 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(tmp_path):
     emptied = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     load_hf(tmp_path / "theirs", emptied, adapter)
     assert all(torch.equal(emptied[name], state[name]) for name in state)
+
+
+class Stack(Configurable, nn.Module):
+    """Four matrices as one weight, which are a tensor each to Hugging Face."""
+
+    class Config(Configurable.Config):
+        pass
+
+    def __init__(self, config=None):
+        nn.Module.__init__(self)
+        self.experts = nn.Parameter(torch.arange(40.0).view(4, 5, 2))
+        self.norm = nn.Parameter(torch.arange(3.0))
+
+    def pieces(self):
+        def of(expert):
+            return Made([("experts", expert)], [f"hf.{expert}"], lambda own: own[0], lambda theirs: theirs)
+
+        return [Renamed("norm", "hf.norm"), *map(of, range(4))]
+
+    def find(self, stored, config):
+        return self.pieces()
+
+    def hf_config(self):
+        return {"model_type": "stack"}
+
+
+def test_matrices_of_a_stack_are_read_by_the_ranks_that_hold_them(run_ranks, tmp_path, monkeypatch):
+    def work(folder):
+        model = fully_shard(Stack(), mesh=init_device_mesh("cpu", (2,)))
+        save_hf(model.state_dict(), Stack(), folder / "hf", max_file_bytes=120)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().zero_()
+        reads = []
+        read = HFReader.read
+        monkeypatch.setattr(HFReader, "read", lambda self, piece: reads.append(piece.hf_names[0]) or read(self, piece))
+        load_hf(folder / "hf", model.state_dict(), Stack())
+        return reads, {name: tensor.full_tensor().tolist() for name, tensor in model.state_dict().items()}
+
+    (first, weights), (second, same) = run_ranks(2, work, tmp_path)
+    assert first == ["hf.norm", "hf.0", "hf.1"]
+    assert second == ["hf.norm", "hf.2", "hf.3"]
+    assert weights == same == {name: tensor.tolist() for name, tensor in Stack().state_dict().items()}
+
+
+class Quantised(Renames):
+    """Its `first.weight` is computed, and may be rounded; `a` keeps its dtype."""
+
+    def pieces(self):
+        halved = Made([("first.weight", None)], ["hf.first"], None, lambda theirs: [theirs[0].float() / 3], True)
+        kept = Renamed("a", "hf.a", keeps_dtype=True)
+        return [halved, Renamed("second.weight", "hf.second"), kept, Renamed("b", "hf.b")]
+
+
+def test_numbers_that_were_quantised_are_rounded_to_the_models_dtype(tmp_path):
+    stored = {"hf.first": torch.randint(100, (5, 6)).to(torch.uint8)}
+    stored |= {"hf.second": torch.rand(6, 5).bfloat16(), "hf.a": torch.rand(3, 2).bfloat16()}
+    stored |= {"hf.b": torch.rand(3, 2).bfloat16()}
+    save_file(stored, tmp_path / "model.safetensors")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = toy(seed=2).to(dtype)
+        load_hf(tmp_path, model.state_dict(), Quantised())
+        assert torch.equal(model.first.weight, (stored["hf.first"].float() / 3).to(dtype))
+
+
+def test_what_keeps_its_dtype_is_not_rounded_on_the_way_out(tmp_path):
+    class Keeps(Renames):
+        def pieces(self):
+            names = {"first.weight": False, "second.weight": False, "a": True, "b": False}
+            return [Renamed(name, name, keeps_dtype=keeps) for name, keeps in names.items()]
+
+    save_hf(toy().state_dict(), Keeps(), tmp_path / "hf", dtype=torch.bfloat16)
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    stored = load_file(path)
+    assert {name: tensor.dtype for name, tensor in stored.items() if name in "ab"} == {
+        "a": torch.float32,
+        "b": torch.bfloat16,
+    }
+    assert torch.equal(stored["a"], toy().a)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, monkeypatch):
+    class Ends(Renames):
+        def hf_config(self):
+            return {"model_type": "toy", "bos_token_id": None, "eos_token_id": 7, "pad_token_id": None}
+
+    (tmp_path / "from").mkdir()
+    for name in ("tokenizer.json", "merges.txt", "README.md"):
+        (tmp_path / "from" / name).write_text(name)
+    export_hf(checkpoint(tmp_path), tmp_path / "hf", adapter=Ends(), tokenizer=tmp_path / "from")
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 7
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (tmp_path / "hf" / "merges.txt").is_file()
+    assert not (tmp_path / "hf" / "README.md").exists()
+    with pytest.raises(CheckpointError, match="which has no tokenizer"):
+        save_hf(toy().state_dict(), Ends(), tmp_path / "other", tokenizer=tmp_path)
+    path = checkpoint(tmp_path / "run", Run.Config())
+    monkeypatch.setattr("titan_ckpt.hf_export.from_dict", lambda data: Toy.Config())  # a test module is not imported
+    assert main(["export-hf", str(path), str(tmp_path / "by-command"), "--tokenizer", str(tmp_path / "from")]) == 0
+    assert (tmp_path / "by-command" / "tokenizer.json").is_file()
+
+
+def whole_folder(tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf", max_file_bytes=120)
+    return tmp_path / "hf"
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: cut(folder / "model-00002-of-00003.safetensors", -1),
+            "00002-of-00003.safetensors, which cannot",
+        ),
+        (
+            lambda folder: cut(folder / "model-00002-of-00003.safetensors", 20),
+            "00002-of-00003.safetensors, which cannot",
+        ),
+        (
+            lambda folder: cut(folder / "model-00002-of-00003.safetensors", 0),
+            "00002-of-00003.safetensors, which cannot",
+        ),
+        (
+            lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(),
+            "00003-of-00003.safetensors, which cann",
+        ),
+        (lambda folder: cut(folder / "model.safetensors.index.json", -9), "must be JSON with a weight_map"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "must be JSON with a weight_map"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "has no safetens"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "must be an object"),
+        (lambda folder: cut(folder / "config.json", 5), "config.json, which cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json, which holds a list"),
+    ],
+)
+def test_a_folder_that_is_not_whole_says_what_is_not(tmp_path, damage, message):
+    folder = whole_folder(tmp_path)
+    damage(folder)
+    model = toy(seed=2)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(folder, model.state_dict(), Renames())
+    assert_equal(model, toy(seed=2))
+
+
+def test_an_index_and_its_files_agree(tmp_path):
+    folder = whole_folder(tmp_path)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    moved = {**index["weight_map"], "hf.both": index["weight_map"]["hf.first"]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(CheckpointError, match=r"lacks hf\.both of what"):
+        load_hf(folder, toy().state_dict(), Renames())
+    fewer = {key: name for key, name in index["weight_map"].items() if key != "hf.both"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": fewer}))
+    with pytest.raises(CheckpointError, match=r"1 missing: hf\.both"):
+        load_hf(folder, toy().state_dict(), Renames())
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "again.safetensors").write_bytes((folder / index["weight_map"]["hf.both"]).read_bytes())
+    with pytest.raises(CheckpointError, match=r"repeats hf\.both of other files"):
+        load_hf(folder, toy().state_dict(), Renames())
+
+
+def test_the_adapter_sees_the_config_before_a_weight_is_touched(tmp_path):
+    class Refuses(Renames):
+        def find(self, stored, config):
+            raise ValueError(f"Got {config['model_type']}, of {len(stored)} tensors.")
+
+    model = toy(seed=2)
+    with pytest.raises(CheckpointError, match="Got toy, of 3 tensors"):
+        load_hf(whole_folder(tmp_path), model.state_dict(), Refuses())
+    assert_equal(model, toy(seed=2))
+
+
+def test_a_file_in_a_type_that_torch_has_not_is_refused(tmp_path):
+    header = b'{"hf.first": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_hf(tmp_path, toy().state_dict(), Renames())

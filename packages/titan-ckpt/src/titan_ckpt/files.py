@@ -35,6 +35,7 @@ def write_blocks(path: Path, blocks: Iterable[Any]) -> FileRecord:
             file.write(block)
             digest.update(block)
             size += len(block)
+            del block  # before the next one is made
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())

@@ -9,6 +9,7 @@ _NO_MATTER = {
     *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_position_embeddings"),
     *("initializer_range", "attention_dropout", "output_router_logits", "router_aux_loss_coef"),
+    *("num_nextn_predict_layers", "num_mtp_layers"),  # of a module that a model may do without
     *("rope_parameters", "rope_scaling", "rope_theta"),  # looked at by themselves
 }
 """What a checkpoint may say otherwise without being another function of its tokens."""
@@ -32,11 +33,7 @@ def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _check_quantisation(theirs.get("quantization_config"))
     _check_rope(_rope(theirs), _rope(own))
     both = sorted(own.keys() & theirs.keys() - _NO_MATTER)
-    differing = [
-        f"{key} {theirs[key]!r} instead of {own[key]!r}"
-        for key in both
-        if theirs[key] is not None and own[key] is not None and theirs[key] != own[key]
-    ]
+    differing = [f"{key} {theirs[key]!r} instead of {own[key]!r}" for key in both if _differ(theirs[key], own[key])]
     if differing:
         raise ValueError(
             f"Got a config.json with {', '.join(differing)}. Weights go into a model of their own size and kind. Take "
@@ -49,6 +46,13 @@ def block_sizes(config: Mapping[str, Any] | None) -> tuple[int, int]:
     quantisation = (config or {}).get("quantization_config") or {}
     rows, columns = quantisation.get("weight_block_size") or (128, 128)
     return rows, columns
+
+
+def _differ(theirs: Any, own: Any) -> bool:
+    """Whether two settings say different things. Nothing, and an empty list, say nothing; a switch is on or off."""
+    if theirs in (None, []) or own in (None, []):
+        return False
+    return bool(theirs) != own if isinstance(own, bool) else theirs != own
 
 
 def _check_quantisation(quantisation: Mapping[str, Any] | None) -> None:

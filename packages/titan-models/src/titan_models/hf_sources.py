@@ -43,8 +43,14 @@ def sources_in(known: Mapping[str, str], stored: Mapping[str, Tensor], fp8: Fp8B
         sources[name] = Source(there, form, form.shape(*(stored[part] for part in there)))
         taken.update(parts)
     for name in known:
-        if name not in taken:
-            sources[name] = Source((known[name],), Plain(), tuple(stored[known[name]].shape))
+        if name in taken:
+            continue
+        if name in sources:
+            raise ValueError(
+                f"Got a checkpoint that holds {name} twice, quantised and not. A weight has one place. Download it "
+                "again."
+            )
+        sources[name] = Source((known[name],), Plain(), tuple(stored[known[name]].shape))
     return sources
 
 

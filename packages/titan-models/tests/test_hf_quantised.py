@@ -1,0 +1,161 @@
+"""Quantised weights come in as the numbers that they stand for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from titan_models import HfAdapter, Stored
+from titan_models.hf_steps import Alternating, Halves, Step, Transposed
+from torch import Tensor, nn
+
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def fp8_adapter(rows: int, columns: int, name: str = "proj.weight") -> HfAdapter:
+    model = nn.ParameterDict({"norm": torch.rand(5), "proj": torch.rand(rows, columns)})
+    return HfAdapter(model, rules={"norm": "norm.weight", "proj": name}, repeats={}, config={"model_type": "x"})
+
+
+def fp8_checkpoint(rows: int, columns: int, block: tuple[int, int], name: str = "proj.weight") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        "norm.weight": torch.ones(5, dtype=torch.bfloat16),
+        name: torch.randn(rows, columns, generator=generator).mul(100).to(torch.float8_e4m3fn),
+        f"{name}_scale_inv": torch.rand(math.ceil(rows / block[0]), math.ceil(columns / block[1]), generator=generator),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"),
+    [(256, 384, (128, 128)), (200, 130, (128, 128)), (64, 7, (128, 128)), (12, 20, (4, 16)), (130, 260, (1, 128))],
+)
+def test_fp8_blocks_are_multiplied_by_their_factors(rows: int, columns: int, block: tuple[int, int]) -> None:
+    """Judged by a loop in fp64 over all numbers, with ragged blocks at the edges."""
+    adapter, stored = fp8_adapter(rows, columns), fp8_checkpoint(rows, columns, block)
+    config = {"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [*block]}}
+    (piece,) = (piece for piece in adapter.find(stored, config) if piece.is_quantised)
+    (found,) = piece.from_hf([stored[name] for name in piece.hf_names])
+    weight, factors = stored["proj.weight"].double(), stored["proj.weight_scale_inv"].double()
+    expected = [
+        [weight[r, c].item() * factors[r // block[0], c // block[1]].item() for c in range(columns)]
+        for r in range(rows)
+    ]
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_fp8_blocks_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    stored = fp8_checkpoint(256, 384, (128, 128))
+    judge = transformers.integrations.finegrained_fp8.Fp8Dequantize(None)
+    expected = judge._dequantize_one(stored["proj.weight"], stored["proj.weight_scale_inv"], torch.float32)
+    assert torch.equal(fp8_adapter(256, 384).from_hf(stored)["proj"], expected)
+
+
+def test_fp8_experts_are_put_together() -> None:
+    model = nn.ParameterDict({"experts": torch.rand(3, 130, 40)})
+    adapter = HfAdapter(model, rules={"experts": "experts.#.weight"}, repeats={}, config={})
+    stored: dict[str, Tensor] = {}
+    for expert in range(3):
+        stored |= fp8_checkpoint(130, 40, (128, 128), f"experts.{expert}.weight")
+        del stored["norm.weight"]
+    found = adapter.from_hf(stored)["experts"]
+    assert found.shape == (3, 130, 40)
+    factor = stored["experts.2.weight_scale_inv"][1, 0]
+    assert torch.equal(found[2, 129], stored["experts.2.weight"][129].float() * factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"proj.weight_scale_inv": torch.rand(2, 2)}, r"proj|factors \[2, 2\]"),
+        ({"proj.weight": torch.rand(256, 384)}, "FP8 weight .* of torch.float32 with factors"),
+        ({"proj.weight_scale": torch.rand(1)}, r"has proj\.weight_scale besides"),
+    ],
+)
+def test_fp8_weights_that_are_not_whole_are_refused(change: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fp8_adapter(256, 384).find(fp8_checkpoint(256, 384, (128, 128)) | change)
+
+
+def test_fp8_weights_without_factors_are_refused() -> None:
+    stored = fp8_checkpoint(256, 384, (128, 128))
+    del stored["proj.weight_scale_inv"]
+    with pytest.raises(ValueError, match=r"torch\.float8_e4m3fn"):
+        fp8_adapter(256, 384).find(stored)
+
+
+def mxfp4_checkpoint(num_experts: int, rows: int, columns: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (num_experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(100, 150, (num_experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+    return {"gate_up_blocks": blocks, "gate_up_scales": exponents}
+
+
+def mxfp4_adapter(num_experts: int, rows: int, columns: int, *steps: Step) -> HfAdapter:
+    halves = {name: torch.rand(num_experts, rows // 2, columns) for name in ("gate", "up")}
+    rules = {("gate", "up"): Stored("gate_up", *steps)}
+    return HfAdapter(nn.ParameterDict(halves), rules=rules, repeats={}, config={})
+
+
+def mxfp4_number(stored: dict[str, Tensor], expert: int, row: int, column: int) -> float:
+    byte = stored["gate_up_blocks"][expert, row, column // 32, column % 32 // 2].item()
+    code = byte >> 4 if column % 2 else byte & 15
+    sign = -1.0 if code & 8 else 1.0
+    return sign * FP4[code & 7] * 2.0 ** (stored["gate_up_scales"][expert, row, column // 32].item() - 127)
+
+
+@pytest.mark.parametrize(
+    ("joined", "row_of"), [(Alternating(dim=-2), lambda r, up: 2 * r + up), (Halves(dim=-2), lambda r, up: r + 6 * up)]
+)
+def test_mxfp4_blocks_are_their_numbers(joined: Step, row_of: Any) -> None:
+    """Judged by a loop over all numbers: exactly."""
+    stored = mxfp4_checkpoint(3, 12, 64)
+    found = mxfp4_adapter(3, 12, 64, joined, Transposed()).from_hf(stored)
+    for up, name in enumerate(("gate", "up")):
+        expected = [
+            [[mxfp4_number(stored, e, row_of(r, up), c) for c in range(64)] for r in range(6)] for e in range(3)
+        ]
+        assert torch.equal(found[name].double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_mxfp4_blocks_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    stored = mxfp4_checkpoint(4, 96, 128)
+    convert = transformers.integrations.mxfp4.convert_moe_packed_tensors
+    expected = convert(stored["gate_up_blocks"], stored["gate_up_scales"], dtype=torch.float32)
+    adapter = mxfp4_adapter(4, 96, 128, Alternating(dim=-2), Transposed())
+    assert torch.equal(adapter.to_hf(adapter.from_hf(stored))["gate_up"], expected)
+
+
+def test_mxfp4_is_read_expert_by_expert() -> None:
+    stored = mxfp4_checkpoint(4, 96, 128)
+    pieces = mxfp4_adapter(4, 96, 128, Alternating(dim=-2), Transposed()).find(stored)
+    assert [piece.own for piece in pieces] == [(("gate", expert), ("up", expert)) for expert in range(4)]
+    assert all(tensor.shape == (48, 128) for tensor in pieces[3].from_hf([*stored.values()]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_up_scales": torch.zeros(3, 12, 1, dtype=torch.uint8)}, r"exponents \[3, 12, 1\]"),
+        ({"gate_up_blocks": torch.zeros(3, 12, 2, 16, dtype=torch.int16)}, r"of torch\.int16"),
+        ({"gate_up": torch.zeros(3, 64, 12)}, "holds gate_up twice"),
+    ],
+)
+def test_mxfp4_weights_that_are_not_whole_are_refused(change: dict[str, Tensor], message: str) -> None:
+    adapter = mxfp4_adapter(3, 12, 64, Alternating(dim=-2), Transposed())
+    with pytest.raises(ValueError, match=message):
+        adapter.find(mxfp4_checkpoint(3, 12, 64) | change)
+
+
+def test_mxfp4_of_another_size_is_refused() -> None:
+    adapter = mxfp4_adapter(3, 12, 64, Alternating(dim=-2), Transposed())
+    with pytest.raises(ValueError, match=r"gate_up \[3, 96, 12\] instead of \[3, 64, 12\]"):
+        adapter.find(mxfp4_checkpoint(3, 12, 96))
+    without = mxfp4_checkpoint(3, 12, 64)
+    del without["gate_up_scales"]
+    with pytest.raises(ValueError, match=r"lacks gate_up and has gate_up_blocks besides"):
+        adapter.find(without)
