@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models.deepseek import deepseek_v2_lite_16b, deepseek_v3_671b
-from titan_models.llama3 import llama3_8b
-from titan_models.llama4 import llama4_scout
-from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b
+from titan_models.deepseek import deepseek_debug, deepseek_v2_lite_16b, deepseek_v3_671b, deepseek_v3_debug
+from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
+from titan_models.llama3 import llama3_8b, llama3_debug
+from titan_models.llama4 import llama4_debug, llama4_scout
+from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 
 LLAMA3_8B = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "use_cache": True},
@@ -80,7 +81,23 @@ LLAMA4_SCOUT = {
         },
     },
 }
+GPT_OSS_20B = {
+    **{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64},
+    **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "vocab_size": 201088},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 4},
+    **{"experts_per_token": 4, "initial_context_length": 4096, "max_position_embeddings": 131072, "hidden_act": "silu"},
+    **{"sliding_window": 128, "swiglu_limit": 7.0, "rms_norm_eps": 1e-05, "tie_word_embeddings": False},
+    **{"eos_token_id": 200002, "pad_token_id": 199999, "router_aux_loss_coef": 0.9, "output_router_logits": False},
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]},
+    "rope_theta": 150000,
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False},
+        "original_max_position_embeddings": 4096,
+    },
+}
 RELEASED = [
+    (gpt_oss_20b, GPT_OSS_20B),
     (llama3_8b, LLAMA3_8B),
     (qwen3_8b, QWEN3_8B),
     (qwen3_30b_a3b, QWEN3_30B_A3B),
@@ -107,6 +124,19 @@ def found(flavor: Any, config: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("flavor", "config"), RELEASED)
 def test_the_released_config_is_that_of_the_flavor(flavor: Any, config: dict[str, Any]) -> None:
     assert found(flavor, config)
+
+
+@pytest.mark.parametrize(
+    "flavor",
+    [
+        *(deepseek_debug, deepseek_v3_debug, gpt_oss_debug, llama3_debug, llama4_debug, qwen3_debug, qwen3_moe_debug),
+    ],
+)
+def test_the_config_that_transformers_writes_is_that_of_the_flavor(flavor: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    own = flavor().hf_adapter().hf_config()
+    assert found(flavor, own)
+    assert found(flavor, transformers.AutoConfig.for_model(own.pop("model_type"), **own).to_dict())
 
 
 @pytest.mark.parametrize(
