@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +82,31 @@ def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int 
 def made() -> Callable[..., Decoder]:
     """`made(config, dtype, seed)`: the model with weights: norms not all ones, biases and sinks not near zero."""
     return _made
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Callable[..., Any]:
+    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is."""
+    import transformers
+    from safetensors.torch import save_file
+
+    def load(model: Decoder, dtype: torch.dtype = torch.float32) -> Any:
+        adapter = model.config.hf_adapter()
+        state = {name: tensor.contiguous() for name, tensor in adapter.to_hf(model.state_dict()).items()}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(adapter.hf_config(dtype)))
+        theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        assert not any(loading.values())
+        assert [type(theirs).__name__] == theirs.config.architectures == adapter.hf_config()["architectures"]
+        return theirs.train()
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from titan_models import Decoder, Rope
+from titan_models import Rope
 from titan_models.deepseek import deepseek_debug, deepseek_v2_236b, deepseek_v2_lite_16b, deepseek_v3_671b
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_120b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_405b, llama3_debug
@@ -42,30 +41,6 @@ class InDouble(TorchFunctionMode):
             function = Tensor.double
         args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
         return function(*args, **kwargs)
-
-
-@pytest.fixture
-def reference(tmp_path: Path) -> Callable[..., Any]:
-    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is."""
-    from safetensors.torch import save_file
-
-    def load(model: Decoder, dtype: torch.dtype = torch.float32) -> Any:
-        adapter = model.config.hf_adapter()
-        state = {name: tensor.contiguous() for name, tensor in adapter.to_hf(model.state_dict()).items()}
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        (tmp_path / "config.json").write_text(json.dumps(adapter.hf_config(dtype)))
-        theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            dtype=dtype,
-            output_loading_info=True,
-        )
-        assert not any(loading.values())
-        assert [type(theirs).__name__] == theirs.config.architectures == adapter.hf_config()["architectures"]
-        return theirs.train()
-
-    return load
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from titan_models.decoder import Decoder
 from titan_models.embedding import Embedding
 from titan_models.feed_forward import FeedForward
 from titan_models.flops import Flops
+from titan_models.generation import generate
 from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hf_adapter import HfAdapter, Inside
 from titan_models.hf_rules import Stored
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
+from titan_models.kv_cache import KVCache
 from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.linear import Linear
 from titan_models.mask import Chunks, Mask, MaskLimit, SlidingWindow
@@ -38,6 +40,7 @@ __all__ = [
     "HfAdapter",
     "Initializer",
     "Inside",
+    "KVCache",
     "Linear",
     "Llama3Scaling",
     "Mask",
@@ -57,5 +60,6 @@ __all__ = [
     "Temperature",
     "TruncatedNormal",
     "Yarn",
+    "generate",
     "init_weights",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -103,6 +104,12 @@ class Decoder(Model):
             x_BTD = layer(x_BTD, places, masks.of(cast(Block, layer).attention))
         x_BTD = self.norm(x_BTD)
         return self.head(x_BTD)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **choices: Any) -> list[list[int]]:
+        """What the model continues each prompt with: `titan_models.generate(self, prompts, **choices)`."""
+        from titan_models.generation import generate
+
+        return generate(self, prompts, **choices)
 
     def roles(self) -> Roles:
         roles: Roles = {"embedding": "embedding", "norm": "norm", "head": "head"}
