@@ -110,7 +110,7 @@ class MultiHeadLatentAttention(Attention):
 
     def roles(self) -> Roles:
         """Latents are in no role: each rank of a region makes all of them, for the heads that it has."""
-        heads = {"num_heads": self.config.num_heads}
+        heads = {"num_heads": self.config.num_heads, "packed": 1}  # a head of one is as wide as it likes
         return {
             "": "region",
             "q_proj": ("colwise", heads),
