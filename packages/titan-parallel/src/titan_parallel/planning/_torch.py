@@ -91,9 +91,19 @@ def flex_attention_of_shapes() -> Iterator[None]:
 def _flash_attention(
     query: Tensor, key: Tensor, value: Tensor, _score: Any, _mask: Any, scale: float, *_options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Flash attention knows heads of one width: others get that of the same products, between their two."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    width, value_width = (query.size(-1) + value.size(-1)) // 2, value.size(-1)
+    query, key, value = (_of_width(x, width) for x in (query, key, value))
     output, log_sum_exp = flash(query, key, value, 0.0, query.size(-2) == key.size(-2), scale=scale)
-    return output, log_sum_exp, query.new_empty(())
+    return _of_width(output, value_width), log_sum_exp, query.new_empty(())
+
+
+def _of_width(x: Tensor, width: int) -> Tensor:
+    """The tensor with a last dim cut or padded to `width`; it itself, where that is its width."""
+    if x.size(-1) == width:
+        return x
+    return x.narrow(-1, 0, width) if x.size(-1) > width else torch.nn.functional.pad(x, (0, width - x.size(-1)))
 
 
 def _mask_without_memory(

@@ -1,0 +1,40 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""DeepSeek-V2-Lite 16B on C4, from scratch: 32 GPUs of 80 GiB or more. Each rank computes on all experts.
+
+torchrun --nnodes 4 --nproc-per-node 8 ... recipes/deepseek_v2_lite_16b.py --tokenizer.path /path/to/tokenizer.json
+"""
+
+from pathlib import Path
+
+from llama3_8b import llama3_run
+from titan_config import Configurable
+from titan_data import HFTokenizer
+from titan_models import deepseek
+from titan_parallel import FullRecompute
+from titan_trainer import Trainer, main
+
+
+def deepseek_run(model: Configurable.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
+    """What the DeepSeek recipes share: the run of the Llama 3 recipes on DeepSeek's tokens, 4096 of them a row."""
+    config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
+    names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
+    config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), **names)
+    config.training.seq_len = 4096
+    config.activation_checkpoint = FullRecompute.Config()
+    return config
+
+
+def deepseek_v2_lite_16b() -> Trainer.Config:
+    """Two million tokens a step."""
+    config = deepseek_run(deepseek.deepseek_v2_lite_16b(), global_batch_size=512, lr=4.2e-4)
+    config.dump_folder = Path("outputs/deepseek_v2_lite_16b")
+    return config
+
+
+if __name__ == "__main__":
+    main(deepseek_v2_lite_16b)

@@ -1,0 +1,27 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""DeepSeek-V3 671B on C4, from scratch: 512 GPUs of 141 GiB or more. Each rank computes on all experts.
+
+torchrun --nnodes 64 --nproc-per-node 8 ... recipes/deepseek_v3_671b.py --tokenizer.path /path/to/tokenizer.json
+"""
+
+from pathlib import Path
+
+from deepseek_v2_lite_16b import deepseek_run
+from titan_models import deepseek
+from titan_trainer import Trainer, main
+
+
+def deepseek_v3_671b() -> Trainer.Config:
+    """Eight million tokens a step."""
+    config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
+    config.dump_folder = Path("outputs/deepseek_v3_671b")
+    return config
+
+
+if __name__ == "__main__":
+    main(deepseek_v3_671b)
