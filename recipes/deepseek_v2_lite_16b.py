@@ -15,7 +15,6 @@ from llama3_8b import llama3_run
 from titan_config import Configurable
 from titan_data import HFTokenizer
 from titan_models import deepseek
-from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
 
@@ -25,13 +24,13 @@ def deepseek_run(model: Configurable.Config, *, global_batch_size: int, lr: floa
     names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), **names)
     config.training.seq_len = 4096
-    config.activation_checkpoint = FullRecompute.Config()
     return config
 
 
 def deepseek_v2_lite_16b() -> Trainer.Config:
     """Two million tokens a step."""
     config = deepseek_run(deepseek.deepseek_v2_lite_16b(), global_batch_size=512, lr=4.2e-4)
+    config.training.local_batch_size = 4
     config.dump_folder = Path("outputs/deepseek_v2_lite_16b")
     return config
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
+from titan_data import Batch
+from titan_data.look_ahead import looking_ahead
 from titan_models import deepseek
 from titan_parallel import Compile, SelectiveRecompute, check_parallel
 from titan_parallel.check import meshes
+from titan_trainer import LookAhead
 from torch import nn
 
 FEW = ("fsdp2", "tp2_sp", "cp2_ulysses", "pp2")
 MANY = ("ddp2", "tp2", "cp2", "cp2_ring", "fsdp2_tp2", "fsdp2_tp2_sp", "cp2_tp2_sp", "pp2_tp2_sp", "fsdp2_pp2")
 
 
-def small_v3() -> nn.Module:
+def small_v3(look_ahead: bool = False) -> nn.Module:
     config = deepseek.deepseek_v3_debug()
     config.dim, config.num_layers, config.vocab_size, config.rope.dim = 32, 3, 64, 6
     for block in (config.block, *config.exceptions.values()):
@@ -21,6 +27,7 @@ def small_v3() -> nn.Module:
         attention.head_dim, attention.rotated_head_dim, attention.value_head_dim = 10, 6, 8
     config.exceptions["0:1"].feed_forward.hidden_dim = 48
     config.block.feed_forward.experts.hidden_dim = config.block.feed_forward.shared.hidden_dim = 16
+    config.look_ahead = look_ahead
     model = config.build()
     model.init_weights(0)
     return model
@@ -33,3 +40,30 @@ def test_deepseek_is_the_same_on_two_ranks() -> None:
 @pytest.mark.full
 def test_deepseek_is_the_same_on_two_and_four_ranks() -> None:
     check_parallel(small_v3, meshes(*FEW, *MANY)).raise_for_failure()
+
+
+def batch_that_looks_ahead(rows: int = 8, tokens: int = 16) -> Batch:
+    """Each row holds two documents."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(64, (rows, tokens + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[:, tokens // 2 - 1] = -100
+    positions = (torch.arange(tokens) % (tokens // 2)).expand(rows, tokens)
+    documents = (torch.arange(tokens) // (tokens // 2)).expand(rows, tokens)
+    inputs = {"tokens": ids[:, :-1], "positions": positions, "document_ids": documents}
+    return looking_ahead(Batch(inputs, {"labels": labels}, dict.fromkeys([*inputs, "labels"], 1), [[]] * rows))
+
+
+def check_looking_ahead(*names: str, **options) -> None:
+    build, loss = functools.partial(small_v3, look_ahead=True), LookAhead.Config().build()
+    report = check_parallel(build, meshes(*names), batch=batch_that_looks_ahead(), loss=loss, **options)
+    report.raise_for_failure()
+
+
+def test_looking_ahead_is_the_same_on_two_ranks() -> None:
+    check_looking_ahead(*FEW, steps=1)
+
+
+@pytest.mark.full
+def test_looking_ahead_is_the_same_on_two_and_four_ranks() -> None:
+    check_looking_ahead(*FEW, *MANY)

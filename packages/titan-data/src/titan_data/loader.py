@@ -14,6 +14,7 @@ from torch import Tensor
 
 from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
+from titan_data.look_ahead import looking_ahead
 from titan_data.order import Order
 from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, RowStream
 from titan_data.source import Source
@@ -46,6 +47,8 @@ class TokenLoader(Configurable):
         """Begin each document with the tokenizer's BOS."""
         add_eos: bool = False
         """End each document with the tokenizer's EOS."""
+        look_ahead: bool = False
+        """Batches hold the token after each, and the label after each, for models that predict two tokens."""
         allow_changes: bool = False
         """Resume from the state of other data or settings, where that is what is wanted."""
 
@@ -64,7 +67,8 @@ class TokenLoader(Configurable):
             labels = columns.pop("labels")
             advance = torch.empty(self.num_streams or global_batch_size, 2, dtype=torch.int64, device="meta")
             sequence_dims = dict.fromkeys(COLUMNS, 1)
-            return Batch(columns, {"labels": labels}, sequence_dims, [[]] * local_batch_size), advance
+            batch = Batch(columns, {"labels": labels}, sequence_dims, [[]] * local_batch_size)
+            return looking_ahead(batch) if self.look_ahead else batch, advance
 
     def __init__(
         self,
@@ -136,7 +140,8 @@ class TokenLoader(Configurable):
         except BaseException:
             self._forget()  # what was read ahead is lost; the next draw begins where the last commit was
             raise
-        return self._drawn.batches
+        batches = self._drawn.batches
+        return [looking_ahead(batch) for batch in batches] if self._config.look_ahead else batches
 
     def advance(self) -> Tensor:
         """Return how far this rank's draw moved each stream: int64 [streams, 2] (documents, tokens).

@@ -83,7 +83,7 @@ class Decoder(Model):
         self.embedding: Embedding = config.embedding.build(vocab_size=config.vocab_size, dim=config.dim)
         self.rope: Rope = config.rope.build()
         self.layers = nn.ModuleList(block.build(dim=config.dim) for block in config.blocks())
-        self.norm: RMSNorm = config.norm.build(dim=config.dim)
+        self.norm: nn.Module = config.norm.build(dim=config.dim)
         self.head: nn.Module
         if config.head is None:
             self.head = TiedLinear.Config().build(embedding=self.embedding)
@@ -96,14 +96,16 @@ class Decoder(Model):
         Positions restart with each document, and documents do not see each other. Without `document_ids` a row is one
         document, whose positions rise.
         """
-        x_BTD = self.embedding(tokens)
-        cos, sin = self.rope(positions, x_BTD.dtype)
-        places = Places(positions, cos, sin, self.rope.softmax_factor)
-        masks = Masks(positions, document_ids)
+        x_BTD, places, masks = self.enter(tokens, positions, document_ids)
         for layer in self.layers:
             x_BTD = layer(x_BTD, places, masks.of(cast(Block, layer).attention))
-        x_BTD = self.norm(x_BTD)
-        return self.head(x_BTD)
+        return self.head(self.norm(x_BTD))
+
+    def enter(self, tokens: Tensor, positions: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Places, Masks]:
+        """What the first block is given, and all others: the stream `[B, T, D]`, places and masks."""
+        x_BTD = self.embedding(tokens)
+        cos, sin = self.rope(positions, x_BTD.dtype)
+        return x_BTD, Places(positions, cos, sin, self.rope.softmax_factor), Masks(positions, document_ids)
 
     def generate(self, prompts: Sequence[Sequence[int]], **choices: Any) -> list[list[int]]:
         """What the model continues each prompt with: `titan_models.generate(self, prompts, **choices)`."""

@@ -19,7 +19,6 @@ _RULES: Rules = {
     "embedding.weight": "model.embed_tokens.weight",
     "layers.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
     "layers.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
-    "norm.weight": "model.norm.weight",
 }
 GROUPED_QUERY_RULES: Rules = {
     "layers.*.attention.q_proj.weight": "model.layers.*.self_attn.q_proj.weight",
@@ -53,19 +52,21 @@ def decoder_adapter(
     hf_config: Mapping[str, Any],
     rules: Rules,
     ignored: tuple[str, ...] = (),
+    repeats: Mapping[str, str] | None = None,
+    final_norm: str = "norm",
     inside: Inside | None = None,
 ) -> HfAdapter:
     """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
 
-    `ignored` and `inside` are those of `HfAdapter`.
+    `ignored`, `repeats` and `inside` are those of `HfAdapter`; `final_norm` is the name of the norm before the head.
 
     Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
     """
     tied = config.head is None
     return HfAdapter(
         config.on_meta(),
-        rules={**_RULES, **({} if tied else _HEAD), **rules},
-        repeats=_REPEATS if tied else {},
+        rules={**_RULES, f"{final_norm}.weight": "model.norm.weight", **({} if tied else _HEAD), **rules},
+        repeats={**(_REPEATS if tied else {}), **(repeats or {})},
         config={**_hf_config(config), **hf_config},
         ignored=ignored,
         inside=inside,

@@ -13,7 +13,7 @@ from titan_config import ConfigError
 from torch import nn
 
 OPTIONS: dict[str, frozenset[str]] = {
-    "embedding": frozenset(),
+    "embedding": frozenset({"between_blocks"}),
     "block": frozenset(),
     "region": frozenset({"set"}),
     "colwise": frozenset({"num_heads", "num_kv_heads", "packed", "transposed", "border", "set"}),

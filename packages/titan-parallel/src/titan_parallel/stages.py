@@ -155,13 +155,14 @@ def _around(
 ) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
     """The pieces with parameters before the first block and after the last, in the order of definition.
 
-    An embedding is before and the head after, wherever they are defined.
+    An embedding is before, unless it is looked up between blocks, and the head after, wherever they are defined.
     """
     if not blocks:
         raise ConfigError(
             "Got pipeline_parallel_degree above 1 and roles without a block. A pipeline is cut between blocks. Give "
             "the role block to the layers of the model, or set pipeline_parallel_degree to 1."
         )
+    embeddings = [name for name in roles.named("embedding") if not roles.options(name).get("between_blocks")]
     before: list[tuple[str, nn.Module]] = []
     after: list[tuple[str, nn.Module]] = []
     num_blocks = 0
@@ -172,7 +173,7 @@ def _around(
             continue
         elif roles.head is not None and inside(roles.head, name):
             after.append((name, module))
-        elif num_blocks == 0 or any(inside(embedding, name) for embedding in roles.named("embedding")):
+        elif num_blocks == 0 or any(inside(embedding, name) for embedding in embeddings):
             before.append((name, module))
         elif num_blocks == len(blocks):
             after.append((name, module))

@@ -185,7 +185,8 @@ class TensorParallel:
         if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
             embedding.padding_idx = embedding.padding_idx - start if start <= embedding.padding_idx < stop else None
         look_up = self.local_view(name)(embedding.forward)
-        embedding.forward = _looked_up_in_part(look_up, start, stop, vocab_size, self._sum_embeddings)
+        leave = self._leave if self._roles.options(name).get("between_blocks") else self._sum_embeddings
+        embedding.forward = _looked_up_in_part(look_up, start, stop, vocab_size, leave)
 
 
 def _pieces(whole: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop: optimizer, schedule, loss, metrics, validation, profiling."""
 
 from titan_trainer.errors import NonFiniteError
+from titan_trainer.look_ahead import LookAhead
 from titan_trainer.loss import CrossEntropy
 from titan_trainer.main import main
 from titan_trainer.metrics import Metrics, TensorBoard
@@ -18,6 +19,7 @@ __all__ = [
     "Comm",
     "CrossEntropy",
     "Debug",
+    "LookAhead",
     "Metrics",
     "NonFiniteError",
     "Optimizer",

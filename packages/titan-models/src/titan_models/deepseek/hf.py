@@ -65,9 +65,35 @@ def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
     }
     rules = _ATTENTION_RULES | (_Q_RULES if attention.q_rank is None else _LOW_RANK_Q_RULES)
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
-    if moe.router.score == "softmax":
+    if moe.router.score == "softmax" and not config.look_ahead:
         return decoder_adapter(config, hf_config, rules)
-    return decoder_adapter(config, hf_config, rules | _V3_RULES, ignored=(f"model.layers.{config.num_layers}.",))
+    rules |= _V3_RULES if moe.router.score == "sigmoid" else {}
+    if config.look_ahead:
+        return _looking_ahead(config, hf_config, rules)
+    return decoder_adapter(config, hf_config, rules, ignored=(f"model.layers.{config.num_layers}.",))
+
+
+def _looking_ahead(config: DeepSeek.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
+    """The released files hold the block that looks ahead as one layer more, with the embedding and the head again."""
+    own, theirs = f"layers.{config.num_layers}", f"model.layers.{config.num_layers}"
+    names = {
+        "token_norm": "enorm",
+        "stream_norm": "hnorm",
+        "join_proj": "eh_proj",
+        "output_norm": "shared_head.norm",
+    }
+    return decoder_adapter(
+        config,
+        hf_config | {"num_nextn_predict_layers": 1},
+        rules | {f"{own}.{name}.weight": f"{theirs}.{hf_name}.weight" for name, hf_name in names.items()},
+        repeats={
+            f"{theirs}.embed_tokens.weight": "model.embed_tokens.weight",
+            f"{theirs}.shared_head.head.weight": "model.embed_tokens.weight"
+            if config.head is None
+            else "lm_head.weight",
+        },
+        final_norm=f"{own}.final_norm",
+    )
 
 
 def _attention(config: DeepSeek.Config) -> MultiHeadLatentAttention.Config:
