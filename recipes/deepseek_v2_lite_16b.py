@@ -12,13 +12,12 @@ torchrun --nnodes 4 --nproc-per-node 8 ... recipes/deepseek_v2_lite_16b.py --tok
 from pathlib import Path
 
 from llama3_8b import llama3_run
-from titan_config import Configurable
 from titan_data import HFTokenizer
-from titan_models import deepseek
+from titan_models import Decoder, deepseek
 from titan_trainer import Trainer, main
 
 
-def deepseek_run(model: Configurable.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
+def deepseek_run(model: Decoder.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
     """What the DeepSeek recipes share: the run of the Llama 3 recipes on DeepSeek's tokens, 4096 of them a row."""
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}

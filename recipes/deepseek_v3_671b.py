@@ -14,12 +14,14 @@ from pathlib import Path
 from deepseek_v2_lite_16b import deepseek_run
 from titan_models import deepseek
 from titan_parallel import FullRecompute
-from titan_trainer import Trainer, main
+from titan_trainer import LookAhead, Trainer, main
 
 
 def deepseek_v3_671b() -> Trainer.Config:
-    """Eight million tokens a step."""
+    """Eight million tokens a step, and two predicted from each."""
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
+    config.model.look_ahead = config.dataloader.look_ahead = True
+    config.loss = LookAhead.Config(weight=0.3)
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/deepseek_v3_671b")
     return config

@@ -9,7 +9,7 @@ import torch
 from titan_data import Batch
 from titan_data.look_ahead import looking_ahead
 from titan_models import deepseek
-from titan_parallel import Compile, SelectiveRecompute, check_parallel
+from titan_parallel import check_parallel
 from titan_parallel.check import meshes
 from titan_trainer import LookAhead
 from torch import nn
