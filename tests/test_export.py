@@ -17,12 +17,12 @@ def whole_logits(trainer, tokens: torch.Tensor) -> torch.Tensor:
         return plain(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
 
 
-LLAMA4 = pytest.param("llama4_debug", False, marks=pytest.mark.full)
+MORE = [pytest.param(flavor, False, marks=pytest.mark.full) for flavor in ("llama4_debug", "gpt_oss_debug")]
 
 
 @pytest.mark.parametrize(
     ("flavor", "tied"),
-    [("llama3_debug", False), ("llama3_debug", True), ("qwen3_moe_debug", False), LLAMA4],
+    [("llama3_debug", False), ("llama3_debug", True), ("qwen3_moe_debug", False), *MORE],
 )
 @pytest.mark.parametrize(
     "parallelism", [{}, {"parallelism.tensor_parallel_degree": 2}], ids=["saved by FSDP 2", "saved by TP 2"]
@@ -52,7 +52,7 @@ def test_transformers_loads_an_exported_checkpoint_and_gives_its_logits(
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("flavor", ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug"])
+@pytest.mark.parametrize("flavor", ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug", "gpt_oss_debug"])
 def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_path, flavor, stored):
     """Weights stored in bfloat16 are widened."""
     transformers = pytest.importorskip("transformers", reason="the judge of this test")

@@ -25,6 +25,9 @@ RECIPES = [
     "llama4_debug",
     "llama4_scout",
     "llama4_maverick",
+    "gpt_oss_debug",
+    "gpt_oss_20b",
+    "gpt_oss_120b",
 ]
 
 

@@ -60,7 +60,7 @@ PIPELINES = {
 }
 """Meshes of a model of 8 layers in 8 micro-batches (of a data rank alone)."""
 FEW_PIPELINES = ("PP 2 zero bubble", "PP 2 x TP 2")  # in the default set
-FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug"]
+FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug", "gpt_oss_debug"]
 MESH_OF_EVERY_FAMILY = "FSDP 2 x TP 2"
 RECOMPUTATIONS = {
     "none": None,

@@ -1,0 +1,27 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
+# ]
+# ///
+"""GPT-OSS 120B on C4, from scratch: 256 GPUs of 80 GiB or more. Each rank computes on all experts, gathered by layer.
+
+torchrun --nnodes 32 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
+"""
+
+from pathlib import Path
+
+from gpt_oss_20b import gpt_oss_run
+from titan_models import gpt_oss
+from titan_trainer import Trainer, main
+
+
+def gpt_oss_120b() -> Trainer.Config:
+    """Four million tokens a step."""
+    config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
+    config.dump_folder = Path("outputs/gpt_oss_120b")
+    return config
+
+
+if __name__ == "__main__":
+    main(gpt_oss_120b)

@@ -1,0 +1,31 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
+# ]
+# ///
+"""A GPT-OSS of 8 experts in each layer, 81 million parameters in all, learns Jane Austen's English on a CPU.
+
+torchrun --nproc-per-node 2 recipes/gpt_oss_debug.py [--training.steps 20] [--help]
+"""
+
+from pathlib import Path
+
+from llama3_debug import llama3_debug, report
+from titan_models import gpt_oss
+from titan_trainer import Trainer, main
+
+
+def gpt_oss_debug() -> Trainer.Config:
+    """The run of llama3_debug with another model, in smaller steps: this one is as wide in its experts as the large."""
+    config = llama3_debug()
+    config.model = gpt_oss.gpt_oss_debug()
+    config.training.global_batch_size, config.training.local_batch_size = 4, 2
+    config.dump_folder = Path("outputs/gpt_oss_debug")
+    return config
+
+
+if __name__ == "__main__":
+    trainer = main(gpt_oss_debug)
+    if trainer.is_first_rank:
+        report(trainer)
