@@ -62,6 +62,8 @@ PIPELINES = {
 FEW_PIPELINES = ("PP 2 zero bubble", "PP 2 x TP 2")  # in the default set
 FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug", "gpt_oss_debug"]
 MESH_OF_EVERY_FAMILY = "FSDP 2 x TP 2"
+ROUNDING = dict.fromkeys(FAMILIES, 3e-6) | {"gpt_oss_debug": 1e-4}
+"""Of 20 steps' losses. GPT-OSS gives tokens half of its experts: rounding turns some choices that nearly tie."""
 RECOMPUTATIONS = {
     "none": None,
     "full": FullRecompute.Config(),
@@ -216,7 +218,7 @@ def test_weights_gradients_and_losses_are_those_of_the_flat_loop(
         return judged
 
     assert run_ranks(world_size, run) == [([], {})] * world_size
-    assert losses_of(config) == pytest.approx(losses, rel=3e-6)
+    assert losses_of(config) == pytest.approx(losses, rel=ROUNDING[flavor])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
