@@ -1,0 +1,186 @@
+"""Public models come by their name from a hub: a small one, on this machine, that speaks as the real one does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("huggingface_hub", reason="it speaks to the hub")
+save = pytest.importorskip("safetensors.torch").save
+
+SHA = "5" * 40
+SHARDS = {
+    f"model-0000{shard}-of-00002.safetensors": save({f"weight.{shard}": torch.full((30,), shard)}) for shard in (1, 2)
+}
+INDEX = {f"weight.{shard}": f"model-0000{shard}-of-00002.safetensors" for shard in (1, 2)}
+QWEN = {
+    "config.json": json.dumps({"model_type": "qwen3"}).encode(),
+    "generation_config.json": b"{}",
+    "model.safetensors.index.json": json.dumps({"weight_map": INDEX}).encode(),
+    **SHARDS,
+    "tokenizer.json": b'{"version": "1.0"}',
+    "merges.txt": b"a b\n",
+    "original/tokenizer.model": b"dG8= 1\n",
+    "original/model.safetensors": b"the same again",
+    "consolidated.safetensors": b"the same again",
+    "pytorch_model.bin": b"the same again",
+    "picture.png": b"png",
+}
+MODELS: dict[str, dict[str, bytes]] = {
+    "Qwen/Qwen3-tiny": QWEN,
+    "meta-llama/Gated": QWEN,
+    "old/OnlyPickles": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
+    "half/Missing": {name: data for name, data in QWEN.items() if not name.endswith("2-of-00002.safetensors")},
+    "shaky/Breaks": QWEN,
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What `huggingface_hub` asks of https://huggingface.co: what a model is, its files, and each of them."""
+
+    protocol_version = "HTTP/1.1"
+    asked_about: list[str] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
+            self.answer_about(found[1])
+        elif found := re.fullmatch(rf"/api/models/([^/]+/[^/]+)/tree/{SHA}", path):
+            self.send_json(
+                [{"type": "file", "path": name, "size": len(data), "oid": oid(data)} for name, data in files(found[1])]
+            )
+        elif found := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{SHA}/(.+)", path):
+            self.send_file(found[1], found[2])
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def answer_about(self, model: str) -> None:
+        self.asked_about.append(model)
+        if model not in MODELS:
+            self.refuse(401, "RepoNotFound")  # the hub does not tell private models from those that are not there
+        else:
+            siblings = [{"rfilename": name} for name, _ in files(model)]
+            self.send_json({"id": model, "sha": SHA, "siblings": siblings, "private": False, "tags": []})
+
+    def send_file(self, model: str, name: str) -> None:
+        data = MODELS[model][name]
+        if model == "meta-llama/Gated" and self.headers.get("Authorization") != "Bearer accepted":
+            self.refuse(401, "GatedRepo")
+        elif model == "shaky/Breaks" and "00002-of" in name and self.asked_about.count(model) == 1:
+            self.refuse(403, "Overloaded")
+        else:
+            self.send(200, data, {"ETag": f'"{oid(data)}"', "X-Repo-Commit": SHA})
+
+    def send_json(self, value: Any) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def files(model: str) -> Any:
+    return MODELS[model].items()
+
+
+def oid(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+MANY = """
+import json, os, sys
+from titan_models.__main__ import main
+for name, folder, token in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    print(main(["download", name, "--to", folder]), flush=True)
+    print(flush=True, file=sys.stderr)
+"""
+
+
+def download(endpoint: str, folder: Path, *wanted: tuple[str, str, str]) -> list[tuple[int, str]]:
+    """Exit status and error of each command, by name, folder and token, all in a process of their own."""
+    arguments = json.dumps([(name, str(folder / to), token) for name, to, token in wanted])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", MANY, arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    codes = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    return list(zip(codes, done.stderr.split("\n\n"), strict=False))
+
+
+def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    wanted = [
+        ("Qwen/Qwen3-tiny", "qwen", "", None),
+        ("Qwen/Qwen33", "a", "", "Got Qwen/Qwen33, which the hub does not have"),
+        ("meta-llama/Gated", "b", "", "accepted the terms. Open https://huggingface.co/meta-llama/Gated"),
+        ("meta-llama/Gated", "gated", "accepted", None),
+        ("old/OnlyPickles", "c", "", "Got old/OnlyPickles, which has no model.safetensors"),
+        ("half/Missing", "d", "", "Got half/Missing without model-00002-of-00002.safetensors"),
+        ("a/b/c", "e", "", "Got 'a/b/c' for a model. The hub names them OWNER/MODEL"),
+        ("Qwen/Qwen3-tiny", "full", "", "which is there already"),
+        ("Qwen/Qwen3-tiny", "qwen", "", "which is there already"),
+        ("shaky/Breaks", "shaky", "", "Got no answer from the hub about shaky/Breaks, or not all of it"),
+        ("shaky/Breaks", "shaky", "", None),
+    ]
+    results = download(endpoint, tmp_path, *(each[:3] for each in wanted))
+    for (name, folder, _, message), (code, error) in zip(wanted, results, strict=False):
+        assert (name, folder, code) == (name, folder, 0 if message is None else 1), error
+        assert message is None or (message in error and "Traceback" not in error), error
+    unwanted = {"original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "picture.png"}
+    for folder in (tmp_path / "qwen", tmp_path / "gated", tmp_path / "shaky"):
+        found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert found == {name: data for name, data in QWEN.items() if name not in unwanted}
+    assert not any((tmp_path / folder).exists() for folder in "ace")
+
+
+def test_without_a_network_it_says_so(tmp_path: Path) -> None:
+    ((code, error),) = download("http://127.0.0.1:9", tmp_path, ("Qwen/Qwen3-tiny", "qwen", ""))
+    assert (code, "Got no answer from the hub about Qwen/Qwen3-tiny" in error) == (1, True)
+
+
+def test_without_its_extra_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from titan_models.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["download", "Qwen/Qwen3-tiny", "--to", str(tmp_path / "qwen")]) == 1
+    assert "pip install titan-models[download]" in capsys.readouterr().err
