@@ -215,6 +215,16 @@ def test_a_run_begins_with_hugging_face_weights(tmp_path):
     assert_equal(model, toy())
 
 
+def test_the_tokenizer_that_came_with_the_weights_goes_with_them(tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+    settings = {"initial_load_path": tmp_path / "hf", "initial_load_in_hf": True, "last_save_in_hf": True}
+    checkpoint(tmp_path / "without", Run.Config(), **settings)
+    assert not (tmp_path / "without" / "checkpoint" / "step-4-hf" / "tokenizer.json").exists()
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    checkpoint(tmp_path / "run", Run.Config(), **settings)
+    assert (tmp_path / "run" / "checkpoint" / "step-4-hf" / "tokenizer.json").read_text() == "{}"
+
+
 def test_a_checkpoint_of_another_model_says_which_settings_differ(tmp_path):
     checkpoint(tmp_path, Run.Config())
     other = Run.Config(model=Toy.Config(dim=8))

@@ -19,6 +19,7 @@ from titan_ckpt.adapter import adapter_of
 from titan_ckpt.chunks import Chunk, is_dtensor, is_writer, local_chunks
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.hf_export import export_hf
+from titan_ckpt.hf_files import tokenizer_in
 from titan_ckpt.hf_import import load_hf
 from titan_ckpt.loading import PassedOver, damage_of, find_newest_whole, load_parts
 from titan_ckpt.plan import Planner
@@ -61,7 +62,8 @@ class Checkpointer(Configurable):
         initial_load_in_hf: bool = False
         """Whether `initial_load_path` is a folder of Hugging Face weights."""
         last_save_in_hf: bool = False
-        """Whether the last save also writes the weights for Hugging Face, as `step-N-hf` beside it."""
+        """Whether the last save also writes the weights for Hugging Face, as `step-N-hf` beside it, with the tokenizer
+        of the Hugging Face folder that the run began with."""
         export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
         """Type of the weights written for Hugging Face."""
 
@@ -219,7 +221,9 @@ class Checkpointer(Configurable):
         folder = self.shelf.hf_path(step)
         if not folder.exists():
             dtype = getattr(torch, self.config.export_dtype)
-            export_hf(self.shelf.path(step), folder, dtype, adapter_of(self._run_config))
+            begun_with = self.config.initial_load_path if self.config.initial_load_in_hf else None
+            tokenizer = begun_with if begun_with is not None and tokenizer_in(begun_with) else None
+            export_hf(self.shelf.path(step), folder, dtype, adapter_of(self._run_config), tokenizer=tokenizer)
             logger.info("Exported %s.", folder)
 
     def _set_aside_after(self, step: int) -> None:

@@ -69,8 +69,13 @@ def _write_generation(folder: Path, config: Mapping[str, Any]) -> None:
         write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
+def tokenizer_in(folder: Path) -> list[str]:
+    """The names of a tokenizer's files in a folder."""
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names = tokenizer_in(source)
     if not names:
         raise CheckpointError(
             f"Got {source}, which has no tokenizer. It is a folder with tokenizer.json, or another of "

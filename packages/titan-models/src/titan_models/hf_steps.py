@@ -70,12 +70,10 @@ class Alternating(Step):
 class NeighbourPairs(Step):
     """Rows of queries or keys, for a rope that turns neighbours: 2i with 2i + 1, where own ones turn i with i + K/2.
 
-    Rows are heads of `head_dim` features, of which the last `rotated_dim` (None: all) turn. Weights `[H * head_dim, D]`
-    and biases `[H * head_dim]` alike.
+    Rows are heads of `head_dim` features. Weights `[H * head_dim, D]` and biases `[H * head_dim]` alike.
     """
 
     head_dim: int
-    rotated_dim: int | None = None
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
         return [self._turn(tensor, (2, -1)) for tensor in tensors]
@@ -89,11 +87,7 @@ class NeighbourPairs(Step):
                 f"Got {tensor.shape[0]} rows in heads of {self.head_dim} features. Rows are whole heads. Give "
                 "NeighbourPairs the head_dim of these weights."
             )
-        rotated_dim = self.head_dim if self.rotated_dim is None else self.rotated_dim
-        heads = tensor.unflatten(0, (-1, self.head_dim))
-        fixed, turning = heads.split([self.head_dim - rotated_dim, rotated_dim], dim=1)
-        turned = turning.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
-        return torch.cat((fixed, turned), dim=1).flatten(0, 1)
+        return tensor.unflatten(0, (-1, self.head_dim)).unflatten(1, pairs).transpose(1, 2).flatten(0, 2)
 
 
 def _pair(tensors: list[Tensor], step: Step) -> list[Tensor]:
