@@ -11,6 +11,8 @@ import pytest
 import torch
 from titan_models import Attention, Decoder, FeedForward, MultiHeadLatentAttention, Yarn
 from titan_models.moe import ClampedGating, MoE
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
@@ -82,6 +84,22 @@ def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int 
 def made() -> Callable[..., Decoder]:
     """`made(config, dtype, seed)`: the model with weights: norms not all ones, biases and sinks not near zero."""
     return _made
+
+
+class _InDouble(TorchFunctionMode):
+    """Compute in fp64 what the reference insists on computing in fp32: norms, rope, softmax."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def in_double() -> type[TorchFunctionMode]:
+    """`with in_double():` what the reference insists on computing in fp32 is computed in fp64."""
+    return _InDouble
 
 
 @pytest.fixture

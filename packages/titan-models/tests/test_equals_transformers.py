@@ -20,8 +20,6 @@ from titan_models.moe import SiluGating
 from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 DENSE = [llama3_debug, llama3_1b, llama3_3b, llama3_8b, llama3_405b, qwen3_debug, qwen3_0_6b, qwen3_8b]
 MOE = [qwen3_moe_debug, qwen3_30b_a3b, llama4_debug, llama4_scout, llama4_maverick]
@@ -31,16 +29,6 @@ FLAVORS = [*DENSE, *MOE, *DEEPSEEK, *GPT_OSS]
 TIED_AND_NOT = [llama3_1b, llama3_8b, qwen3_0_6b, qwen3_8b, qwen3_30b_a3b]
 TIED_AND_NOT += [llama4_maverick, deepseek_v3_671b, gpt_oss_20b]
 LENGTH = 96  # three times the shrunk original length
-
-
-class InDouble(TorchFunctionMode):
-    """Compute in fp64 what the reference insists on computing in fp32: norms, rope, softmax."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.float:
-            function = Tensor.double
-        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
-        return function(*args, **kwargs)
 
 
 @pytest.fixture
@@ -88,10 +76,11 @@ def test_logits_and_gradients_are_equal(
     made: Any,
     reference: Any,
     batch: dict[str, Tensor],
+    in_double: Any,
 ) -> None:
     model = made(shrunk(flavor), dtype, seed)
     theirs = reference(model, dtype)
-    with InDouble() if dtype is torch.float64 else nullcontext():
+    with in_double() if dtype is torch.float64 else nullcontext():
         their_logits = theirs(batch["tokens"]).logits
     logits, own_gradients = logits_and_gradients(model, model(**batch), batch["tokens"])
     expected_logits, expected = logits_and_gradients(theirs, their_logits, batch["tokens"])
@@ -144,13 +133,19 @@ def test_logits_and_gradients_are_equal(
     ],
 )
 def test_a_model_without_a_part_is_noticed(
-    flavor: Any, part: str, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+    flavor: Any,
+    part: str,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    batch: dict[str, Tensor],
+    in_double: Any,
 ) -> None:
     """The reference is loaded with what our model then lacks, or has another value of."""
     config = shrunk(flavor)
     model = made(config, torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), in_double():
         theirs = their_model(batch["tokens"]).logits
     without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
     without |= {"limits": [], "weighted": "output", "rotation": "halves"}
@@ -167,32 +162,47 @@ def test_a_model_without_a_part_is_noticed(
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b])
 def test_logits_equal_without_scaling_and_with_other_theta(
-    flavor: Any, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+    flavor: Any,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    batch: dict[str, Tensor],
+    in_double: Any,
 ) -> None:
     config = shrunk(flavor)
     config.rope = Rope.Config(dim=8, theta=20_000.0)
     model = made(config, torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), in_double():
         theirs = their_model(batch["tokens"]).logits
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("flavor", [llama3_1b, gpt_oss_20b])
 def test_logits_equal_far_from_the_start(
-    flavor: Any, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor]
+    flavor: Any,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    batch: dict[str, Tensor],
+    in_double: Any,
 ) -> None:
     model = made(shrunk(flavor), torch.float64)
     batch["positions"] = batch["positions"] + 900
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), in_double():
         theirs = their_model(batch["tokens"], position_ids=batch["positions"]).logits
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, gpt_oss_20b])
 def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
-    flavor: Any, shrunk: Any, made: Any, reference: Any, packed: dict[str, Tensor]
+    flavor: Any,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    packed: dict[str, Tensor],
+    in_double: Any,
 ) -> None:
     model = made(shrunk(flavor), torch.float64)
     their_model = reference(model, torch.float64)
@@ -200,18 +210,23 @@ def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
         logits = model(**packed)
         for row, ids in enumerate(packed["document_ids"]):
             for where in (ids == document for document in ids.unique()):
-                with InDouble():
+                with in_double():
                     alone = their_model(packed["tokens"][row, where][None]).logits[0]
                 torch.testing.assert_close(logits[row, where], alone, rtol=0, atol=1e-9)
 
 
 def test_positions_shifted_for_keys_alone_are_noticed(
-    shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    batch: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    in_double: Any,
 ) -> None:
     """Rope is relative: shifting queries and keys changes nothing, shifting one of them must."""
     model = made(shrunk(llama3_8b), torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), in_double():
         theirs = their_model(batch["tokens"]).logits
     forward = Rope.forward
     monkeypatch.setattr(Rope, "forward", lambda self, positions, dtype: forward(self, positions + 1, dtype))

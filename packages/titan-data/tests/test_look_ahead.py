@@ -1,0 +1,66 @@
+"""Batches for models that predict two tokens, judged token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from titan_data import ByteTokenizer, JsonlSource, TokenLoader
+from titan_data.testing import commit
+
+SIZES: dict[str, int] = {"seq_len": 24, "global_batch_size": 4, "local_batch_size": 2}
+
+
+@pytest.fixture
+def config(texts: list[str], write_jsonl: Callable[..., Path]) -> TokenLoader.Config:
+    return TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)), infinite=False, look_ahead=True)
+
+
+def build(config: TokenLoader.Config) -> TokenLoader:
+    return config.build(tokenizer=ByteTokenizer.Config().build(), seed=0, **SIZES)
+
+
+def test_each_token_has_the_next_and_the_label_of_the_next(config: TokenLoader.Config) -> None:
+    loader = build(config)
+    checked = 0
+    while batches := loader.draw(0, 1):
+        for batch in batches:
+            tokens, documents = batch.inputs["tokens"].tolist(), batch.inputs["document_ids"].tolist()
+            labels = batch.targets["labels"].tolist()
+            for row in range(len(tokens)):
+                for place in range(24):
+                    label, after = labels[row][place], place + 1
+                    if label == -100:
+                        assert batch.targets["next_labels"][row, place] == -100
+                        continue
+                    assert batch.inputs["next_tokens"][row, place] == label
+                    same = after < 24 and documents[row][after] == documents[row][place]
+                    assert not same or tokens[row][after] == label
+                    assert batch.targets["next_labels"][row, place] == (labels[row][after] if same else -100)
+                    checked += same
+        commit([loader])
+    assert checked > 100
+
+
+def test_all_else_is_as_it_was(config: TokenLoader.Config) -> None:
+    whole = build(config)
+    plain = TokenLoader.Config(source=config.source, infinite=False)
+    (batch, *_), (other, *_) = whole.draw(0, 1), build(plain).draw(0, 1)
+    for name, tensor in other.inputs.items():
+        assert torch.equal(batch.inputs[name], tensor)
+    assert batch.sequence_dims == other.sequence_dims | {"next_tokens": 1, "next_labels": 1}
+
+
+def test_its_outline_has_the_shapes_of_its_batches(config: TokenLoader.Config) -> None:
+    outline, _ = config.outline(**SIZES)
+    batch = build(config).draw(0, 1)[0]
+
+    def shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    assert shapes(outline.inputs) == shapes(batch.inputs)
+    assert shapes(outline.targets) == shapes(batch.targets)
+    assert outline.sequence_dims == batch.sequence_dims

@@ -1,0 +1,166 @@
+"""Multi-token prediction: the logits of transformers' modules, and what a mesh and a packed row must not change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from titan_models.deepseek import DeepSeek, deepseek_v3_671b
+from titan_models.moe import Loop
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_layers import MtpLayer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
+
+
+@pytest.fixture
+def looking_ahead(shrunk: Any) -> DeepSeek.Config:
+    config = shrunk(deepseek_v3_671b)
+    config.look_ahead = True
+    return config
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(97, (2, 65), generator=torch.Generator().manual_seed(0))
+    return {"tokens": ids[:, :-1], "positions": torch.arange(64).expand(2, 64), "next_tokens": ids[:, 1:]}
+
+
+class Theirs(torch.nn.Module):
+    """transformers' decoder of one layer more, of which the last is the block of transformers' `MtpLayer`."""
+
+    def __init__(self, config: DeepSeek.Config, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        count = config.num_layers
+        fields = config.hf_adapter().hf_config() | {"num_hidden_layers": count + 1}
+        hf_config = DeepseekV3Config(**fields, attn_implementation="eager", experts_implementation="eager")
+        self.all = DeepseekV3ForCausalLM(hf_config).double()
+        self.all.config.num_hidden_layers = count  # its forward ends there
+        self.ahead = MtpLayer(hf_config, DeepseekV3DecoderLayer, DeepseekV3RMSNorm, count).double()
+        self.ahead.mtp_block = self.all.model.layers[count]
+        own = self.named_tensors(count)
+        assert own.keys() == stacked(state).keys()
+        with torch.no_grad():
+            for name, tensor in stacked(state).items():
+                own[name].copy_(tensor)
+
+    def named_tensors(self, count: int) -> dict[str, Tensor]:
+        """By the names of the released files, experts stacked."""
+        names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"}
+        ahead = {
+            f"model.layers.{count}.{hf_name}.weight": getattr(self.ahead, name).weight
+            for name, hf_name in names.items()
+        }
+        return {**self.all.state_dict(keep_vars=True), **ahead}
+
+    def forward(self, tokens: Tensor, positions: Tensor, next_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        model, length = self.all.model, tokens.shape[1]
+        hidden = model(tokens).last_hidden_state
+        mask = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+        rotation = model.rotary_emb(hidden, position_ids=positions)
+        ahead = self.ahead(model.embed_tokens(next_tokens), hidden, rotation, mask, positions, None)
+        return self.all.lm_head(hidden), self.all.lm_head(ahead)
+
+
+def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state of the released layout as transformers stacks it in memory."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    result = {}
+    for name, tensor in state.items():
+        if ".experts." not in name:
+            result[name] = tensor
+            continue
+        stem, number, projection, _ = name.rsplit(".", 3)
+        parts.setdefault(f"{stem}.{projection}", {})[int(number)] = tensor
+    whole = {name: torch.stack([of[number] for number in sorted(of)]) for name, of in parts.items()}
+    for name, tensor in whole.items():
+        if name.endswith("gate_proj"):
+            up = whole[name.replace("gate_proj", "up_proj")]
+            result[name.replace("gate_proj", "gate_up_proj")] = torch.cat((tensor, up), 1)
+        elif name.endswith("down_proj"):
+            result[name] = tensor
+    return result
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_logits_and_gradients_are_those_of_transformers_modules(
+    looking_ahead: DeepSeek.Config, seed: int, made: Any, in_double: Any, batch: dict[str, Tensor]
+) -> None:
+    model, adapter = made(looking_ahead, torch.float64, seed), looking_ahead.hf_adapter()
+    theirs = Theirs(looking_ahead, adapter.to_hf(model.state_dict()))
+    with in_double():
+        own_logits, ahead_logits = theirs(**batch)
+    logits = model(**batch)
+    torch.testing.assert_close(logits, torch.stack((own_logits, ahead_logits), 1), rtol=0, atol=1e-9)
+    for both in (logits.unbind(1), (own_logits, ahead_logits)):
+        losses = [functional.cross_entropy(each.flatten(0, 1), batch["next_tokens"].flatten()) for each in both]
+        (losses[0] + 0.3 * losses[1]).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = stacked(adapter.to_hf({**model.state_dict(), **gradients}))
+    for name, parameter in theirs.named_tensors(looking_ahead.num_layers).items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
+    assert sum(parameter.grad is not None for parameter in theirs.parameters()) == sum(
+        not name.endswith("bias") for name in found
+    )
+
+
+def test_without_next_tokens_the_model_is_the_one_that_does_not_look_ahead(
+    looking_ahead: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
+) -> None:
+    model, plain_config = made(looking_ahead), copy.deepcopy(looking_ahead)
+    plain_config.look_ahead = False
+    plain = plain_config.build()
+    plain.load_state_dict(plain_config.hf_adapter().from_hf(looking_ahead.hf_adapter().to_hf(model.state_dict())))
+    ahead = model(**batch)
+    next_tokens = batch.pop("next_tokens")
+    assert torch.equal(model(**batch), plain(**batch))
+    assert torch.equal(ahead[:, 0], plain(**batch))
+    with pytest.raises(ValueError, match="next_tokens for a model that does not look ahead"):
+        plain(**batch, next_tokens=next_tokens)
+
+
+def test_a_packed_row_looks_ahead_as_its_documents_one_by_one(
+    looking_ahead: DeepSeek.Config, made: Any, packed: dict[str, Tensor]
+) -> None:
+    model = made(looking_ahead, torch.float64)
+    next_tokens = packed["tokens"].roll(-1, 1)
+    whole = model(**packed, next_tokens=next_tokens)
+    for row, ids in enumerate(packed["document_ids"]):
+        for document in ids.unique():
+            where = ids == document
+            alone = model(
+                packed["tokens"][row, where][None],
+                packed["positions"][row, where][None],
+                None,
+                next_tokens[row, where][None],
+            )
+            torch.testing.assert_close(whole[row][:, where], alone[0], rtol=0, atol=1e-10)
+
+
+def test_the_released_file_repeats_the_embedding_and_the_head(looking_ahead: DeepSeek.Config, made: Any) -> None:
+    adapter, model = looking_ahead.hf_adapter(), made(looking_ahead)
+    last = f"model.layers.{looking_ahead.num_layers}"
+    state = adapter.to_hf(model.state_dict())
+    state[f"{last}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    state[f"{last}.shared_head.head.weight"] = state["lm_head.weight"].clone()
+    for name, tensor in adapter.from_hf(state).items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    state[f"{last}.shared_head.head.weight"][0] += 1
+    with pytest.raises(ValueError, match=r"shared_head\.head\.weight with other values than lm_head\.weight"):
+        adapter.from_hf(state)
+
+
+def test_flops_equal_those_that_pytorch_counts(
+    looking_ahead: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
+) -> None:
+    looking_ahead.block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
+    model = made(looking_ahead)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch).logsumexp(-1).mean().backward()
+    assert counter.get_total_flops() == looking_ahead.flops_per_token(64).full * batch["tokens"].numel()

@@ -1,0 +1,46 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from titan_config import ConfigError
+from titan_trainer import CrossEntropy, LookAhead
+from torch import nn
+
+
+def example():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 50, bias=False).double()
+    hidden = torch.randn(3, 2, 7, 8, dtype=torch.float64, requires_grad=True)
+    targets = {name: torch.randint(50, (3, 7)) for name in ("labels", "next_labels")}
+    targets["labels"][0, :2] = targets["next_labels"][:, -2:] = -100
+    return head, hidden, targets
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_the_token_after_next_counts_by_its_weight_and_over_the_labels_of_the_next(chunk_tokens, weight):
+    head, hidden, targets = example()
+    own, ahead = (
+        F.cross_entropy(head(hidden[:, place]).flatten(0, 1), targets[name].flatten(), reduction="sum")
+        for place, name in enumerate(targets)
+    )
+    expected = own + weight * ahead
+    expected_grads = torch.autograd.grad(expected, [hidden, head.weight])
+    loss = LookAhead.Config(loss=CrossEntropy.Config(chunk_tokens=chunk_tokens), weight=weight).build()
+    total, count = loss(head, hidden, targets)
+    assert count == loss.count(targets) == 19
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    for found, wanted in zip(torch.autograd.grad(total, [hidden, head.weight]), expected_grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_a_batch_that_does_not_look_ahead_has_the_loss_of_the_next_token():
+    head, hidden, targets = example()
+    plain = {"labels": targets["labels"]}
+    assert LookAhead.Config().build()(head, hidden[:, 0], plain) == CrossEntropy.Config().build()(
+        head, hidden[:, 0], plain
+    )
+
+
+def test_a_negative_weight_says_why():
+    with pytest.raises(ConfigError, match=r"Got weight -0\.1.*Set loss\.weight"):
+        LookAhead.Config(weight=-0.1).build()
