@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_ckpt import Checkpointer, export_hf, load_hf
+from titan_ckpt import Checkpointer, export_hf, load_hf, save_hf
 from torch.distributed.tensor import DTensor
 
 
@@ -70,3 +70,26 @@ def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_pa
     with torch.no_grad():
         found, expected = model(tokens, torch.arange(64).expand_as(tokens)), hf(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_in_pipeline_stages_begins_with_weights_of_hugging_face(run_ranks, small_run, tmp_path):
+    """Each rank reads those of its stage, and all together are the model's."""
+    changes = {"parallelism.pipeline_parallel_degree": 2, "training.steps": 1, "optimizer.lr": 1e-12}
+    config = small_run(flavor="qwen3_moe_debug", changes=changes)
+    model = config.model.build()
+    model.init_weights(seed=7)
+    save_hf(model.state_dict(), config.model.hf_adapter(), tmp_path / "hf")
+    config.checkpoint = Checkpointer.Config(initial_load_path=tmp_path / "hf", initial_load_in_hf=True)
+
+    def train() -> dict[str, torch.Tensor]:
+        trainer = config.build()
+        trainer.train()
+        weights = trainer.model.state_dict().items()
+        return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in weights}
+
+    first, second = run_ranks(2, train)
+    assert not first.keys() & second.keys()
+    expected = model.state_dict()
+    assert (first | second).keys() == expected.keys()
+    for name, weight in (first | second).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9)

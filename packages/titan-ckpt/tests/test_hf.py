@@ -350,6 +350,34 @@ def test_matrices_of_a_stack_are_read_by_the_ranks_that_hold_them(run_ranks, tmp
     assert weights == same == {name: tensor.tolist() for name, tensor in Stack().state_dict().items()}
 
 
+def test_stages_of_a_model_read_their_own(run_ranks, tmp_path):
+    save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
+
+    def work(folder, names):
+        rank = torch.distributed.get_rank()
+        model = toy(seed=2)
+        stage = {name: tensor for name, tensor in model.state_dict().items() if name in names[rank]}
+
+        class Stage:
+            def state_dict(self):
+                return stage
+
+            def load_state_dict(self, state):
+                pass
+
+        settings = Checkpointer.Config(initial_load_path=folder / "hf", initial_load_in_hf=True)
+        settings.build(dump_folder=folder / "run", config=Run.Config()).load({"model": Stage()})
+        return {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+
+    first, second = run_ranks(2, work, tmp_path, [["first.weight", "second.weight"], ["a", "b"]])
+    loaded = {name: tensor.tolist() for name, tensor in toy().state_dict().items()}
+    before = {name: tensor.tolist() for name, tensor in toy(seed=2).state_dict().items()}
+    assert first == {name: (loaded if "weight" in name else before)[name] for name in loaded}
+    assert second == {name: (before if "weight" in name else loaded)[name] for name in loaded}
+    with pytest.raises(RuntimeError, match="must be a bijection: b are missing"):
+        run_ranks(2, work, tmp_path, [["first.weight", "second.weight"], ["a"]])
+
+
 class Quantised(Renames):
     """Its `first.weight` is computed, and may be rounded; `a` keeps its dtype."""
 

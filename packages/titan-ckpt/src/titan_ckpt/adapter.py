@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -104,13 +104,13 @@ def asked(adapter: Callable[..., T], *arguments: Any) -> T:
         raise CheckpointError(f"The model's Hugging Face adapter refused the weights: {error}") from error
 
 
-def check_complete(pieces: Sequence[Piece], state: Mapping[str, Tensor]) -> None:
-    """Check that pieces are all of a state, and nothing of it twice.
+def check_complete(pieces: Sequence[Piece], state: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
+    """Check that pieces are all of a state, and nothing of it twice; `elsewhere` are weights that other ranks have.
 
     Raises:
         CheckpointError: naming weights that are not.
     """
-    found = Counter(slot for piece in pieces for slot in piece.own)
+    found = Counter(slot for piece in pieces for slot in piece.own if slot[0] not in elsewhere)
     stacked = {name for name, index in found if index is not None and name in state}
     needed: Counter[tuple[str, int | None]]
     needed = Counter((name, index) for name in stacked for index in range(len(state[name])))

@@ -205,7 +205,8 @@ class Checkpointer(Configurable):
         if self.config.initial_load_in_hf:
             tensors, _, states = self._ranks.together(lambda: split_parts(model))
             weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-            self._ranks.together(lambda: load_hf(path, weights, adapter_of(self._run_config)))
+            elsewhere = set().union(*self._ranks.gather(set(weights))) - weights.keys()
+            self._ranks.together(lambda: load_hf(path, weights, adapter_of(self._run_config), elsewhere))
             self._ranks.together(lambda: parts["model"].load_state_dict(dict(states["model"])))
         else:
             damage = damage_of(path, self._ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,15 @@ _WIDER = {
 }
 
 
-def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> None:
+def load_hf(
+    folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter, elsewhere: Collection[str] = frozenset()
+) -> None:
     """Fill the tensors of a live model, plain or sharded, from a folder of Hugging Face weights.
 
     One piece after the other: beside the model there is never more than a piece of it. Each rank reads only its own
     part of every tensor, as far as the adapter's pieces allow. Numbers may be widened (bfloat16 to float32), never
     rounded, but for those that were quantised. `config.json`, if there is one, and all names, shapes and types are
-    checked before a weight is touched.
+    checked before a weight is touched. `elsewhere` names weights that other ranks have, of a model in pipeline stages.
 
     Raises:
         CheckpointError: naming what is missing, unexpected, of another shape, or of a type that would be rounded, and
@@ -35,8 +37,8 @@ def load_hf(folder: Path, state: Mapping[str, Tensor], adapter: HFAdapter) -> No
     with HFReader(folder) as reader, torch.no_grad():
         stored = reader.stand_ins()
         pieces = asked(adapter.find, stored, reader.config)
-        check_complete(pieces, state)
-        _check_fit(folder, pieces, stored, on_meta(state))
+        check_complete(pieces, state, elsewhere)
+        _check_fit(folder, pieces, stored, on_meta(state), elsewhere)
         for piece in pieces:
             if not piece.own:
                 asked(piece.from_hf, reader.read(piece))
@@ -69,10 +71,15 @@ def _box(chunk: Chunk | None, index: int | None) -> tuple[Tensor, tuple[slice, .
 
 
 def _check_fit(
-    folder: Path, pieces: Sequence[Piece], stored: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    folder: Path,
+    pieces: Sequence[Piece],
+    stored: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    elsewhere: Collection[str],
 ) -> None:
     used = {key for piece in pieces for key in piece.hf_names}
-    direct = {piece.hf_names[0]: piece for piece in pieces if piece.own and not piece.is_quantised}
+    here = [piece for piece in pieces if piece.own and not any(name in elsewhere for name, _ in piece.own)]
+    direct = {piece.hf_names[0]: piece for piece in here if not piece.is_quantised}
     expected = {key: piece.to_hf(parts_of(piece, state)) for key, piece in direct.items() if key in stored}
     shapes = [
         f"{key} (there {list(stored[key].shape)}, here {list(tensor.shape)})"
