@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,25 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(tmp_path):
     with pytest.raises(CheckpointError, match="checkpoint for checkpoints, which cannot be made"):
         Checkpointer.Config().build(dump_folder=tmp_path)
     assert (tmp_path / "checkpoint").read_text() == "mine"
+
+
+def test_a_run_is_looked_at_without_a_change_to_it(tmp_path):
+    """Some parts are read, of the newest whole checkpoint or another, while a run has the folder."""
+    config = Checkpointer.Config(interval=1, async_mode="disabled")
+    part = Values(weight=torch.zeros(3), n=0)
+    assert config.read(tmp_path, {"model": part}) is None
+    with closing(config.build(dump_folder=tmp_path)) as running:
+        for step in (1, 2, 3):
+            running.save(step, {"model": Values(weight=torch.full((3,), float(step)), n=step), "data": Values(at=step)})
+        (tmp_path / "checkpoint" / "step-3" / "manifest.json").write_text("{")
+        before = sorted(path.name for path in (tmp_path / "checkpoint").rglob("*"))
+        assert config.read(tmp_path, {"model": part}) == 2
+        assert torch.equal(part.state["weight"], torch.full((3,), 2.0))
+        assert part.state["n"] == 2
+        assert Checkpointer.Config(load_step=1).read(tmp_path, {"model": part}) == 1
+        assert part.state["n"] == 1
+        with pytest.raises(CheckpointError, match=r"load_step 3.*not whole"):
+            Checkpointer.Config(load_step=3).read(tmp_path, {"model": part})
+        with pytest.raises(CheckpointError, match="other"):
+            config.read(tmp_path, {"other": part})
+        assert sorted(path.name for path in (tmp_path / "checkpoint").rglob("*")) == before

@@ -86,6 +86,13 @@ def test_the_likeliest_tokens_are_those_of_transformers(flavor: Any, shrunk: Any
     assert len({token for row in found for token in row}) > 5
 
 
+def test_a_model_that_looks_ahead_generates_as_one_that_does_not(shrunk: Any, made: Any) -> None:
+    config = shrunk(deepseek_v3_671b)
+    config.look_ahead = True
+    model = lively(made(config, torch.float64))
+    assert model.generate([PROMPT], max_new_tokens=15)[0] == one_by_one(model, PROMPT, 15)
+
+
 def test_prompts_of_different_lengths_are_continued_as_alone(shrunk: Any, made: Any) -> None:
     model = lively(made(shrunk(llama4_scout), torch.float64))
     prompts = [PROMPT, [7], PROMPT * 3, [96, 2]]

@@ -84,6 +84,18 @@ class Checkpointer(Configurable):
                     "or none."
                 )
 
+        def read(self, dump_folder: Path, parts: Mapping[str, Part]) -> int | None:
+            """Fill parts from the newest whole checkpoint, or that of `load_step`; its step (None: there is none).
+
+            For looking at a run, even one that goes on: nothing in its folder changes, this process is alone, and the
+            checkpoint may have more parts. Raises CheckpointError as `Checkpointer.load` does.
+            """
+            shelf, ranks = Shelf(Path(dump_folder) / self.folder), Ranks(alone=True)
+            step, _ = _find_step(self, shelf, ranks)
+            if step is not None:
+                load_parts(shelf.path(step), parts, ranks, run_config=None, exactly=False)
+            return step
+
     def __init__(self, own: Config, /, dump_folder: Path, config: Any = None) -> None:
         self.config = own
         self.shelf = Shelf(Path(dump_folder) / own.folder)
@@ -134,7 +146,7 @@ class Checkpointer(Configurable):
                 the parts.
         """
         self.wait()
-        step = self._step_to_load()
+        step, self.passed_over = _find_step(self.config, self.shelf, self._ranks)
         if step is None:
             self._load_initial(parts)
             return None
@@ -178,20 +190,6 @@ class Checkpointer(Configurable):
         count = self.config.keep_latest_k
         if count is not None:
             self._ranks.together(lambda: self.shelf.keep(count) if self._ranks.is_first else None)
-
-    def _step_to_load(self) -> int | None:
-        step = self.config.load_step
-        if step is None:
-            step, self.passed_over = find_newest_whole(self.shelf, self._ranks)
-            return step
-        damage = damage_of(self.shelf.path(step), self._ranks)
-        if damage:
-            raise BrokenCheckpoint(
-                f"Got load_step {step}, and {self.shelf.path(step)} is not whole: {damage}. A checkpoint is loaded "
-                f"only when all its files are. Choose another of {self.shelf.steps()}, or leave load_step out for the "
-                f"newest whole one."
-            )
-        return step
 
     def _load_initial(self, parts: Mapping[str, Part]) -> None:
         path = self.config.initial_load_path
@@ -248,3 +246,17 @@ def _hold(parts: Mapping[str, Part]) -> tuple[list[Chunk], frozenset[str], Mappi
 
 def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:
     return {**parts, "random": RandomState()}
+
+
+def _find_step(config: Checkpointer.Config, shelf: Shelf, ranks: Ranks) -> tuple[int | None, list[PassedOver]]:
+    """The step to load (None: there is none), whose files are whole, and the broken ones that are newer."""
+    step = config.load_step
+    if step is None:
+        return find_newest_whole(shelf, ranks)
+    damage = damage_of(shelf.path(step), ranks)
+    if damage:
+        raise BrokenCheckpoint(
+            f"Got load_step {step}, and {shelf.path(step)} is not whole: {damage}. A checkpoint is loaded only when "
+            f"all its files are. Choose another of {shelf.steps()}, or leave load_step out for the newest whole one."
+        )
+    return step, []

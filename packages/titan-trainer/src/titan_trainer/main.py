@@ -18,13 +18,17 @@ def main(recipe: Callable[[], Trainer.Config], argv: Sequence[str] | None = None
     """Train what `recipe` returns, as changed by the command line; return the trainer at the end.
 
     An error that its user can mend ends the process with code 1 and one short report. With `--plan` on the command
-    line nothing is trained: see `titan_trainer.planning`.
+    line nothing is trained, nor with `--generate TEXT`: see `titan_trainer.planning` and `titan_trainer.generating`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "--plan" in words:
         from titan_trainer.planning import print_plan
 
         sys.exit(print_plan(recipe, words))
+    if any(word.split("=")[0] == "--generate" for word in words):
+        from titan_trainer.generating import print_continuations
+
+        sys.exit(print_continuations(recipe, words))
     config: Any = cli(recipe, words)
     logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(message)s", level=logging.WARNING)
     with reported_errors(config.dump_folder):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import titan_parallel
@@ -115,6 +116,14 @@ class Checkpointer(Protocol):
         ...
 
 
+class CheckpointConfig(Protocol):
+    """What `--generate` reads of a checkpointer's config."""
+
+    def read(self, dump_folder: Path, parts: Mapping[str, Stateful]) -> int | None:
+        """Fill parts from the newest whole checkpoint, and change nothing; its step, or None where there is none."""
+        ...
+
+
 class ReplicaGroup(Protocol):
     """Replicas of the whole mesh that train one model together, and may come and go between steps."""
 
@@ -148,6 +157,29 @@ class Converter(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the trainer reads of a tokenizer."""
+    """What the trainer reads of a tokenizer, and `--generate` besides."""
 
     vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> Iterable[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class Generator(Protocol):
+    """A model that `--generate` can ask."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float | None,
+        top_p: float,
+        stop: Collection[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """What it continues each prompt with, up to a token of `stop`; without a temperature, the likeliest tokens."""
+        ...
