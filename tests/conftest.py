@@ -52,6 +52,24 @@ def narrow(block: Configurable.Config) -> None:
 
 
 @pytest.fixture
+def balanced_experts(recipe) -> Configurable.Config:
+    """A model of four narrow layers for `small_run`, whose routers have a bias that moves fast."""
+    from titan_models.moe import BalancingBias
+
+    model = recipe("qwen3_moe_debug").qwen3_moe_debug().model
+    small = {
+        "num_layers": 4,
+        "dim": 64,
+        "block.attention.num_heads": 4,
+        "block.attention.num_kv_heads": 2,
+        "block.feed_forward.experts.hidden_dim": 64,
+        "block.feed_forward.router.balancing": BalancingBias.Config(rate=0.01),
+    }
+    change(model, small)
+    return model
+
+
+@pytest.fixture
 def small_run(recipe, tmp_path):
     """`small_run("name", {"training.steps": 5})`: a debug recipe with two narrow layers and 8 rows of 64 tokens."""
 

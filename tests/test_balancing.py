@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,68 @@ def test_losses_of_a_wrong_weight_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(OwnLosses, "divided_by", by_too_much)
     report = check_parallel(build_of(small(balanced_moe())), meshes("fsdp2"), steps=1)
     assert "router.weight" in str(report), report
+
+
+MESHES_OF_RUNS = {
+    "FSDP 2": (2, {}),
+    "TP 2": (2, {"tensor_parallel_degree": 2}),
+    "CP 2": (2, {"context_parallel_degree": 2}),
+    "PP 2": (2, {"pipeline_parallel_degree": 2}),
+    "PP 2 ZBV": (2, {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"}),
+    "HSDP 2x2": (4, {"data_parallel_replicate_degree": 2}),
+    "PP 2 x FSDP 2": (4, {"pipeline_parallel_degree": 2}),
+    "FSDP 2 x TP 2": (4, {"tensor_parallel_degree": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[pytest.mark.full] * (mesh != "PP 2 ZBV")) for mesh in MESHES_OF_RUNS]
+)
+def test_runs_have_the_same_losses_loads_and_biases(
+    small_run: Any, run_ranks: Any, balanced_experts: Any, mesh: str
+) -> None:
+    world_size, parallelism = MESHES_OF_RUNS[mesh]
+    changes = {"model": balanced_experts, "training.local_batch_size": 1, "training.steps": 10}
+    one = small_run("one", changes)
+    many = small_run("many", changes | {f"parallelism.{name}": value for name, value in parallelism.items()})
+
+    def run(config: Any) -> dict[str, list[float]]:
+        trainer = config.build()
+        trainer.train()
+        state = trainer.parts["model"].state_dict()
+        return {name: bias.tolist() for name, bias in state.items() if name.endswith("balancing.bias")}
+
+    (biases,) = run_ranks(1, run, one)
+    found = run_ranks(world_size, run, many)
+    assert {name: bias for rank in found for name, bias in rank.items()} == biases
+    assert all(rank[name] == biases[name] for rank in found for name in rank)
+    assert len(biases) == 4
+    assert all(any(bias) for bias in biases.values())
+    for record, expected in zip(records(many), records(one), strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=3e-6)
+        assert record["expert_load"] == expected["expert_load"] > 1
+
+
+def records(config: Any) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (config.dump_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_replicas_are_counted_too(run_ranks: Any) -> None:
+    """What sums gradients over replicas sums the counts as well: here a hook that doubles stands for two of them."""
+
+    def double(tensor: torch.Tensor) -> None:
+        tensor.mul_(2)
+
+    def counted() -> list[float]:
+        model = build_of(small(balanced_moe()))()
+        parallel = parallelize(model, model.roles(), ParallelDims.Config().build(world_size=1, device_type="cpu"))
+        parallel.set_gradient_hook(double)
+        parallel.forward_backward([Rows()], loss, 16.0)
+        parallel.after_step()
+        router: Any = model.layers[0].feed_forward.router
+        return router.remembered.tolist()
+
+    assert sum(run_ranks(1, counted)[0]) == 2 * 16 * 3
 
 
 def test_a_step_that_is_not_made_is_forgotten(run_ranks: Any) -> None:

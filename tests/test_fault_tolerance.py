@@ -61,8 +61,8 @@ def train(config: Trainer.Config, life: str, signs: Path) -> dict[str, Any]:
 
         trainer.replica_group.commit = die_or_commit
     trainer.train()
-    parameters = trainer.model.named_parameters()
-    weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters}
+    state = trainer.parts["model"].state_dict()
+    weights = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in state.items()}
     return {"step": trainer.step, "weights": weights}
 
 
@@ -157,11 +157,16 @@ def losses(config: Trainer.Config) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize(
+    ("num_ranks", "experts"),
+    [pytest.param(1, False, marks=pytest.mark.full), (2, False), pytest.param(2, True, marks=pytest.mark.full)],
+)
 def test_a_killed_replica_heals_and_the_run_is_the_one_that_nobody_left(
-    run_ranks, small_run, start_replica, lighthouse, tmp_path, num_ranks
+    run_ranks, small_run, balanced_experts, start_replica, lighthouse, tmp_path, num_ranks, experts
 ):
     long = {"training.steps": 2_000, "lr_scheduler.total_steps": 2_000}
+    if experts:
+        long["model"] = balanced_experts
 
     def config_of(replica_id: int) -> Trainer.Config:
         group = TorchftReplicaGroup.Config(replica_id=replica_id, lighthouse_address=lighthouse)
@@ -182,4 +187,5 @@ def test_a_killed_replica_heals_and_the_run_is_the_one_that_nobody_left(
 
     whole = small_run("whole", long | {"training.steps": steps})
     run_ranks(1, lambda: whole.build().train())
-    assert losses(config_of(0)) == pytest.approx(losses(whole), rel=3e-6)
+    tolerance = 1e-4 if experts else 3e-6  # rounding sends a token to another expert where two are all but equal
+    assert losses(config_of(0)) == pytest.approx(losses(whole), rel=tolerance)

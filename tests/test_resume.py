@@ -9,6 +9,7 @@ import pytest
 from titan_ckpt import Checkpointer
 from titan_data import JsonlSource, TokenLoader
 from titan_trainer import Optimizer
+from titan_trainer.model_state import ModelState
 
 PP2 = {"parallelism.pipeline_parallel_degree": 2}
 
@@ -137,6 +138,32 @@ def test_parts_on_pipelines_and_other_meshes(run_ranks, small_run, meshes, model
     found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, model)
     assert found_documents == documents
     assert found_losses == pytest.approx(losses, rel=3e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["FSDP 2", *(pytest.param(m, marks=pytest.mark.full) for m in ("1 rank", "PP 2 ZBV", "FSDP 2 x TP 2"))]
+)
+def test_balanced_experts_go_on_bit_for_bit(run_ranks, small_run, balanced_experts, mesh):
+    model = {"model": balanced_experts}
+    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 12)], model)
+    assert run_in_parts(run_ranks, small_run, "parts", [(mesh, 5), (mesh, 12)], model) == whole
+
+
+def test_biases_that_are_not_restored_are_seen(run_ranks, small_run, balanced_experts, monkeypatch):
+    state_dict = ModelState.state_dict
+
+    def without_biases(self):
+        return {name: tensor for name, tensor in state_dict(self).items() if not name.endswith("balancing.bias")}
+
+    def load(self, state):
+        for name, tensor in state.items():
+            self.tensors[name].detach().copy_(tensor)
+
+    monkeypatch.setattr(ModelState, "state_dict", without_biases)
+    monkeypatch.setattr(ModelState, "load_state_dict", load)
+    model = {"model": balanced_experts}
+    whole = run_in_parts(run_ranks, small_run, "whole", [("1 rank", 12)], model)
+    assert run_in_parts(run_ranks, small_run, "parts", [("1 rank", 7), ("1 rank", 12)], model) != whole
 
 
 def forget_optimizer(monkeypatch) -> None:
