@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import runpy
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from titan_models.moe import BalancingBias
 from torch.nn import functional
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "qwen3_moe_debug.py"
+RECIPES = Path(__file__).parent.parent / "recipes"
 B, T = 8, 256
 BLOCKS, STEPS_A_BLOCK, WARMUP_STEPS = 12, 3, 3
 
@@ -58,7 +59,8 @@ class BareRun:
 
 def config_of(dtype: str, dump_folder: str) -> Any:
     """The recipe with what the bare loop has: the same shapes, nothing but training."""
-    config = runpy.run_path(str(RECIPE))["qwen3_moe_debug"]()
+    sys.path.append(str(RECIPES))  # where Python looks when a recipe is run as a script
+    config = runpy.run_path(str(RECIPES / "qwen3_moe_debug.py"))["qwen3_moe_debug"]()
     config.model.block.feed_forward.router.balancing = BalancingBias.Config()
     training = config.training
     training.seq_len, training.local_batch_size, training.global_batch_size = T, B, B
@@ -72,35 +74,44 @@ def config_of(dtype: str, dump_folder: str) -> Any:
 def compare(dtype: str) -> None:
     """Train with the trainer, and after each block of its steps as many of the bare loop's."""
     times: list[tuple[float, float]] = []
+    processor_times: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(dtype, folder)
         bare_run = BareRun(config.model, getattr(torch, dtype))
         bare_run.step()
         trainer = config.build()
-        after_step, started = trainer.after_step, time.perf_counter()
+        after_step, started = trainer.after_step, now()
 
         def after_step_and_bare_block(result: Any) -> None:
             nonlocal started
             after_step(result)
             done = trainer.step - WARMUP_STEPS
             if done > 0 and done % STEPS_A_BLOCK == 0:
-                middle = time.perf_counter()
+                middle = now()
                 for _ in range(STEPS_A_BLOCK):
                     bare_run.step()
-                times.append((middle - started, time.perf_counter() - middle))
+                ended = now()
+                times.append((middle[0] - started[0], ended[0] - middle[0]))
+                processor_times.append((middle[1] - started[1], ended[1] - middle[1]))
             if done >= 0 and done % STEPS_A_BLOCK == 0:
-                started = time.perf_counter()
+                started = now()
 
         trainer.after_step = after_step_and_bare_block
         trainer.train()
     report(dtype, times)
+    report(f"{dtype}, of processor time", processor_times)
 
 
-def report(dtype: str, times: list[tuple[float, float]]) -> None:
+def now() -> tuple[float, float]:
+    """Seconds of the clock, and of the processor in all threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def report(what: str, times: list[tuple[float, float]]) -> None:
     tokens = STEPS_A_BLOCK * B * T
     ratios = sorted(their_seconds / our_seconds for our_seconds, their_seconds in times)
     ours, theirs = (tokens / statistics.median(seconds) for seconds in zip(*times, strict=True))
-    print(f"{dtype}: titan {ours:.0f} tokens/s, bare loop {theirs:.0f}", end=", ")
+    print(f"{what}: titan {ours:.0f} tokens/s, bare loop {theirs:.0f}", end=", ")
     print(
         f"ratio {statistics.median(ratios):.3f} (limit 0.9; {len(ratios)} pairs, {ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
