@@ -4,7 +4,9 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""DeepSeek-V3 671B on C4, from scratch: 512 GPUs of 141 GiB or more. Each rank computes on all experts.
+"""DeepSeek-V3 671B on C4, from scratch, on 512 GPUs: a config to plan with, until experts are spread over ranks.
+
+Each rank gathers all experts of a layer, 11 billion parameters: `--plan` says some 200 GiB a GPU, more than one has.
 
 torchrun --nnodes 64 --nproc-per-node 8 ... recipes/deepseek_v3_671b.py --tokenizer.path /path/to/tokenizer.json
 """

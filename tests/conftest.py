@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from titan_config import Configurable
+from titan_models import GroupedQueryAttention
 from titan_models.moe import MoE
 
 REPO = Path(__file__).parent.parent
@@ -42,7 +43,9 @@ def change(config: Configurable.Config, changes: dict) -> None:
 
 def narrow(block: Configurable.Config) -> None:
     """Four heads, two of keys and values; feed-forward layers 128 wide; chunks shorter than the rows."""
-    change(block, {"attention.num_heads": 4, "attention.num_kv_heads": 2})
+    block.attention.num_heads = 4
+    if isinstance(block.attention, GroupedQueryAttention.Config):
+        block.attention.num_kv_heads = 2
     is_mixture = isinstance(block.feed_forward, MoE.Config)
     change(block, {"feed_forward.experts.hidden_dim" if is_mixture else "feed_forward.hidden_dim": 128})
     if is_mixture and block.feed_forward.shared is not None:

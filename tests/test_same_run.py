@@ -60,10 +60,12 @@ PIPELINES = {
 }
 """Meshes of a model of 8 layers in 8 micro-batches (of a data rank alone)."""
 FEW_PIPELINES = ("PP 2 zero bubble", "PP 2 x TP 2")  # in the default set
-FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "llama4_debug", "gpt_oss_debug"]
+FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "deepseek_debug", "llama4_debug", "gpt_oss_debug"]
 MESH_OF_EVERY_FAMILY = "FSDP 2 x TP 2"
 ROUNDING = dict.fromkeys(FAMILIES, 3e-6) | {"gpt_oss_debug": 1e-4}
-"""Of 20 steps' losses. GPT-OSS gives tokens half of its experts: rounding turns some choices that nearly tie."""
+ROUNDING |= {"deepseek_debug": 1e-2}
+"""Of 20 steps' losses. GPT-OSS gives tokens half of its experts: rounding turns some choices that nearly tie. It also
+turns signs of counts, and by them DeepSeek's balancing biases. In fp64 all 20 steps are equal to 1e-10."""
 RECOMPUTATIONS = {
     "none": None,
     "full": FullRecompute.Config(),
@@ -113,6 +115,7 @@ class FlatLoop:
             for group in self.optimizer.param_groups:
                 group["lr"] = 3e-3 * ((step + 1) / 6 if step < 5 else 1 - (step - 5) / 15)
             self.optimizer.step()
+            self.model.after_step()
             self.optimizer.zero_grad()
         return found
 
