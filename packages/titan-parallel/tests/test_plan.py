@@ -20,6 +20,7 @@ from titan_parallel import (
     plan,
 )
 from titan_parallel.partial_gradients import PartialGradients
+from titan_parallel.planning.alike import Alike
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -336,6 +337,21 @@ def test_a_pipeline_has_stages_and_a_bubble(small):
     assert [stage.stage for stage in made.stages] == [0, 1]
     assert sum(stage.parameters for stage in made.stages) == planned(small).stages[0].parameters
     assert made.flops.full_per_token == planned(small).flops.full_per_token
+
+
+def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch):
+    """Of 7 ranks two are between those that are: they differ by the micro-batches that are under way."""
+    pipeline = ParallelDims.Config(pipeline_parallel_degree=7)
+    options = {"world_size": 7, "parallelism": pipeline, "num_batches": 7, "shape": SHAPE | {"layers": 14}}
+    simulated = []
+    record = Alike.record
+    monkeypatch.setattr(Alike, "record", lambda self, step, rank: simulated.append(rank) or record(self, step, rank))
+    short = planned(small, **options)
+    assert sorted(simulated) == [0, 1, 3, 5, 6]
+    simulated.clear()
+    assert planned(small, **options, every_block=True) == short
+    assert sorted(simulated) == [0, 1, 2, 3, 4, 5, 6]
+    assert short.stages[2].peak >= short.stages[3].peak > short.stages[4].peak
 
 
 def test_waste_is_named(small):

@@ -74,6 +74,10 @@ class Pipeline:
         """Those of all ranks."""
         return self._schedule.num_stages
 
+    def blocks_of_ranks(self) -> list[list[range]]:
+        """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
+        return self._stages.blocks_of_ranks()
+
     def _torch_schedule(self, number: int, shape: Shape) -> Any:
         """Torch's schedule for a number of micro-batches; it owns the buffers that receive them."""
         if (number, shape) not in self._built:

@@ -83,6 +83,13 @@ class Stages:
         self.held = [piece.name for piece in self._pieces if any(True for _ in piece.module.parameters())]
         """The names of the pieces of which this rank has parameters."""
 
+    def blocks_of_ranks(self) -> list[list[range]]:
+        """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
+        ranks = self.schedule.ranks
+        return [
+            [own for own, of in zip(self._ranges, ranks, strict=True) if of == rank] for rank in range(max(ranks) + 1)
+        ]
+
     @property
     def counted_elsewhere(self) -> list[str]:
         """Weights whose gradients the first rank of the pipeline counts, not this one."""

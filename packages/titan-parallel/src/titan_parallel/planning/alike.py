@@ -1,18 +1,20 @@
 """Blocks and micro-batches that are alike need not all be simulated: what a few cost tells what many do, exactly.
 
 Everything a step sums grows by the same amount with each further block, and with each further micro-batch after the
-first and before the last. So does what is alive at any one place of the step, at its fullest.
+first and before the last. So does what is alive at any one place of the step, at its fullest. And where the stages
+between the first and the last are alike, they differ by how many micro-batches are under way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.planning.record import Record, extrapolated
+from titan_parallel.planning.record import PipelineRank, Record, extrapolated
 from titan_parallel.planning.simulate import Step, simulate
 from titan_parallel.roles import Roles
 
@@ -29,6 +31,34 @@ class Alike:
         self.name, self.num_parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
         self._blocks = Roles(model, roles).named("block")
         self._period = None if every_block else _period(model, self._blocks)
+
+    def records(self, step: Step, ranks: Sequence[int]) -> list[Record]:
+        """Those of `ranks`, which are the first of each stage, or any one."""
+        last = len(ranks) - 1
+        first = sorted({0, 1, last // 2, last - 1, last} & {*range(len(ranks))})
+        known = {index: self.record(step, ranks[index]) for index in first}
+        if len(known) < len(ranks):
+            known = self._between(known, last) | known
+        return [known.get(index) or self.record(step, rank) for index, rank in enumerate(ranks)]
+
+    def _between(self, known: Mapping[int, Record], last: int) -> dict[int, Record]:
+        """Ranks on the line through the second and the last but one, if the one in the middle lies on it."""
+        ranks, second, end = known[1].pipeline, known[1], known[last - 1]
+        way = ranks[last - 1].under_way - ranks[1].under_way
+        found: dict[int, Record] = {}
+        for index in range(2, last - 1):
+            if self._part_of_period(ranks[index]) == self._part_of_period(ranks[1]):
+                record = second.towards(end, ranks[index].under_way - ranks[1].under_way, way or 1)
+                if record is not None:
+                    found[index] = record
+        middle = found.get(last // 2)
+        return found if middle is not None and middle.agrees_with(known[last // 2]) else {}
+
+    def _part_of_period(self, rank: PipelineRank) -> Hashable:
+        """What makes two ranks alike. Those of several stages are not: what is under way is of one or of another."""
+        if self._period is None or len(rank.blocks) > 1:
+            return (*rank.blocks,)
+        return tuple((blocks.start % self._period, len(blocks)) for blocks in rank.blocks)
 
     def record(self, step: Step, rank: int) -> Record:
         """What `rank` holds, computes and sends in `step`."""
@@ -65,17 +95,27 @@ def _period(model: nn.Module, blocks: list[str]) -> int | None:
     parents = {name.rpartition(".")[0] for name in blocks}
     if len(parents) != 1 or not isinstance(model.get_submodule(parents.pop()), nn.ModuleList | nn.Sequential):
         return None
-    kinds = [_kind(model.get_submodule(name), index) for index, name in enumerate(blocks)]
-    periods = range(1, len(blocks) // 2)
-    return next((p for p in periods if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), None)
+    kinds = [_kind(model.get_submodule(name)) for name in blocks]
+
+    def repeats(period: int) -> bool:
+        return all(_same(kinds[i], i, kinds[i + period], i + period) for i in range(len(blocks) - period))
+
+    return next((period for period in range(1, len(blocks) // 2) if repeats(period)), None)
 
 
-def _kind(block: nn.Module, index: int) -> list[Hashable]:
-    """What a block is made of: types, shapes and settings of its parts, but for its own number."""
-    kind: list[Hashable] = []
+def _kind(block: nn.Module) -> dict[Hashable, Any]:
+    """What a block is made of: types, shapes and settings of its parts."""
+    kind: dict[Hashable, Any] = {}
     for name, part in block.named_modules():
+        kind[name] = type(part)
         settings = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
-        settings = {key: value for key, value in settings.items() if type(value) is not int or value != index}
-        kind.append((name, type(part), tuple(sorted(settings.items()))))
-    kind.extend((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
+        kind |= {(name, key): value for key, value in settings.items()}
+    kind |= {(name, "parameter"): (tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters()}
     return kind
+
+
+def _same(kind: dict[Hashable, Any], number: int, other: dict[Hashable, Any], other_number: int) -> bool:
+    """Whether two blocks are alike, but for their own numbers, which they may know."""
+    return kind.keys() == other.keys() and all(
+        value == other[key] or (value, other[key]) == (number, other_number) for key, value in kind.items()
+    )

@@ -1,7 +1,8 @@
-"""How long the ranks of a pipeline wait for each other, from the order in which each of them acts."""
+"""What follows from the order in which the ranks of a pipeline act: how long they wait, how much is under way."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,15 @@ def bubble_of(orders: Mapping[int, Sequence[Any]], num_stages: int) -> float:
         if sum(map(len, waiting.values())) == left:
             raise RuntimeError(f"Got an order of actions in which {waiting} wait for each other for ever.")
     return 1 - busy / (len(clock) * max(clock.values()))
+
+
+def most_under_way(orders: Mapping[int, Sequence[Any]]) -> list[int]:
+    """Of each rank, how many forwards wait for their backwards at most, over all of its stages."""
+    most = []
+    for _, order in sorted(orders.items()):
+        changes = ({"F": 1, "B": -1, "I": -1, "W": 0}[kind] for kind, _, _ in _actions(order))
+        most.append(max(itertools.accumulate(changes)))
+    return most
 
 
 def _ready(action: Action, done: Mapping[Action, int], num_stages: int) -> int | None:

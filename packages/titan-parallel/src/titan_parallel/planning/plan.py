@@ -88,7 +88,7 @@ def _planned(
 ) -> Plan:
     axes, num_data_ranks, firsts = _mesh(step, ranks_per_node)
     ranks = firsts if rank is None else [rank]
-    records = [alike.record(step, rank) for rank in ranks]
+    records = alike.records(step, ranks)
     tokens = step.batch.num_tokens * step.num_batches * num_data_ranks
     made = Plan(
         model=alike.name,
@@ -117,7 +117,7 @@ def _planned(
 
 def _peak(step: Step, alike: Alike, ranks_per_node: int) -> int:
     _, _, firsts = _mesh(step, ranks_per_node)
-    return max(sum(alike.record(step, rank).peak()[1].values()) for rank in firsts)
+    return max(sum(record.peak()[1].values()) for record in alike.records(step, firsts))
 
 
 def _mesh(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:

@@ -16,6 +16,16 @@ Numbers = dict[Any, int]
 
 
 @dataclass(frozen=True)
+class PipelineRank:
+    """What makes ranks of a pipeline alike, or not."""
+
+    blocks: list[range]
+    """Of each of its stages."""
+    under_way: int
+    """Forwards that wait for their backwards, at most."""
+
+
+@dataclass(frozen=True)
 class Record:
     """Bytes, counts and FLOPs of one rank."""
 
@@ -30,6 +40,8 @@ class Record:
     """(place, category) -> bytes, when there was most memory after an allocation at that place."""
     bubble: float | None
     """The share of a step in which ranks of the pipeline wait."""
+    pipeline: list[PipelineRank]
+    """All ranks of the pipeline; nothing where there is none."""
 
     def peak(self) -> tuple[Place, dict[str, int]]:
         """Where there was most memory of all, and what for."""
@@ -38,21 +50,30 @@ class Record:
         return max(by_place.items(), key=lambda item: (sum(item[1].values()), item[0]))
 
     def extended(self, before: Record, times: int) -> Record | None:
-        """This record and `times` more of what it has over `before`; None if the two are not of the same things.
+        """This record and `times` more of what it has over `before`; None if the two are not of the same things."""
+        return self.towards(before, -times, 1)
+
+    def towards(self, other: Record, part: int, whole: int) -> Record | None:
+        """The record that lies `part / whole` of the way to `other`; None if the two are not of the same things.
 
         A place that only one of them has is no matter where memory was far from full.
         """
         values: dict[str, Numbers] = {}
         for name in ("sizes", "flops", "calls", "traffic", "peaks"):
-            mine, earlier = getattr(self, name), getattr(before, name)
+            mine, others = getattr(self, name), getattr(other, name)
             if name == "peaks":
-                if self._is_full_where(before) or before._is_full_where(self):
+                if self._is_full_where(other) or other._is_full_where(self):
                     return None
-                mine = {key: size for key, size in mine.items() if key in earlier}
-            elif mine.keys() != earlier.keys():
+                mine = {key: size for key, size in mine.items() if key in others}
+            elif mine.keys() != others.keys():
                 return None
-            values[name] = {key: size + times * (size - earlier[key]) for key, size in mine.items()}
-        return Record(**values, bubble=self.bubble)
+            values[name] = {key: size + part * (others[key] - size) // whole for key, size in mine.items()}
+        return Record(**values, bubble=self.bubble, pipeline=self.pipeline)
+
+    def agrees_with(self, other: Record) -> bool:
+        """Whether all that a plan says of a rank is the same."""
+        names = ("sizes", "flops", "calls", "traffic")
+        return self.peak() == other.peak() and all(getattr(self, name) == getattr(other, name) for name in names)
 
     def _is_full_where(self, other: Record) -> bool:
         """Whether memory is nearly as full as it gets at a place that `other` does not have."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from titan_parallel.accumulation import Schedule
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.dims import ParallelDims
@@ -17,15 +18,16 @@ from titan_parallel.gradient_norm import local
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
+from titan_parallel.pipeline import Pipeline
 from titan_parallel.planning._torch import (
     fake_tensors,
     flex_attention_of_shapes,
     join_fake_ranks,
     pipelines_of_shapes,
 )
-from titan_parallel.planning.bubble import bubble_of
+from titan_parallel.planning.bubble import bubble_of, most_under_way
 from titan_parallel.planning.child import in_child
-from titan_parallel.planning.record import Record
+from titan_parallel.planning.record import PipelineRank, Record
 from titan_parallel.planning.recorder import Recorder
 from titan_parallel.roles import Roles, RoleTable, inside
 
@@ -165,6 +167,7 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
         parallel.clip_grad_norm_(1.0)
         optimizer.step()
     peaks = timeline.peaks()
+    bubble, pipeline = _pipeline(parallel.schedule, step.order_of or step.num_batches)
     return Record(
         sizes={
             "parameters": _num_bytes(parameters),
@@ -176,15 +179,18 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
         calls=dict(recorder.traffic.calls),
         traffic=dict(recorder.traffic.bytes),
         peaks={(place, name): size for place, sizes in peaks.items() for name, size in sizes.items()},
-        bubble=_bubble(parallel, step.order_of or step.num_batches),
+        bubble=bubble,
+        pipeline=pipeline,
     )
 
 
-def _bubble(parallel: ParallelModel, num_batches: int) -> float | None:
-    if parallel.dims.num_pipeline == 1:
-        return None
-    pipeline: Any = parallel.schedule
-    return bubble_of(pipeline.orders(num_batches), pipeline.num_stages)
+def _pipeline(schedule: Schedule, num_batches: int) -> tuple[float | None, list[PipelineRank]]:
+    """The bubble, and all ranks of the pipeline; nothing where there is none."""
+    if not isinstance(schedule, Pipeline):
+        return None, []
+    orders = schedule.orders(num_batches)
+    ranks = zip(schedule.blocks_of_ranks(), most_under_way(orders), strict=True)
+    return bubble_of(orders, schedule.num_stages), [PipelineRank(blocks, under_way) for blocks, under_way in ranks]
 
 
 def _fill_state(optimizer: TorchOptimizer, model: nn.Module) -> None:
