@@ -13,7 +13,7 @@ OTHERS = ("ddp2", "tp2", "cp2_gather", "cp2_ulysses", "pp2_zbvzerobubble", "fsdp
 
 
 def small_llama4() -> nn.Module:
-    """Four kinds of blocks; chunks and steps of 4, shorter than the rows of the check."""
+    """Four kinds of blocks; chunks and steps of 4, shorter than the rows of the check; experts that no ranks divide."""
     config = llama4.llama4_debug()
     config.dim, config.num_layers, config.vocab_size, config.rope.dim = 32, 4, 64, 8
     config.block.feed_forward.hidden_dim = 48
@@ -21,7 +21,7 @@ def small_llama4() -> nn.Module:
         block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim = 4, 2, 8
     for numbers in ("1::4", "3::4"):
         moe = config.exceptions[numbers].feed_forward
-        moe.experts.hidden_dim = moe.shared.hidden_dim = 24
+        moe.router.num_experts, moe.experts.hidden_dim, moe.shared.hidden_dim = 3, 24, 24
     for block in (config.block, config.exceptions["1::4"]):
         block.attention.limits[0].size = 4
     config.exceptions["3::4"].attention.temperature.step = 4

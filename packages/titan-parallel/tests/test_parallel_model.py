@@ -253,3 +253,19 @@ def test_a_norm_that_is_not_finite_leaves_the_gradients_as_they_are(on_one_rank)
         return first.grad.tolist()[1], second.grad.tolist()
 
     assert on_one_rank(clip) == (3.0, [4.0, 5.0])
+
+
+def test_ranks_share_stacks_of_fewer_matrices_than_there_are_ranks(run_ranks, small):
+    """In a dim that splits evenly, so that none holds a matrix more than others; a stack that does is split as such."""
+
+    def shapes() -> list[tuple[int, ...]]:
+        model = nn.Module()
+        model.layers = nn.ModuleList([nn.Module()])
+        for name, shape in {"few": (3, 6, 8), "even": (4, 3, 8), "odd": (3, 5, 7), "matrix": (3, 8)}.items():
+            setattr(model.layers[0], name, nn.Parameter(torch.zeros(shape)))
+        parallelize(model, {"layers.*": "block"}, small.make_dims("fsdp2"))
+        return [tuple(parameter.to_local().shape) for parameter in model.parameters()]
+
+    first, second = run_ranks(2, shapes)
+    assert first == [(3, 3, 8), (2, 3, 8), (2, 5, 7), (2, 8)]
+    assert second == [(3, 3, 8), (2, 3, 8), (1, 5, 7), (1, 8)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
 from titan_parallel.dims import ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
@@ -21,7 +23,10 @@ def shard_over_data_ranks(
     `root` is the model, or what runs it. Gradients are averaged over the ranks of the mesh, which is what a loop of
     somebody's own expects, where the loss is the mean over a rank's rows. Returns the units.
     """
-    options: dict[str, Any] = {"mesh": dims.fsdp_mesh}
+    options: dict[str, Any] = {
+        "mesh": dims.fsdp_mesh,
+        "shard_placement_fn": _placement_over(dims.num_shard * dims.num_context),
+    }
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision.policy()
     ends = [name for role in ("embedding", "head") for name in roles.named(role)]
@@ -31,6 +36,21 @@ def shard_over_data_ranks(
         fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
     fully_shard(root, reshard_after_forward=_frees_weights("", roles, dims), **options)
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _placement_over(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Which dim of a parameter is sharded: the first (None), unless ranks would hold nothing of a stack of matrices.
+
+    There are fewer experts than ranks in most large runs; then one of the other dims is split, if it can be evenly.
+    """
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        if parameter.dim() < 3 or len(parameter) % num_ranks == 0:
+            return None
+        dims = (dim for dim in range(1, parameter.dim()) if parameter.shape[dim] % num_ranks == 0)
+        return next((Shard(dim) for dim in dims), None)
+
+    return place
 
 
 def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
