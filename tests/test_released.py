@@ -152,7 +152,14 @@ RELEASES = [
     (llama4_debug, released_by_meta, without_images),
     (qwen3_moe_debug, released_by_qwen, in_fp32),
 ]
-with_each = pytest.mark.parametrize("released", RELEASES, indirect=True, ids=["deepseek", "gpt_oss", "llama4", "qwen3"])
+IDS = ["deepseek", "gpt_oss", "llama4", "qwen3"]
+with_each = pytest.mark.parametrize("released", RELEASES, indirect=True, ids=IDS)
+with_each_in_full = pytest.mark.parametrize(
+    "released",
+    [RELEASES[0], *(pytest.param(release, marks=pytest.mark.full) for release in RELEASES[1:])],
+    indirect=True,
+    ids=IDS,
+)
 
 
 @with_each
@@ -176,7 +183,7 @@ def in_bfloat16(config: Decoder.Config) -> Decoder:
     return model
 
 
-@with_each
+@with_each_in_full
 def test_released_weights_come_in_as_bfloat16_too(released: Any) -> None:
     """And go out and in again, bit for bit."""
     config, folder, _ = released
@@ -188,7 +195,7 @@ def test_released_weights_come_in_as_bfloat16_too(released: Any) -> None:
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-@with_each
+@with_each_in_full
 def test_released_weights_are_refused_before_one_is_touched(released: Any) -> None:
     config, folder, _ = released
     path = folder / "model-00002-of-00002.safetensors"
