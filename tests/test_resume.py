@@ -145,8 +145,8 @@ def test_parts_on_pipelines_and_other_meshes(run_ranks, small_run, meshes, model
 )
 def test_balanced_experts_go_on_bit_for_bit(run_ranks, small_run, balanced_experts, mesh):
     model = {"model": balanced_experts}
-    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 12)], model)
-    assert run_in_parts(run_ranks, small_run, "parts", [(mesh, 5), (mesh, 12)], model) == whole
+    whole = run_in_parts(run_ranks, small_run, "whole", [(mesh, 8)], model)
+    assert run_in_parts(run_ranks, small_run, "parts", [(mesh, 4), (mesh, 8)], model) == whole
 
 
 def test_biases_that_are_not_restored_are_seen(run_ranks, small_run, balanced_experts, monkeypatch):

@@ -50,6 +50,7 @@ class MoE(FeedForward, Tallying):
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weights_NK = self.router(x_ND)
         order, counts_E = self._sort(chosen_NK)
+        weights_NK = self.load(weights_NK, counts_E)
         sorted_input = x_ND.index_select(0, order // chosen_NK.shape[1])
         if self.config.weighted == "input":
             sorted_input = sorted_input * weights_NK.flatten().index_select(0, order).unsqueeze(-1)
@@ -57,7 +58,7 @@ class MoE(FeedForward, Tallying):
         output_NKD = sorted_output.index_select(0, order.argsort()).unflatten(0, chosen_NK.shape)
         if self.config.weighted == "output":
             output_NKD = output_NKD * weights_NK.unsqueeze(-1)
-        output_BTD = self.load(output_NKD.sum(1).view_as(x_BTD), counts_E)
+        output_BTD = output_NKD.sum(1).view_as(x_BTD)
         return output_BTD if self.shared is None else output_BTD + self.shared(x_BTD)
 
     def _sort(self, chosen_NK: Tensor) -> tuple[Tensor, Tensor]:
