@@ -42,8 +42,8 @@ class Tally(nn.Module):
 
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
         """`x` as it is, and the smaller the better: it costs an addition. Its backward adds `numbers`, `[n]`."""
-        # An addition joins leaf and stream: torch 2.11 cannot begin a part of a backward, as zero-bubble pipelines do, at
-        # a function written in Python.
+        # An addition joins leaf and stream: zero-bubble pipelines begin a part of the backward there, which torch 2.11
+        # cannot do at a function written in Python.
         zero: Tensor = _Tallied.apply(self.leaf, numbers)
         return x + zero.to(x.dtype)
 
