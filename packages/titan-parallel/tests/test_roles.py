@@ -32,7 +32,7 @@ def test_a_star_is_one_part_of_a_name(small):
         ({"layers.*.attention.qq": "colwise"}, r"Did you mean 'layers\.\*\.attention\.q'\?"),
         ({"layers.1": "norm"}, r"Got two roles for layers\.1: block from 'layers\.\*' and norm from 'layers\.1'\."),
         ({"layers.*.attention.q": ("colwise", {"heads": 4})}, r"unknown option 'heads'.*Did you mean 'num_heads'\?"),
-        ({"embedding": ("embedding", {"num_heads": 4})}, r"option 'num_heads' of the role embedding.*options: none"),
+        ({"embedding": ("embedding", {"num_heads": 4})}, r"option 'num_heads' of the role embedding.*: between_blocks"),
         ({"norm": "head"}, r"Got the role head for norm, head\."),
         ({"layers": "block"}, r"Got the block layers\.0 inside the block layers\."),
         ({"layers.*.attention": "norm"}, r"Got the colwise part layers\.0\.attention\.q in no region\."),
