@@ -9,7 +9,7 @@ import torch
 from titan_data import Batch
 from titan_data.look_ahead import looking_ahead
 from titan_models import deepseek
-from titan_parallel import check_parallel
+from titan_parallel import Compile, FullRecompute, SelectiveRecompute, check_parallel
 from titan_parallel.check import meshes
 from titan_trainer import LookAhead
 from torch import nn
@@ -67,3 +67,34 @@ def test_looking_ahead_is_the_same_on_two_ranks() -> None:
 @pytest.mark.full
 def test_looking_ahead_is_the_same_on_two_and_four_ranks() -> None:
     check_looking_ahead(*FEW, *MANY)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("recompute", "compile"),
+    [
+        (SelectiveRecompute.Config(), None),
+        (FullRecompute.Config(), None),
+        (FullRecompute.Config(), Compile.Config(backend="aot_eager")),
+    ],
+    ids=["selective", "full", "full and compiled"],
+)
+def test_looking_ahead_is_the_same_with_recomputation(recompute, compile) -> None:
+    check_looking_ahead("fsdp2", "tp2_sp", "pp2", steps=1, activation_checkpoint=recompute, compile=compile)
+
+
+@pytest.mark.full
+def test_tokens_shifted_after_the_split_are_noticed() -> None:
+    """Each context rank then takes the first token of its own for the one that follows its last."""
+    build = functools.partial(small_v3, look_ahead=True)
+    assert not check_parallel(build, meshes("cp2"), batch=batch_that_looks_ahead(), loss=ShiftsItself(), steps=1).ok
+
+
+class ShiftsItself(LookAhead):
+    """Makes the second labels of what labels a rank has."""
+
+    def __init__(self) -> None:
+        LookAhead.__init__(self, LookAhead.Config())
+
+    def __call__(self, head, hidden, targets):
+        return super().__call__(head, hidden, targets | {"next_labels": targets["labels"].roll(-1, 1)})
