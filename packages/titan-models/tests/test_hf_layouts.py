@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from titan_models import HfAdapter, Inside, Stored
-from titan_models.hf_steps import Alternating, Halves, NeighbourPairs, Step, Transposed
+from titan_models.hugging_face.steps import Alternating, Halves, NeighbourPairs, Step, Transposed
 from torch import Tensor, nn
 
 GATE, UP = torch.arange(24.0).view(2, 4, 3), 100 + torch.arange(24.0).view(2, 4, 3)  # [expert, out, in]

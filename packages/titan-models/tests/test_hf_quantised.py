@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from titan_models import HfAdapter, Stored
-from titan_models.hf_steps import Alternating, Halves, Step, Transposed
+from titan_models.hugging_face.steps import Alternating, Halves, Step, Transposed
 from torch import Tensor, nn
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

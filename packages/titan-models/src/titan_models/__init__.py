@@ -9,8 +9,8 @@ from titan_models.feed_forward import FeedForward
 from titan_models.flops import Flops
 from titan_models.generation import generate
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter, Inside
-from titan_models.hf_rules import Stored
+from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.rules import Stored
 from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
 from titan_models.kv_cache import KVCache
 from titan_models.latent_attention import MultiHeadLatentAttention

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from titan_models.deepseek.model import DeepSeek
-from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import (
+from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     SPLIT_EXPERTS_RULES,
     decoder_adapter,
@@ -14,7 +14,7 @@ from titan_models.hf_decoder import (
     refuse_limits,
     same_in_all,
 )
-from titan_models.hf_rules import Rules
+from titan_models.hugging_face.rules import Rules
 from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.moe import ExpertGroups, MoE, SwiGLUExperts, TopKRouter
 

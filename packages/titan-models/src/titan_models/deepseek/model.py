@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from titan_models.block import Block
 from titan_models.decoder import Decoder
 from titan_models.deepseek.look_ahead import LookAheadBlock
-from titan_models.hf_adapter import HfAdapter
+from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.roles import Roles, under
 from titan_models.tied_embedding import TiedEmbedding
 

@@ -8,10 +8,10 @@ from titan_models.attention import Attention
 from titan_models.feed_forward import FeedForward
 from titan_models.gpt_oss.model import GptOss
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
-from titan_models.hf_rules import Rules, Stored
-from titan_models.hf_steps import Alternating, Transposed
+from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
+from titan_models.hugging_face.rules import Rules, Stored
+from titan_models.hugging_face.steps import Alternating, Transposed
 from titan_models.mask import SlidingWindow
 from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_models.decoder import Decoder
-from titan_models.hf_adapter import HfAdapter
+from titan_models.hugging_face.adapter import HfAdapter
 
 
 class GptOss(Decoder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import (
+from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     GROUPED_QUERY_RULES,
     decoder_adapter,

@@ -6,8 +6,8 @@ from typing import Any
 
 from titan_models.decoder import Decoder
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter, Inside
-from titan_models.hf_decoder import (
+from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.decoder import (
     GROUPED_QUERY_RULES,
     decoder_adapter,
     dense_hidden_dim,
@@ -15,8 +15,8 @@ from titan_models.hf_decoder import (
     head_fields,
     same_in_all,
 )
-from titan_models.hf_rules import Rules, Stored
-from titan_models.hf_steps import Halves, Transposed
+from titan_models.hugging_face.rules import Rules, Stored
+from titan_models.hugging_face.steps import Halves, Transposed
 from titan_models.llama4.model import Llama4
 from titan_models.mask import Chunks
 from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_models.hf_adapter import HfAdapter
-from titan_models.hf_decoder import (
+from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     GROUPED_QUERY_RULES,
     SPLIT_EXPERTS_RULES,
@@ -15,7 +15,7 @@ from titan_models.hf_decoder import (
     refuse_limits,
     same_in_all,
 )
-from titan_models.hf_rules import Rules
+from titan_models.hugging_face.rules import Rules
 from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from titan_models.hf_forms import Form
-from titan_models.hf_pieces import Piece
+from titan_models.hugging_face.forms import Form
+from titan_models.hugging_face.pieces import Piece
 
 
 @dataclass(frozen=True)

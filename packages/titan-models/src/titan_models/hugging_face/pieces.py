@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from titan_models.hf_steps import Step
+from titan_models.hugging_face.steps import Step
 
 Slot = tuple[str, int | None]
 """A weight of the model, or (with a number) one of the matrices that it is a stack of."""

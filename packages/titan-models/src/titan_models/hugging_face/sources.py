@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from titan_models.hf_forms import Form, Plain
-from titan_models.hf_fp8 import Fp8Blocks
-from titan_models.hf_mxfp4 import Mxfp4
-from titan_models.hf_pieces import Piece
+from titan_models.hugging_face.forms import Form, Plain
+from titan_models.hugging_face.fp8 import Fp8Blocks
+from titan_models.hugging_face.mxfp4 import Mxfp4
+from titan_models.hugging_face.pieces import Piece
 
 
 @dataclass(frozen=True)

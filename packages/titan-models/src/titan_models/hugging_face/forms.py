@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from titan_models.hf_pieces import Piece
+from titan_models.hugging_face.pieces import Piece
 
 
 class Form(abc.ABC):

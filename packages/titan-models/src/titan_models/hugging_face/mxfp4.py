@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan_models.hf_forms import Form
-from titan_models.hf_pieces import Piece
+from titan_models.hugging_face.forms import Form
+from titan_models.hugging_face.pieces import Piece
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the 16 codes mean (Open Compute Project, "Microscaling formats", 5.3.3)."""

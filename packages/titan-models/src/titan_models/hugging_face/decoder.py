@@ -10,8 +10,8 @@ from titan_config import traverse
 from titan_models.decoder import Decoder
 from titan_models.feed_forward import FeedForward
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.hf_adapter import HfAdapter, Inside
-from titan_models.hf_rules import Rules
+from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.rules import Rules
 from titan_models.rms_norm import RMSNorm
 from titan_models.swiglu import SwiGLU
 

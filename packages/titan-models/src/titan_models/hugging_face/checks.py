@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from titan_models.hf_rules import listed
+from titan_models.hugging_face.rules import listed
 from titan_models.shards import local_part
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from titan_models.hf_pieces import Piece
-from titan_models.hf_steps import Step
+from titan_models.hugging_face.pieces import Piece
+from titan_models.hugging_face.steps import Step
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_models.hf_checks import check_dtypes, check_same, check_shapes
-from titan_models.hf_config_check import block_sizes, check_config
-from titan_models.hf_fp8 import Fp8Blocks
-from titan_models.hf_pieces import Piece
-from titan_models.hf_rules import Rules, pieces_of
-from titan_models.hf_sources import sources_in
+from titan_models.hugging_face.checks import check_dtypes, check_same, check_shapes
+from titan_models.hugging_face.config_check import block_sizes, check_config
+from titan_models.hugging_face.fp8 import Fp8Blocks
+from titan_models.hugging_face.pieces import Piece
+from titan_models.hugging_face.rules import Rules, pieces_of
+from titan_models.hugging_face.sources import sources_in
 
 
 @dataclass(frozen=True)
