@@ -48,9 +48,14 @@ class LossForward:
     def of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
         """The loss's (sum, count) for what `local` returned."""
         if self._head is None:
-            return loss(lambda logits: logits, self._forward(inputs), targets)
+            return loss(lambda logits: logits, self._output(self.model(**inputs)), targets)
         with self._head.taking(loss, targets) as taken:
-            output = self._forward(inputs)
+            output = self._output(self.model(**inputs))
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"Got {type(output).__name__} from the model, expected a tensor of logits. Say which part of it they "
+                "are: parallelize(..., output=operator.attrgetter('logits'))."
+            )
         if taken.sum is None or taken.count is None or not _same_memory(output, taken.sum):
             raise ValueError(
                 "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come "
@@ -58,15 +63,6 @@ class LossForward:
                 '("head", {"takes_loss": False}) where something follows it.'
             )
         return output, taken.count
-
-    def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        output = self._output(self.model(**inputs))
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"Got {type(output).__name__} from the model, expected a tensor of logits. Say which part of it they "
-                "are: parallelize(..., output=operator.attrgetter('logits'))."
-            )
-        return output
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device_type, non_blocking=True) for name, tensor in tensors.items()}

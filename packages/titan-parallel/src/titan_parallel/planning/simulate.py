@@ -18,7 +18,6 @@ from titan_parallel.gradient_norm import local
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
-from titan_parallel.pipeline import Pipeline
 from titan_parallel.planning._torch import (
     fake_tensors,
     flex_attention_of_shapes,
@@ -186,6 +185,8 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
 
 def _pipeline(schedule: Schedule, num_batches: int) -> tuple[float | None, list[PipelineRank]]:
     """The bubble, and all ranks of the pipeline; nothing where there is none."""
+    from titan_parallel.pipeline import Pipeline
+
     if not isinstance(schedule, Pipeline):
         return None, []
     orders = schedule.orders(num_batches)
