@@ -59,7 +59,8 @@ PIPELINES = {
     "PP 2 x CP 2 x TP 2": (8, PP2 | {"context_parallel_degree": 2, "tensor_parallel_degree": 2}),
 }
 """Meshes of a model of 8 layers in 8 micro-batches (of a data rank alone)."""
-FEW_PIPELINES = ("PP 2 zero bubble", "PP 2 x TP 2")  # in the default set
+FEW_PIPELINES = [("PP 2 zero bubble", False), ("PP 2 x TP 2", True)]
+"""Those of the default set, and whether weights are tied."""
 FAMILIES = ["llama3_debug", "qwen3_debug", "qwen3_moe_debug", "deepseek_debug", "llama4_debug", "gpt_oss_debug"]
 MESH_OF_EVERY_FAMILY = "FSDP 2 x TP 2"
 ROUNDING = dict.fromkeys(FAMILIES, 3e-6) | {"gpt_oss_debug": 1e-4}
@@ -224,9 +225,12 @@ def test_weights_gradients_and_losses_are_those_of_the_flat_loop(
     assert losses_of(config) == pytest.approx(losses, rel=ROUNDING[flavor])
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(mesh, marks=[pytest.mark.full] * (mesh not in FEW_PIPELINES)) for mesh in PIPELINES]
+    ("mesh", "tied"),
+    [
+        pytest.param(*cell, id=f"{cell[0]}{', tied' * cell[1]}", marks=[pytest.mark.full] * (cell not in FEW_PIPELINES))
+        for cell in itertools.product(PIPELINES, (False, True))
+    ],
 )
 def test_pipelines_too(small_run, run_ranks, reference_of, mesh, tied):
     world_size, parallelism = PIPELINES[mesh]
