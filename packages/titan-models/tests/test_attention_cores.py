@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import Chunks, Flex, Mask, MaskLimit, Sdpa, SlidingWindow
+from titan_models import Chunks, Flex, Mask, MaskLimit, Sdpa, SlidingWindow, Varlen
 from torch import Tensor
 
 CORES = [Sdpa.Config(), Flex.Config(block_size=16)]
@@ -116,6 +116,42 @@ def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None
         naive(*theirs, mask, 0.3).square().sum().backward()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_documents_windows_and_chunks_are_sequences_of_varlen(masks: dict[str, Mask]) -> None:
+    attention = Varlen.Config().build()
+    for name, mask in masks.items():
+        if not any(isinstance(limit, EverySecond) for limit in mask.limits):
+            ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
+            outputs = attention(*ours, attention.realise(mask), 0.3), naive(*theirs, mask, 0.3)
+            torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12, msg=name)
+            for output in outputs:
+                output.square().sum().backward()
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel needs a GPU")
+def test_varlen_gives_the_same_by_its_kernel(masks: dict[str, Mask]) -> None:
+    attention = Varlen.Config().build()
+    for name in ("causal", "documents", "window", "documents, window", "documents, chunks"):
+        q, k, v = (x.bfloat16().cuda() for x in (*tensors()[:2], tensors()[1]))
+        mask = masks[name]
+        on_gpu = {key: x.cuda() for key, x in vars(mask).items() if isinstance(x, Tensor)}
+        on_gpu["key_positions"] = on_gpu["query_positions"]
+        output = attention(q, k, v, attention.realise(Mask(**on_gpu, limits=mask.limits)), 0.3)
+        expected = naive(*(x.cpu() for x in (q, k, v)), mask, 0.3)
+        torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=2e-2, msg=name)
+
+
+def test_what_varlen_cannot_do_is_refused(masks: dict[str, Mask]) -> None:
+    attention, line = Varlen.Config().build(), torch.arange(40).expand(2, 40)
+    with pytest.raises(ValueError, match=r"queries that are not the keys\. .* Take Sdpa or Flex"):
+        attention.realise(Mask(line[:, :10], line))
+    with pytest.raises(ValueError, match="Got the limit EverySecond"):
+        attention.realise(masks["somebody else's"])
+    with pytest.raises(ValueError, match="Got sinks"):
+        attention(*tensors(), attention.realise(masks["causal"]), 0.3, torch.zeros(4))
 
 
 def test_a_purely_causal_mask_is_not_realised_by_sdpa(masks: dict[str, Mask]) -> None:

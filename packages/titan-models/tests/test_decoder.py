@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 from typing import Any
 
 import pytest
 import titan_config
 import torch
-from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal
+from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal, Varlen
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_scout
@@ -20,10 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 FLAVORS = [llama3_debug, llama3_1b, llama3_8b, llama3_70b, llama3_405b, qwen3_debug, qwen3_8b, qwen3_moe_debug]
 FLAVORS += [llama4_debug, llama4_scout, gpt_oss_debug]
+PACKED = (llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug)
 
 
-@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug, gpt_oss_20b])
-@pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
+@pytest.mark.parametrize(
+    ("core", "flavor"),
+    [
+        *itertools.product((Sdpa.Config(), Flex.Config(block_size=16)), (*PACKED, gpt_oss_20b)),
+        *itertools.product((Varlen.Config(),), PACKED),
+    ],
+)
 def test_packed_documents_equal_the_documents_one_by_one(
     core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from titan_models.attention import Attention, Masks, Places
 from titan_models.block import Block
-from titan_models.cores import AttentionCore, Flex, Sdpa
+from titan_models.cores import AttentionCore, Flex, Sdpa, Varlen
 from titan_models.decoder import Decoder
 from titan_models.embedding import Embedding
 from titan_models.feed_forward import FeedForward
@@ -59,6 +59,7 @@ __all__ = [
     "SwiGLU",
     "Temperature",
     "TruncatedNormal",
+    "Varlen",
     "Yarn",
     "generate",
     "init_weights",

@@ -3,5 +3,6 @@
 from titan_models.cores.core import AttentionCore
 from titan_models.cores.flex import Flex
 from titan_models.cores.sdpa import Sdpa
+from titan_models.cores.varlen import Varlen
 
-__all__ = ["AttentionCore", "Flex", "Sdpa"]
+__all__ = ["AttentionCore", "Flex", "Sdpa", "Varlen"]
