@@ -140,7 +140,11 @@ def test_recomputation_counts_nothing_twice(recomputation: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("recomputation", [None, FullRecompute.Config()], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "recomputation",
+    [None, FullRecompute.Config(), SelectiveRecompute.Config()],
+    ids=["kept", "recomputed", "selectively"],
+)
 def test_compiled_blocks_count_too(recomputation: Any) -> None:
     compiled = Compile.Config(backend="aot_eager")
     options = {"compile": compiled, "activation_checkpoint": recomputation}

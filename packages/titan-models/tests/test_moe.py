@@ -297,12 +297,12 @@ def test_mixtures_that_cannot_be_built_say_why() -> None:
             ClampedGating.Config(**gating).build()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_mixture_gives_the_same(dtype: torch.dtype) -> None:
-    """In one graph in bf16; in others, PyTorch compiles around the loop over experts."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_mixture_gives_the_same_in_one_graph(dtype: torch.dtype, backend: str) -> None:
     layer, x = made(moe(), dtype), stream(dtype)
     torch.compiler.reset()
-    compiled = torch.compile(layer, backend="eager", fullgraph=dtype is torch.bfloat16)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
     x.requires_grad_()
     output, expected = compiled(x), layer(x)
     torch.testing.assert_close(output, expected)

@@ -9,6 +9,8 @@ from titan_config import Configurable
 from torch import Tensor
 from torch.nn import functional
 
+from titan_models.moe.loop import expert_products
+
 _ALIGNMENT = 16
 """Bytes: torch's kernel takes matrices whose rows are multiples of it."""
 
@@ -28,9 +30,14 @@ class Kernel(Configurable, abc.ABC):
 
 
 class Loop(Kernel):
-    """One product after the other: the reference. It waits for the counts on the CPU."""
+    """One product after the other: the reference. It waits for the counts on the CPU.
+
+    In compiled code the loop is one operator, since a compiler cannot know the counts.
+    """
 
     def __call__(self, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return expert_products(x_NI, weight_EOI, counts_E)
         counts = counts_E.tolist()
         *rows, beyond = x_NI.split([*counts, len(x_NI) - sum(counts)])
         products = [functional.linear(x, weight) for x, weight in zip(rows, weight_EOI, strict=True)]
