@@ -36,6 +36,10 @@ MESHES = {
     "PP 4": (4, {"parallelism.pipeline_parallel_degree": 4}),
     "PP 2 x FSDP 2": (4, PP2 | {"training.local_batch_size": 1}),
     "PP 2 x TP 2": (4, PP2 | {"parallelism.tensor_parallel_degree": 2}),
+    "PP 2 x CP 2 x TP 2": (
+        8,
+        PP2 | {"parallelism.context_parallel_degree": 2, "parallelism.tensor_parallel_degree": 2},
+    ),
 }
 DEEP = {"model.num_layers": 4}
 TIED = DEEP | {"model.head": None}
@@ -129,6 +133,8 @@ def test_parts_on_other_meshes_give_the_same_losses_and_documents(run_ranks, sma
         pytest.param(["PP 2 ZBV", "PP 4", "PP 2 x FSDP 2"], TIED, marks=pytest.mark.full),
         pytest.param(["PP 2 zero bubble", "HSDP 2x2", "PP 4"], DEEP, marks=pytest.mark.full),
         pytest.param(["FSDP 2 x TP 2", "PP 2 x TP 2", "PP 2 zero bubble"], DEEP, marks=pytest.mark.full),
+        pytest.param(["PP 2 x CP 2 x TP 2", "CP 2 by a ring", "PP 2 ZBV"], TIED, marks=pytest.mark.full),
+        pytest.param(["CP 2 x TP 2", "PP 2 x CP 2 x TP 2", "FSDP 2"], DEEP, marks=pytest.mark.full),
     ],
     ids=str,
 )
