@@ -166,7 +166,10 @@ CHANGED_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGED_SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.full] * (n in ("sequence length", "another model"))) for n in CHANGED_SETTINGS],
+)
 def test_a_resume_with_changed_settings_is_refused_and_damages_nothing(resumed_folder, name):
     flags, words = CHANGED_SETTINGS[name]
     before = {path: path.read_bytes() for path in sorted((resumed_folder / "run").rglob("*")) if path.is_file()}
@@ -230,7 +233,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(tmp_path):
     assert (tmp_path / "run" / "checkpoint" / f"step-{last}" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("delay_s", [0.05, *(pytest.param(delay_s, marks=pytest.mark.full) for delay_s in (0.0, 0.3))])
 def test_kill_9_while_saving_resumes_from_the_newest_whole_checkpoint(tmp_path, delay_s):
     process = start(
         tmp_path, "--training.steps", "100000", "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "3"
@@ -246,7 +249,7 @@ def test_kill_9_while_saving_resumes_from_the_newest_whole_checkpoint(tmp_path, 
     assert [record["step"] for record in records(tmp_path)] == list(range(1, step + 1))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("damage", ["flip", *(pytest.param(d, marks=pytest.mark.full) for d in ("truncate", "delete"))])
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, damage):
     assert run(tmp_path, "--checkpoint.interval", "2").returncode == 0
     file = next((tmp_path / "run" / "checkpoint" / "step-4").glob("*.safetensors"))
