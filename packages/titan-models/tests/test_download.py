@@ -161,7 +161,7 @@ def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint
         ("shaky/Breaks", "shaky", "", None),
     ]
     results = download(endpoint, tmp_path, *(each[:3] for each in wanted))
-    for (name, folder, _, message), (code, error) in zip(wanted, results, strict=False):
+    for (name, folder, _, message), (code, error) in zip(wanted, results, strict=True):
         assert (name, folder, code) == (name, folder, 0 if message is None else 1), error
         assert message is None or (message in error and "Traceback" not in error), error
     unwanted = {"original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "picture.png"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def expert_outer_products(y_NO: Tensor, x_NI: Tensor, counts_E: Tensor) -> Tenso
 
 def _rows(counts_E: Tensor) -> list[slice]:
     ends = counts_E.cumsum(0).tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 @expert_products.register_fake

@@ -47,8 +47,9 @@ class Alike:
         way = ranks[last - 1].under_way - ranks[1].under_way
         found: dict[int, Record] = {}
         for index in range(2, last - 1):
-            if self._part_of_period(ranks[index]) == self._part_of_period(ranks[1]):
-                record = second.towards(end, ranks[index].under_way - ranks[1].under_way, way or 1)
+            more = ranks[index].under_way - ranks[1].under_way
+            if self._part_of_period(ranks[index]) == self._part_of_period(ranks[1]) and (way or not more):
+                record = second.towards(end, more, way or 1)
                 if record is not None:
                     found[index] = record
         middle = found.get(last // 2)
