@@ -133,7 +133,8 @@ def train(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["everything"])
 def bench(session: nox.Session) -> None:
     """Measure speed against bare PyTorch: all scripts of bench/, or those named after `--`."""
-    for name in session.posargs or ("train_speed", "moe_speed", "startup", "data", "checkpoint", "parallel_overhead"):
+    scripts = ("train_speed", "moe_speed", "experts", "startup", "data", "checkpoint", "parallel_overhead")
+    for name in session.posargs or scripts:
         session.run(bin_of_everything(session) / "python", f"bench/{name}.py", env=KEEP_BYTECODE)
 
 

@@ -1,4 +1,4 @@
-"""The loop to be measured against: Llama 3 "debug" in bare PyTorch, written for speed, with batches made beforehand.
+"""The loop to be measured against, in bare PyTorch, and Llama 3 "debug" for it: written for speed, batches made before.
 
 `python bench/bare.py` trains one step and prints its loss: how fast bare PyTorch starts.
 
@@ -6,6 +6,8 @@ B batch, T tokens, D width, H heads, K head dim, F feed-forward width, V vocabul
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,24 +61,22 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 class BareRun:
     """A run whose `step()` is one optimizer step. For bf16 it computes with a bf16 copy of its fp32 weights."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        self.model = Llama()
-        for parameter in self.model.parameters():
-            nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
-        self.computed = list(self.model.parameters())
-        self.weights = self.computed
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, vocab_size: int = V
+    ) -> None:
+        """`loss(tokens, labels)` is that of the model."""
+        self.loss = loss
+        self.weights = self.computed = list(model.parameters())
         if dtype != torch.float32:
             self.weights = [nn.Parameter(parameter.detach().clone()) for parameter in self.computed]
-            self.model.to(dtype)
+            model.to(dtype)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        tokens = torch.randint(V, (16, B, T + 1))
+        tokens = torch.randint(vocab_size, (16, B, T + 1))
         self.batches = [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in tokens]
         self.num_steps = 0
 
     def step(self) -> float:
-        tokens_BT, labels_BT = self.batches[self.num_steps % len(self.batches)]
-        loss = self.model(tokens_BT, labels_BT)
+        loss = self.loss(*self.batches[self.num_steps % len(self.batches)])
         loss.backward()
         if self.weights is not self.computed:
             for weight, computed in zip(self.weights, self.computed, strict=True):
@@ -91,5 +91,13 @@ class BareRun:
         return loss.item()
 
 
+def llama_run(dtype: torch.dtype) -> BareRun:
+    torch.manual_seed(0)
+    model = Llama()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    return BareRun(model, model, dtype)
+
+
 if __name__ == "__main__":
-    print(BareRun(torch.float32).step())
+    print(llama_run(torch.float32).step())
