@@ -163,5 +163,5 @@ def test_the_load_is_the_most_in_multiples_of_the_mean() -> None:
     layer = MoE.Config(
         router=TopKRouter.Config(num_experts=4, top_k=1), experts=qwen3_moe_debug().block.feed_forward.experts
     )
-    assert layer.build(dim=16).measure(torch.tensor([6.0, 1.0, 1.0, 0.0])) == {"expert_load": 3.0}
-    assert layer.build(dim=16).measure(torch.zeros(4)) == {"expert_load": 0.0}
+    assert layer.build(dim=16).load.measure(torch.tensor([6.0, 1.0, 1.0, 0.0])) == {"expert_load": 3.0}
+    assert layer.build(dim=16).load.measure(torch.zeros(4)) == {"expert_load": 0.0}

@@ -32,9 +32,11 @@ def test_weights_go_there_and_back(shrunk: Any, made: Any) -> None:
     theirs = adapter.to_hf(state)
     stem = "layers.1.feed_forward.experts"
     gate_up = theirs["model.layers.1.mlp.experts.gate_up_proj"]
-    assert torch.equal(gate_up[5, :, 6], state[f"{stem}.gate_proj"][5, 3])
-    assert torch.equal(gate_up[5, :, 7], state[f"{stem}.up_proj"][5, 3])
-    assert torch.equal(theirs["model.layers.1.mlp.experts.gate_up_proj_bias"][5, 7], state[f"{stem}.up_bias"][5, 3])
+    assert torch.equal(gate_up[5, :, 6], state[f"{stem}.gate_proj.weight"][5, 3])
+    assert torch.equal(gate_up[5, :, 7], state[f"{stem}.up_proj.weight"][5, 3])
+    assert torch.equal(
+        theirs["model.layers.1.mlp.experts.gate_up_proj_bias"][5, 7], state[f"{stem}.up_proj.bias"][5, 3]
+    )
     back = adapter.from_hf(theirs)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)

@@ -52,8 +52,8 @@ def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -
     state, adapter = model.state_dict(), model.config.hf_adapter()
     text = adapter.to_hf(state)
     gate_up = text["model.layers.2.feed_forward.experts.gate_up_proj"]
-    assert torch.equal(gate_up[7, :, :20], state["layers.2.feed_forward.experts.gate_proj"][7].T)
-    assert torch.equal(gate_up[7, :, 20:], state["layers.2.feed_forward.experts.up_proj"][7].T)
+    assert torch.equal(gate_up[7, :, :20], state["layers.2.feed_forward.experts.gate_proj.weight"][7].T)
+    assert torch.equal(gate_up[7, :, 20:], state["layers.2.feed_forward.experts.up_proj.weight"][7].T)
     released = {f"language_model.{name}": tensor for name, tensor in text.items()}
     released["vision_model.class_embedding"] = released["multi_modal_projector.linear_1.weight"] = torch.zeros(3)
     for files in (text, released):

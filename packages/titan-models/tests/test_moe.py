@@ -64,13 +64,13 @@ def naive(layer: MoE, x_BTD: Tensor) -> Tensor:
 
 
 def naive_expert(experts: SwiGLUExperts, number: int, x_D: Tensor) -> Tensor:
-    (gate, up), down = (getattr(experts, f"{name}_proj")[number] @ x_D for name in ("gate", "up")), experts.down_proj
-    if experts.gate_bias is None:
-        return down[number] @ (functional.silu(gate) * up)
-    gate, up = gate + experts.gate_bias[number], up + experts.up_bias[number]
+    gate, up, down = experts.gate_proj, experts.up_proj, experts.down_proj
+    if gate.bias is None:
+        return down.weight[number] @ (functional.silu(gate.weight[number] @ x_D) * (up.weight[number] @ x_D))
+    gate, up = (linear.weight[number] @ x_D + linear.bias[number] for linear in (gate, up))
     gate, up = torch.minimum(gate, torch.tensor(7.0)), torch.maximum(up, torch.tensor(-7.0))
     hidden = gate / (1 + torch.exp(-1.702 * gate)) * (1 + torch.minimum(up, torch.tensor(7.0)))
-    return down[number] @ hidden + experts.down_bias[number]
+    return down.weight[number] @ hidden + down.bias[number]
 
 
 def gradients(module: nn.Module, x: Tensor, output: Tensor) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_clamped_experts_with_biases_give_the_sum_that_their_formula_says() -> N
     config = moe(bias_init=BIASES)
     config.experts = SwiGLUExperts.Config(hidden_dim=HIDDEN, **LIKE_GPT_OSS)
     layer, x = made(config), (3 * stream()).requires_grad_()
-    projected = torch.einsum("btd,ehd->bteh", x.detach(), layer.experts.up_proj)
+    projected = torch.einsum("btd,ehd->bteh", x.detach(), layer.experts.up_proj.weight)
     assert projected.min() < -7 and projected.max() > 7 and projected.abs().median() < 7
     output, expected = layer(x), naive(layer, x)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
@@ -114,17 +114,19 @@ def test_clamped_experts_with_biases_give_the_sum_that_their_formula_says() -> N
         assert (one - other).norm() <= 1e-10 * other.norm() + 1e-13
 
 
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("counts", [[5, 0, 7, 1, 0, 3, 20, 4], [0] * 7 + [40], [40] + [0] * 7, [5] * 8, [0] * 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype) -> None:
+def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype, device: str) -> None:
     """Forward and backward, with experts without tokens and rows that belong to nobody."""
-    x, weight = (
-        stream(dtype, 43, DIM).requires_grad_(),
-        made(SwiGLUExperts.Config(hidden_dim=HIDDEN), dtype, num_experts=EXPERTS, top_k=3).gate_proj,
-    )
+    experts = made(SwiGLUExperts.Config(hidden_dim=HIDDEN), dtype, num_experts=EXPERTS, top_k=3).to(device)
+    x, weight = stream(dtype, 43, DIM).to(device).requires_grad_(), experts.gate_proj.weight
     results = []
     for kernel in (GroupedMM.Config().build(), Loop.Config().build()):
-        output = kernel(x, weight, torch.tensor(counts))[: sum(counts)]
+        output = kernel(x, weight, torch.tensor(counts, device=device))[: sum(counts)]
         x_gradient, weight_gradient = torch.autograd.grad(output.float().square().sum(), [x, weight])
         results.append((output, x_gradient[: sum(counts)], weight_gradient))
     for one, other in zip(*results, strict=True):

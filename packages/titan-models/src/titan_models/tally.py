@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -10,25 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Tallying(abc.ABC):
-    """A module with the role `tally`: it counts over a step, and acts on the counts of all ranks after it."""
-
-    @property
-    @abc.abstractmethod
-    def tally(self) -> Tensor | None:
-        """A leaf whose gradient is what was counted, `[n]`; see `Tally`. None: the module is another rank's."""
-
-    @abc.abstractmethod
-    def settle(self, counted: Tensor) -> None:
-        """Act on what all ranks counted in a step, `[n]`, after the optimizer did: the same on every rank."""
-
-    @abc.abstractmethod
-    def measure(self, counted: Tensor) -> Mapping[str, float]:
-        """What is worth telling about it, by name: `counted` is on the CPU. Of several modules the highest is told."""
-
-
 class Tally(nn.Module):
-    """Adds up numbers once a micro-batch: in the backward, as the gradient of a leaf.
+    """Adds up numbers once a micro-batch: in the backward, as the gradient of a leaf. It has the role `tally`.
 
     What recomputation repeats in the forward counts once, what an evaluation sees not at all, and a step that is not
     made is forgotten with its gradients. n numbers.
@@ -36,8 +18,17 @@ class Tally(nn.Module):
 
     leaf: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self, size: int, *, settle: Callable[[Tensor], None], measure: Callable[[Tensor], Mapping[str, float]]
+    ) -> None:
+        """`settle` acts on what all ranks counted in a step, `[n]`, after the optimizer did, alike on every rank.
+
+        `measure` gives what is worth telling about that, by name, from numbers on the CPU; of several tallies the
+        highest is told.
+        """
         super().__init__()
+        self.settle = settle
+        self.measure = measure
         self.register_buffer("leaf", torch.zeros(size, dtype=torch.float64, requires_grad=True), persistent=False)
 
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
@@ -58,9 +49,9 @@ def after_step(model: nn.Module) -> dict[str, float]:
     """Let all modules act on what they counted since the last call, in one process; what they tell of it."""
     measured: list[tuple[str, float]] = []
     for module in model.modules():
-        if isinstance(module, Tallying) and (leaf := module.tally) is not None:
-            counted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            leaf.grad = None
+        if isinstance(module, Tally):
+            counted = torch.zeros_like(module.leaf) if module.leaf.grad is None else module.leaf.grad
+            module.leaf.grad = None
             module.settle(counted.detach())
             measured += module.measure(counted.detach().cpu()).items()
     return {name: max(value for other, value in measured if other == name) for name, _ in measured}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_parallel.dims import ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
@@ -41,14 +41,16 @@ def shard_over_data_ranks(
 def _placement_over(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """Which dim of a parameter is sharded: the first (None), unless ranks would hold nothing of a stack of matrices.
 
-    There are fewer experts than ranks in most large runs; then one of the other dims is split, if it can be evenly.
+    There are fewer experts than ranks in most large runs; then one of the other dims is split, if it can be evenly,
+    and if tensor ranks do not split it.
     """
 
     def place(parameter: nn.Parameter) -> Shard | None:
         if parameter.dim() < 3 or len(parameter) % num_ranks == 0:
             return None
+        taken = parameter.placements if isinstance(parameter, DTensor) else ()
         dims = (dim for dim in range(1, parameter.dim()) if parameter.shape[dim] % num_ranks == 0)
-        return next((Shard(dim) for dim in dims), None)
+        return next((Shard(dim) for dim in dims if Shard(dim) not in taken), None)
 
     return place
 

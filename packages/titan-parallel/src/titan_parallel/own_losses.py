@@ -20,10 +20,16 @@ class OwnLoss(Protocol):
 
 
 class OwnLosses:
-    """All losses that a model has of its own."""
+    """All losses that a model has of its own.
 
-    def __init__(self, model: nn.Module, roles: Roles, device_type: str) -> None:
-        self._modules = [cast(OwnLoss, model.get_submodule(name)) for name in roles.named("own_loss")]
+    In a region every rank of the tensor axis computes them, of the same tokens, and gradients there are shares that are
+    summed: each gives its part of them.
+    """
+
+    def __init__(self, model: nn.Module, roles: Roles, *, num_tensor: int, device_type: str) -> None:
+        names = roles.named("own_loss")
+        self._modules = [cast(OwnLoss, model.get_submodule(name)) for name in names]
+        self._parts = [1 / num_tensor if roles.region_of(name) is not None else 1.0 for name in names]
         self._device_type = device_type
 
     @contextmanager
@@ -31,8 +37,8 @@ class OwnLosses:
         """Within it the backward divides their sums by `denominator`, as it does that of the head."""
         if self._modules:
             scale = 1 / torch.as_tensor(denominator, dtype=torch.float64, device=self._device_type)
-            for module in self._modules:
-                module.scale = scale
+            for module, part in zip(self._modules, self._parts, strict=True):
+                module.scale = scale * part
         try:
             yield
         finally:

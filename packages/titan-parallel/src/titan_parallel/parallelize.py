@@ -84,7 +84,7 @@ def parallelize(
         else stages.pipeline(units),
         partial_gradients=partial,
         tallies=tallies,
-        own_losses=OwnLosses(model, matched, dims.device_type),
+        own_losses=OwnLosses(model, matched, num_tensor=dims.num_tensor, device_type=dims.device_type),
         context=context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,

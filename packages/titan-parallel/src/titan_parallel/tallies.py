@@ -16,8 +16,8 @@ class Tallying(Protocol):
     """What a module with the role `tally` offers."""
 
     @property
-    def tally(self) -> Tensor | None:
-        """A leaf, `[n]`, whose gradient is what this rank counted. None: the module is another rank's."""
+    def leaf(self) -> Tensor | None:
+        """A tensor, `[n]`, whose gradient is what this rank counted. None: the module is another rank's."""
 
     def settle(self, counted: Tensor) -> None:
         """Act on what all ranks counted in a step, after the optimizer did; what it changes is alike on all ranks."""
@@ -36,7 +36,7 @@ class Tallies:
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
         names = roles.named("tally")
         self._modules = [cast(Tallying, model.get_submodule(name)) for name in names]
-        self._sizes = [len(cast(Tensor, module.tally)) for module in self._modules]
+        self._sizes = [len(cast(Tensor, module.leaf)) for module in self._modules]
         is_first = dims.mesh.get_local_rank("tp") == 0
         self._counts = [is_first or (dims.sequence_parallel and roles.region_of(name) is None) for name in names]
         self._device_type = dims.device_type
@@ -49,15 +49,15 @@ class Tallies:
         """Begin anew."""
         self.summed = None
         for module in self._modules:
-            if module.tally is not None:
-                module.tally.grad = None
+            if module.leaf is not None:
+                module.leaf.grad = None
 
     def own(self) -> Tensor:
         """What this rank counted, fp64; zeros for what others hold or count."""
         parts = [torch.zeros(size, dtype=torch.float64, device=self._device_type) for size in self._sizes]
         for part, module, counts in zip(parts, self._modules, self._counts, strict=True):
-            if counts and module.tally is not None and module.tally.grad is not None:
-                part.copy_(module.tally.grad)
+            if counts and module.leaf is not None and module.leaf.grad is not None:
+                part.copy_(module.leaf.grad)
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class Tallies:
         for module, counted, told in zip(
             self._modules, summed.split(self._sizes), summed.cpu().split(self._sizes), strict=True
         ):
-            if module.tally is not None:
+            if module.leaf is not None:
                 module.settle(counted)
             measured += module.measure(told).items()
         return {name: max(value for other, value in measured if other == name) for name, _ in measured}

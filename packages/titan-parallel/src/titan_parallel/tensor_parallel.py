@@ -110,7 +110,7 @@ class TensorParallel:
             if len(projections) > 1 or projections[0].copies(self._axis.size) > 1:
                 taken = parts(projections, self._axis.rank, self._axis.size)
                 takes[module, "weight"] = functools.partial(_pieces, dim=dim, pieces=taken)
-                takes[module, "bias"] = functools.partial(_pieces, dim=0, pieces=taken)
+                takes[module, "bias"] = functools.partial(_pieces, dim=-1, pieces=taken)
         for name in self._roles.named("rowwise") if self._axis.rank else []:
             takes[self._model.get_submodule(name), "bias"] = lambda bias: bias * 0
         return takes
@@ -155,7 +155,7 @@ class TensorParallel:
         split: set[nn.Parameter] = set()
         for parameter, slots in places.items():
             split_dim = one_split_dim({split_dims.get(slot) for slot in slots}, slots[0][1], parameter)
-            placement: Placement = Replicate() if split_dim is None else Shard(split_dim)
+            placement: Placement = Replicate() if split_dim is None else Shard(split_dim % parameter.dim())
             stored = distribute_tensor(parameter.data, self._dims.tp_mesh, [placement], src_data_rank=None)
             distributed = nn.Parameter(stored, requires_grad=parameter.requires_grad)
             for module, name in slots:
@@ -165,14 +165,14 @@ class TensorParallel:
         return split
 
     def _split_dims(self) -> dict[Slot, int]:
-        """The dim in which the roles split a parameter."""
+        """The dim in which the roles split a parameter; negative ones count from the end."""
         dims: dict[Slot, int] = {}
         for role in ("embedding", "colwise", "rowwise", "head"):
             for name in self._roles.named(role):
                 module = self._model.get_submodule(name)
                 dims[module, "weight"] = features_dim(role, self._roles.options(name))
                 if role != "rowwise":
-                    dims[module, "bias"] = 0
+                    dims[module, "bias"] = -1
         for name in self._roles.named("per_head"):
             owner, _, parameter = name.rpartition(".")
             dims[self._model.get_submodule(owner), parameter] = 0

@@ -57,8 +57,11 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
 
 
 def features_dim(role: str, options: Mapping[str, Any]) -> int:
-    """The dim of its matrix in which a role splits features; a `transposed` matrix is `[in, out]`."""
-    return int((role == "rowwise") != bool(options.get("transposed")))
+    """The dim, from the end, in which a role splits the features of its matrix, or of a stack of matrices.
+
+    They are `[out, in]`, or `[in, out]` if they are `transposed`.
+    """
+    return -1 if (role == "rowwise") != bool(options.get("transposed")) else -2
 
 
 def one_split_dim(dims: set[int | None], name: str, parameter: nn.Parameter) -> int | None:
@@ -137,10 +140,11 @@ def _check_shared(size: int, projections: Sequence[Features], name: str, beside:
 
 def _num_features(model: nn.Module, roles: Roles, name: str, role: str) -> int:
     weight = model.get_submodule(name)._parameters.get("weight")
-    if weight is None or weight.dim() != 2:
+    stacks = role in ("colwise", "rowwise")
+    if weight is None or weight.dim() not in ((2, 3) if stacks else (2,)):
         got = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
         raise ConfigError(
-            f"Got {got} in the {role} part {name}. A {role} part has a matrix named weight. Give the role to the "
-            "projection itself."
+            f"Got {got} in the {role} part {name}. A {role} part has a matrix named weight"
+            f"{', or a stack of them' if stacks else ''}. Give the role to the projection itself."
         )
     return weight.size(features_dim(role, roles.options(name)))

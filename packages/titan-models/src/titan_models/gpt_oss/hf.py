@@ -26,14 +26,14 @@ _ATTENTION_RULES: Rules = {
 _MOE_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.mlp.router.weight",
     "layers.*.feed_forward.router.bias": "model.layers.*.mlp.router.bias",
-    ("layers.*.feed_forward.experts.gate_proj", "layers.*.feed_forward.experts.up_proj"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): Stored(
         "model.layers.*.mlp.experts.gate_up_proj", Alternating(dim=-2), Transposed()
     ),
-    ("layers.*.feed_forward.experts.gate_bias", "layers.*.feed_forward.experts.up_bias"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.bias", "layers.*.feed_forward.experts.up_proj.bias"): Stored(
         "model.layers.*.mlp.experts.gate_up_proj_bias", Alternating(dim=-1)
     ),
-    "layers.*.feed_forward.experts.down_proj": Stored("model.layers.*.mlp.experts.down_proj", Transposed()),
-    "layers.*.feed_forward.experts.down_bias": "model.layers.*.mlp.experts.down_proj_bias",
+    "layers.*.feed_forward.experts.down_proj.weight": Stored("model.layers.*.mlp.experts.down_proj", Transposed()),
+    "layers.*.feed_forward.experts.down_proj.bias": "model.layers.*.mlp.experts.down_proj_bias",
 }
 _GPT_OSS_VOCABULARY = 201_088  # in which <|endoftext|> is 199999 and <|return|> 200002
 

@@ -41,8 +41,8 @@ class HfAdapter:
 
         rules = {
             "layers.*.attention.q_proj.weight": Stored("model.layers.*.self_attn.q_proj.weight", NeighbourPairs(128)),
-            "layers.*.experts.down_proj": "model.layers.*.mlp.experts.#.down_proj.weight",
-            ("layers.*.experts.gate_proj", "layers.*.experts.up_proj"): Stored(
+            "layers.*.experts.down_proj.weight": "model.layers.*.mlp.experts.#.down_proj.weight",
+            ("layers.*.experts.gate_proj.weight", "layers.*.experts.up_proj.weight"): Stored(
                 "model.layers.*.mlp.experts.gate_up_proj", Alternating(dim=-2), Transposed()
             ),
         }

@@ -37,9 +37,9 @@ DENSE_RULES: Rules = {
 
 SPLIT_EXPERTS_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
-    "layers.*.feed_forward.experts.gate_proj": "model.layers.*.mlp.experts.#.gate_proj.weight",
-    "layers.*.feed_forward.experts.up_proj": "model.layers.*.mlp.experts.#.up_proj.weight",
-    "layers.*.feed_forward.experts.down_proj": "model.layers.*.mlp.experts.#.down_proj.weight",
+    "layers.*.feed_forward.experts.gate_proj.weight": "model.layers.*.mlp.experts.#.gate_proj.weight",
+    "layers.*.feed_forward.experts.up_proj.weight": "model.layers.*.mlp.experts.#.up_proj.weight",
+    "layers.*.feed_forward.experts.down_proj.weight": "model.layers.*.mlp.experts.#.down_proj.weight",
 }
 """Names of a router and SwiGLU experts, of which each matrix is a tensor of its own."""
 

@@ -31,10 +31,12 @@ _SHARED_RULES: Rules = {
 }
 _MOE_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.feed_forward.router.weight",
-    ("layers.*.feed_forward.experts.gate_proj", "layers.*.feed_forward.experts.up_proj"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): Stored(
         "model.layers.*.feed_forward.experts.gate_up_proj", Halves(dim=-2), Transposed()
     ),
-    "layers.*.feed_forward.experts.down_proj": Stored("model.layers.*.feed_forward.experts.down_proj", Transposed()),
+    "layers.*.feed_forward.experts.down_proj.weight": Stored(
+        "model.layers.*.feed_forward.experts.down_proj", Transposed()
+    ),
     **_SHARED_RULES,
 }
 _LLAMA4_VOCABULARY = 202_048  # in which <|begin_of_text|> is 200000 and <|end_of_text|> 200001

@@ -3,6 +3,7 @@
 from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.experts import Experts, SwiGLUExperts
 from titan_models.moe.gating import ClampedGating, Gating, SiluGating
+from titan_models.moe.grouped_linear import GroupedLinear
 from titan_models.moe.groups import ExpertGroups
 from titan_models.moe.kernels import GroupedMM, Kernel, Loop
 from titan_models.moe.moe import MoE
@@ -15,6 +16,7 @@ __all__ = [
     "ExpertGroups",
     "Experts",
     "Gating",
+    "GroupedLinear",
     "GroupedMM",
     "Kernel",
     "LoadBalancingLoss",

@@ -1,21 +1,21 @@
-"""Experts as 3-D weights."""
+"""The experts of a layer."""
 
 from __future__ import annotations
 
 import abc
 
 import torch
+from titan_config import Configurable
 from torch import Tensor, nn
-from torch.nn import functional
 
-from titan_models.flops import Flops, matmul_flops
 from titan_models.initializers import Initializer, TruncatedNormal
 from titan_models.moe.gating import Gating, SiluGating
+from titan_models.moe.grouped_linear import GroupedLinear
 from titan_models.moe.kernels import GroupedMM, Kernel
-from titan_models.part import Part, new_parameter
+from titan_models.roles import Roles
 
 
-class Experts(Part, abc.ABC):
+class Experts(Configurable, nn.Module, abc.ABC):
     """All experts of a layer, and nothing of who chose them: where tokens are brought to experts on other ranks.
 
     Built with `dim`, `num_experts` and `top_k`. N tokens, D width, E experts, F width of an expert.
@@ -27,6 +27,10 @@ class Experts(Part, abc.ABC):
 
         Rows beyond all counts belong to nobody: they give zeros, and have zeros as gradients, whatever is in them.
         """
+
+    def roles(self) -> Roles:
+        """How each expert's features are split over tensor ranks. None: experts are whole on each of them."""
+        return {}
 
 
 class SwiGLUExperts(Experts):
@@ -57,48 +61,23 @@ class SwiGLUExperts(Experts):
 
     def __init__(self, config: Config, *, dim: int, num_experts: int, top_k: int) -> None:
         nn.Module.__init__(self)
-        self.gate_proj = new_parameter(num_experts, config.hidden_dim, dim)
-        self.up_proj = new_parameter(num_experts, config.hidden_dim, dim)
-        self.down_proj = new_parameter(num_experts, dim, config.hidden_dim)
-        has_biases = config.bias_init is not None
-        self.gate_bias = new_parameter(num_experts, config.hidden_dim) if has_biases else None
-        self.up_bias = new_parameter(num_experts, config.hidden_dim) if has_biases else None
-        self.down_bias = new_parameter(num_experts, dim) if has_biases else None
-        self.config = config
-        self.top_k = top_k
+
+        def projection(in_features: int, out_features: int, weight_init: Initializer.Config) -> GroupedLinear:
+            linear = GroupedLinear.Config(weight_init=weight_init, bias_init=config.bias_init, kernel=config.kernel)
+            sizes = {"in_features": in_features, "out_features": out_features}
+            built: GroupedLinear = linear.build(num_experts=num_experts, top_k=top_k, **sizes)
+            return built
+
+        self.gate_proj = projection(dim, config.hidden_dim, config.input_init)
+        self.up_proj = projection(dim, config.hidden_dim, config.input_init)
+        self.down_proj = projection(config.hidden_dim, dim, config.output_init)
         self.gating: Gating = config.gating.build()
-        self.kernel: Kernel = config.kernel.build()
-        self.input_init: Initializer = config.input_init.build()
-        self.output_init: Initializer = config.output_init.build()
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         owned_N1 = (torch.arange(len(x_ND), device=x_ND.device) < counts_E.sum()).unsqueeze(1)
         x_ND = x_ND.where(owned_N1, 0)  # and so its gradient
-        gate_NF = self._project(x_ND, self.gate_proj, self.gate_bias, counts_E)
-        up_NF = self._project(x_ND, self.up_proj, self.up_bias, counts_E)
-        output_ND = self._project(self.gating(gate_NF, up_NF), self.down_proj, self.down_bias, counts_E)
-        return output_ND.where(owned_N1, 0)
+        hidden_NF = self.gating(self.gate_proj(x_ND, counts_E), self.up_proj(x_ND, counts_E))
+        return self.down_proj(hidden_NF, counts_E).where(owned_N1, 0)
 
-    def _project(self, x_NI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
-        y_NO = self.kernel(x_NI, weight_EOI, counts_E)
-        return y_NO if bias_EO is None else y_NO + _of_rows(bias_EO, counts_E, len(y_NO))
-
-    def initializers(self) -> dict[str, Initializer]:
-        initializers = {"gate_proj": self.input_init, "up_proj": self.input_init, "down_proj": self.output_init}
-        if self.config.bias_init is not None:
-            bias_init: Initializer = self.config.bias_init.build()
-            initializers |= dict.fromkeys(("gate_bias", "up_bias", "down_bias"), bias_init)
-        return initializers
-
-    def own_flops(self, seq_len: int) -> Flops:
-        matrices = (self.gate_proj, self.up_proj, self.down_proj)
-        return matmul_flops(self.top_k * sum(matrix[0].numel() for matrix in matrices))
-
-    def own_idle_parameters(self) -> int:
-        return sum((len(weight) - self.top_k) * weight[0].numel() for weight in self.parameters())
-
-
-def _of_rows(bias_EO: Tensor, counts_E: Tensor, num_rows: int) -> Tensor:
-    """The bias of each row's expert, `[N, O]`; for rows of nobody zeros, which drop what comes back."""
-    expert_N = torch.searchsorted(counts_E.cumsum(0), torch.arange(num_rows, device=bias_EO.device), right=True)
-    return functional.embedding(expert_N, functional.pad(bias_EO, (0, 0, 0, 1)))
+    def roles(self) -> Roles:
+        return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}

@@ -12,16 +12,15 @@ from titan_models.moe.experts import Experts
 from titan_models.moe.router import Router
 from titan_models.roles import Roles, under
 from titan_models.swiglu import SwiGLU
-from titan_models.tally import Tally, Tallying
+from titan_models.tally import Tally
 
 
-class MoE(FeedForward, Tallying):
+class MoE(FeedForward):
     """The weighted sum of what a token's experts make of it, and of shared experts that see every token.
 
-    Router and experts are in no role: an engine holds them whole, in the stream. How many tokens each expert gets is
-    counted over a step; the router may balance them by it, and `expert_load` is told: the tokens of the expert that has
-    most, in multiples of the mean. B batch, T tokens, N tokens of all
-    rows, D width, E experts, K experts of a token.
+    How many tokens each expert gets is counted over a step; the router may balance them by it, and `expert_load` is
+    told: the tokens of the expert that has most, in multiples of the mean. B batch, T tokens, N tokens of all rows,
+    D width, E experts, K experts of a token.
     """
 
     class Config(FeedForward.Config):
@@ -44,7 +43,7 @@ class MoE(FeedForward, Tallying):
         self.router: Router = config.router.build(dim=dim)
         self.experts: Experts = config.experts.build(dim=dim, num_experts=num_experts, top_k=top_k)
         self.shared: SwiGLU | None = None if config.shared is None else config.shared.build(dim=dim)
-        self.load = Tally(num_experts)
+        self.load = Tally(num_experts, settle=self.router.settle, measure=_load_of_busiest)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
@@ -67,16 +66,19 @@ class MoE(FeedForward, Tallying):
         counts = torch.zeros(self.config.router.num_experts, dtype=torch.int64, device=chosen.device)
         return chosen.argsort(stable=True), counts.scatter_add_(0, chosen, torch.ones_like(chosen))
 
-    @property
-    def tally(self) -> Tensor | None:
-        return self.load.leaf
-
-    def settle(self, counted: Tensor) -> None:
-        self.router.settle(counted)
-
-    def measure(self, counted: Tensor) -> dict[str, float]:
-        return {"expert_load": float(counted.max() / counted.mean().clamp(min=1e-9))}
-
     def roles(self) -> Roles:
-        own = {"": "tally", **under("router", self.router.roles())}
-        return own | ({} if self.shared is None else under("shared", self.shared.roles()))
+        """One region, where experts split their features: ranks choose alike for all tokens, and sum at its border.
+
+        Otherwise router and experts are whole, in the stream, and the shared experts a region of their own.
+        """
+        experts = under("experts", self.experts.roles())
+        shared = {} if self.shared is None else under("shared", self.shared.roles())
+        own: Roles = {"load": "tally", **under("router", self.router.roles())}
+        if experts:
+            own[""] = "region"
+            shared.pop("shared", None)
+        return own | experts | shared
+
+
+def _load_of_busiest(counted: Tensor) -> dict[str, float]:
+    return {"expert_load": float(counted.max() / counted.mean().clamp(min=1e-9))}

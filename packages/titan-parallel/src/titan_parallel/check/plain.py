@@ -59,7 +59,7 @@ def run_plain(trial: Trial, batch: CheckBatch) -> Record:
         losses, norms, gradients = [], [], {}
         with torch.no_grad():
             denominator = float(trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)[1])
-        own_losses = OwnLosses(model, Roles(model, trial.roles_of(model)), "cpu")
+        own_losses = OwnLosses(model, Roles(model, trial.roles_of(model)), num_tensor=1, device_type="cpu")
         for step in range(trial.steps):
             optimizer.zero_grad()
             with own_losses.divided_by(denominator):
@@ -97,7 +97,7 @@ def _settle(model: nn.Module, trial: Trial) -> None:
     """Let modules act on what they counted in a step, as `after_step` does on a mesh."""
     for name in Roles(model, trial.roles_of(model)).named("tally"):
         module = cast(Tallying, model.get_submodule(name))
-        leaf = cast(Tensor, module.tally)
+        leaf = cast(Tensor, module.leaf)
         module.settle(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         leaf.grad = None
 

@@ -1,0 +1,60 @@
+"""A linear layer for each expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titan_models.flops import Flops, matmul_flops
+from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.moe.kernels import GroupedMM, Kernel
+from titan_models.part import Part, new_parameter
+
+
+class GroupedLinear(Part):
+    """`y = x W_e^T + b_e` for the tokens of each expert `e`: weights `[E, O, I]`, biases `[E, O]`.
+
+    Built with `num_experts`, `top_k`, `in_features` and `out_features`. N tokens, E experts, I features in, O features
+    out.
+    """
+
+    class Config(Part.Config):
+        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        """How the weights are drawn."""
+
+        bias_init: Initializer.Config | None = None
+        """How the biases are drawn. None: there are none."""
+
+        kernel: Kernel.Config = GroupedMM.Config()
+        """How the products with each expert's matrix are computed."""
+
+    def __init__(self, config: Config, *, num_experts: int, top_k: int, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.top_k = top_k
+        self.weight = new_parameter(num_experts, out_features, in_features)
+        self.bias = None if config.bias_init is None else new_parameter(num_experts, out_features)
+        self.kernel: Kernel = config.kernel.build()
+
+    def forward(self, x_NI: Tensor, counts_E: Tensor) -> Tensor:
+        """`[N, O]`: the first `counts[0]` rows are expert 0's, and so on. Rows beyond all counts are undefined."""
+        y_NO = self.kernel(x_NI, self.weight, counts_E)
+        return y_NO if self.bias is None else y_NO + _of_rows(self.bias, counts_E, len(y_NO))
+
+    def initializers(self) -> dict[str, Initializer]:
+        bias_init = self.config.bias_init
+        initializers: dict[str, Initializer] = {"weight": self.config.weight_init.build()}
+        return initializers | ({} if bias_init is None else {"bias": bias_init.build()})
+
+    def own_flops(self, seq_len: int) -> Flops:
+        return matmul_flops(self.top_k * self.weight[0].numel())
+
+    def own_idle_parameters(self) -> int:
+        return sum((len(stack) - self.top_k) * stack[0].numel() for stack in self.parameters())
+
+
+def _of_rows(bias_EO: Tensor, counts_E: Tensor, num_rows: int) -> Tensor:
+    """The bias of each row's expert, `[N, O]`; for rows of nobody zeros, which drop what comes back."""
+    expert_N = torch.searchsorted(counts_E.cumsum(0), torch.arange(num_rows, device=bias_EO.device), right=True)
+    return functional.embedding(expert_N, functional.pad(bias_EO, (0, 0, 0, 1)))
