@@ -210,6 +210,7 @@ def small() -> SimpleNamespace:
     return SimpleNamespace(
         Shape=Shape,
         Transformer=Transformer,
+        FeedForward=FeedForward,
         ROLES=ROLES,
         MESHES=MESHES,
         TextBatch=TextBatch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections import Counter
 
@@ -21,6 +22,7 @@ from titan_parallel import (
 )
 from titan_parallel.partial_gradients import PartialGradients
 from titan_parallel.planning.alike import Alike
+from titan_parallel.planning.simulate import Step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,7 +48,7 @@ def adamw(named_parameters):
     return torch.optim.AdamW([p for _, p in named_parameters], lr=1e-3)
 
 
-def planned(small, mesh="one", shape=SHAPE, **options) -> Plan:
+def planned(small, mesh="one", shape=SHAPE, build=None, **options) -> Plan:
     world_size, degrees = small.MESHES[mesh]
     defaults = {
         "roles": small.ROLES,
@@ -57,7 +59,7 @@ def planned(small, mesh="one", shape=SHAPE, **options) -> Plan:
         "world_size": world_size,
         "parallelism": ParallelDims.Config(**degrees),
     }
-    return plan(lambda: small.Transformer(small.Shape(**shape)), **defaults | options)
+    return plan(build or (lambda: small.Transformer(small.Shape(**shape))), **defaults | options)
 
 
 class Counted(TorchDispatchMode):
@@ -297,6 +299,34 @@ def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, re
     assert short == long
 
 
+def test_the_ends_of_a_stack_may_be_unlike_its_middle(small, monkeypatch, tmp_path):
+    """The first blocks and the last are wider, and roles name each block: those behind what is left out move up."""
+    each = [p.replace("layers.*", f"layers.{number}") for number in range(10) for p in small.ROLES]
+    roles = {pattern: small.ROLES[re.sub(r"\.\d+", ".*", pattern)] for pattern in each}
+    left_out = tmp_path / "blocks"  # from children, too
+    changed = Step.changed
+
+    def noted(self, **changes):
+        with left_out.open("a") as file:
+            file.write(f"{' '.join(changes.get('without', ()))}\n")
+        return changed(self, **changes)
+
+    monkeypatch.setattr(Step, "changed", noted)
+
+    def build():
+        model = small.Transformer(small.Shape(**SHAPE | {"layers": 10}))
+        for number, width in {0: 64, 1: 64, 9: 32}.items():
+            model.layers[number].feed_forward = small.FeedForward(small.Shape(**SHAPE | {"hidden": width}))
+        return model
+
+    def made(**options):
+        return planned(small, "tp2_both", build=build, roles=roles, num_batches=2, **options)
+
+    short = made()
+    assert " ".join(f"layers.{number}" for number in range(6, 9)) in left_out.read_text().splitlines()
+    assert made(every_block=True) == short
+
+
 def test_flops_are_those_that_torch_counts(small):
     made = planned(small, num_batches=2)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -343,18 +373,24 @@ def test_a_pipeline_has_stages_and_a_bubble(small):
     assert made.flops.full_per_token == planned(small).flops.full_per_token
 
 
-def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch):
+def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch, tmp_path):
     """Of 7 ranks two are between those that are: they differ by the micro-batches that are under way."""
     pipeline = ParallelDims.Config(pipeline_parallel_degree=7)
     options = {"world_size": 7, "parallelism": pipeline, "num_batches": 7, "shape": SHAPE | {"layers": 7}}
-    simulated = []
+    simulated = tmp_path / "ranks"  # from children, too
     record = Alike.record
-    monkeypatch.setattr(Alike, "record", lambda self, step, rank: simulated.append(rank) or record(self, step, rank))
+
+    def noted(self, step, rank):
+        with simulated.open("a") as file:
+            file.write(f"{rank} ")
+        return record(self, step, rank)
+
+    monkeypatch.setattr(Alike, "record", noted)
     short = planned(small, **options)
-    assert sorted(simulated) == [0, 1, 3, 5, 6]
-    simulated.clear()
+    assert sorted(simulated.read_text().split()) == ["0", "1", "3", "5", "6"]
+    simulated.unlink()
     assert planned(small, **options, every_block=True) == short
-    assert sorted(simulated) == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(simulated.read_text().split()) == ["0", "1", "2", "3", "4", "5", "6"]
     assert short.stages[2].peak >= short.stages[3].peak > short.stages[4].peak
 
 

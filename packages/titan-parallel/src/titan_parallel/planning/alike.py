@@ -7,13 +7,19 @@ between the first and the last are alike, they differ by how many micro-batches 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.dims import ParallelDims
+from titan_parallel.pipeline_schedules import TRAITS
+from titan_parallel.planning.child import in_children
 from titan_parallel.planning.record import PipelineRank, Record, extrapolated
 from titan_parallel.planning.simulate import Step, simulate
 from titan_parallel.roles import Roles
@@ -30,13 +36,15 @@ class Alike:
         model, roles = step.built()
         self.name, self.num_parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
         self._blocks = Roles(model, roles).named("block")
-        self._period = None if every_block else _period(model, self._blocks)
+        self._kinds = [*range(len(self._blocks))] if every_block else _kinds(model, self._blocks)
+        self._stretch = _longest_stretch(self._kinds)
 
     def records(self, step: Step, ranks: Sequence[int]) -> list[Record]:
         """Those of `ranks`, which are the first of each stage, or any one."""
         last = len(ranks) - 1
         first = sorted({0, 1, last // 2, last - 1, last} & {*range(len(ranks))})
-        known = {index: self.record(step, ranks[index]) for index in first}
+        found = in_children([functools.partial(self.record, step, ranks[index]) for index in first])
+        known = dict(zip(first, found, strict=True))
         if len(known) < len(ranks):
             known = self._between(known, last) | known
         return [known.get(index) or self.record(step, rank) for index, rank in enumerate(ranks)]
@@ -48,60 +56,100 @@ class Alike:
         found: dict[int, Record] = {}
         for index in range(2, last - 1):
             more = ranks[index].under_way - ranks[1].under_way
-            if self._part_of_period(ranks[index]) == self._part_of_period(ranks[1]) and (way or not more):
+            if self._kinds_of(ranks[index]) == self._kinds_of(ranks[1]) and (way or not more):
                 record = second.towards(end, more, way or 1)
                 if record is not None:
                     found[index] = record
         middle = found.get(last // 2)
         return found if middle is not None and middle.agrees_with(known[last // 2]) else {}
 
-    def _part_of_period(self, rank: PipelineRank) -> Hashable:
+    def _kinds_of(self, rank: PipelineRank) -> Hashable:
         """What makes two ranks alike. Those of several stages are not: what is under way is of one or of another."""
-        if self._period is None or len(rank.blocks) > 1:
+        if len(rank.blocks) > 1:
             return (*rank.blocks,)
-        return tuple((blocks.start % self._period, len(blocks)) for blocks in rank.blocks)
+        return tuple(self._kinds[block] for block in rank.blocks[0])
 
     def record(self, step: Step, rank: int) -> Record:
         """What `rank` holds, computes and sends in `step`."""
-        num_stages = step.parallelism.pipeline_parallel_degree
-        few = FEW_BATCHES * num_stages
-        if step.num_batches <= few + num_stages or step.num_batches % num_stages:
+        few, period = _few_batches(step.parallelism)
+        if step.num_batches <= few + period or step.num_batches % period:
             return self._over_blocks(step, rank)
 
         def simulated(number: int) -> Record:
             return self._over_blocks(step.changed(num_batches=number, order_of=step.num_batches), rank)
 
-        return extrapolated(simulated, few, num_stages, step.num_batches) or self._over_blocks(step, rank)
+        return extrapolated(simulated, few, period, step.num_batches) or self._over_blocks(step, rank)
 
     def _over_blocks(self, step: Step, rank: int) -> Record:
-        number, period = len(self._blocks), self._period_with(step.activation_checkpoint)
-        if period is None or step.parallelism.pipeline_parallel_degree > 1:
+        stretch, replayed = self._stretch, _period_of(step.activation_checkpoint)
+        if stretch is None or replayed is None or step.parallelism.pipeline_parallel_degree > 1:
             return simulate(step, rank)
+        period, number = math.lcm(stretch.period, replayed), stretch.stop - stretch.start
         few = max(FEW_BLOCKS, 2 * period)
         few += (number - few) % period
         if few + 2 * period >= number:
             return simulate(step, rank)
-        record = extrapolated(
-            lambda kept: simulate(step.changed(without=tuple(self._blocks[kept:])), rank), few, period, number
-        )
-        return record or simulate(step, rank)
 
-    def _period_with(self, recomputation: ActivationCheckpoint.Config | None) -> int | None:
-        replayed = 1 if recomputation is None else recomputation.build().period
-        return None if self._period is None or replayed is None else math.lcm(self._period, replayed)
+        def simulated(kept: int) -> Record:
+            left_out = self._blocks[stretch.start + kept : stretch.stop]
+            return simulate(step.changed(without=tuple(left_out)), rank)
+
+        return extrapolated(simulated, few, period, number) or simulate(step, rank)
 
 
-def _period(model: nn.Module, blocks: list[str]) -> int | None:
-    """After how many blocks they repeat themselves; None where they do not, or are no plain list."""
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks of a stack, `start` to `stop`, that repeat themselves after `period`."""
+
+    start: int
+    stop: int
+    period: int
+
+
+def _longest_stretch(kinds: Sequence[int]) -> Stretch | None:
+    """The stretch in which most blocks repeat others; None where there is none."""
+    best = None
+    for period in range(1, len(kinds) // 2):
+        repeats = [kinds[i] == kinds[i + period] for i in range(len(kinds) - period)]
+        start = 0
+        for is_repeated, run in itertools.groupby(repeats):
+            length = len([*run])
+            if is_repeated and (best is None or length > best.stop - best.start - best.period):
+                best = Stretch(start, start + length + period, period)
+            start += length
+    return best
+
+
+def _few_batches(parallelism: ParallelDims.Config) -> tuple[int, int]:
+    """How many micro-batches fill a pipeline, and after how many more it does the same again."""
+    num_ranks = parallelism.pipeline_parallel_degree
+    if num_ranks == 1:
+        return FEW_BATCHES, 1
+    schedule = TRAITS.get(parallelism.pipeline_parallel_schedule)
+    one_stage_each = schedule is not None and schedule.stages_per_rank == 1
+    return (num_ranks + 1, 1) if one_stage_each else (FEW_BATCHES * num_ranks, num_ranks)
+
+
+def _period_of(recomputation: ActivationCheckpoint.Config | None) -> int | None:
+    """After how many blocks recomputation does the same again; None: it has no such number."""
+    return 1 if recomputation is None else recomputation.build().period
+
+
+def _kinds(model: nn.Module, blocks: list[str]) -> list[int]:
+    """A number for each block, the same for those that are alike; all differ where they are no plain list."""
     parents = {name.rpartition(".")[0] for name in blocks}
     if len(parents) != 1 or not isinstance(model.get_submodule(parents.pop()), nn.ModuleList | nn.Sequential):
-        return None
-    kinds = [_kind(model.get_submodule(name)) for name in blocks]
-
-    def repeats(period: int) -> bool:
-        return all(_same(kinds[i], i, kinds[i + period], i + period) for i in range(len(blocks) - period))
-
-    return next((period for period in range(1, len(blocks) // 2) if repeats(period)), None)
+        return [*range(len(blocks))]
+    met: list[tuple[int, dict[Hashable, Any]]] = []
+    kinds = []
+    for number, name in enumerate(blocks):
+        kind = _kind(model.get_submodule(name))
+        same = (index for index, (first, other) in enumerate(met) if _same(other, first, kind, number))
+        index = next(same, len(met))
+        if index == len(met):
+            met.append((number, kind))
+        kinds.append(index)
+    return kinds
 
 
 def _kind(block: nn.Module) -> dict[Hashable, Any]:

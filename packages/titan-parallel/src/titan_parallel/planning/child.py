@@ -1,15 +1,16 @@
-"""A forked child: what is made up in it (ranks, meshes, caches of torch that hold them) ends with it."""
+"""Forked children: what is made up in them (ranks, meshes, caches of torch that hold them) ends with them."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,32 @@ def in_child(function: Callable[[], Result]) -> Result:
 
     Closures work; the result must pickle. Nothing that the child changes is seen here.
     """
+    return in_children([function])[0]
+
+
+def in_children(functions: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What `functions` return, as `in_child` has it: each in a child, as many at a time as there are processors."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)  # once here, and not in each child
+    results: list[Result] = []
+    running: list[tuple[int, IO[bytes]]] = []
+    try:
+        for function in functions:
+            if len(running) == (os.cpu_count() or 1):
+                results.append(_result(*running.pop(0)))
+            running.append(_start(function))
+        while running:
+            results.append(_result(*running.pop(0)))
+    finally:
+        for child, pipe in running:  # one before them failed
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pipe.close()
+    return results
+
+
+def _start(function: Callable[[], Any]) -> tuple[int, IO[bytes]]:
+    """A child at work, and where its answer comes from."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -36,7 +61,11 @@ def in_child(function: Callable[[], Result]) -> Result:
         os.close(reader)
         _answer(function, writer)
     os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
+    return child, os.fdopen(reader, "rb")
+
+
+def _result(child: int, pipe: IO[bytes]) -> Any:
+    with pipe:
         answer = pipe.read()
     os.waitpid(child, 0)
     if not answer:

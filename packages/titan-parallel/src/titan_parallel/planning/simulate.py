@@ -99,7 +99,7 @@ class Step:
     order_of: int | None = None
     """Micro-batches whose order in a pipeline decides the bubble; None: `num_batches`."""
     without: tuple[str, ...] = ()
-    """Blocks, the last of a list, that are left out."""
+    """Blocks, some of a list, that are left out; those behind them move up."""
 
     def changed(self, **changes: Any) -> Step:
         return replace(self, **changes)
@@ -119,7 +119,19 @@ class Step:
         for name in reversed(self.without):
             parent, _, number = name.rpartition(".")
             del model.get_submodule(parent)[int(number)]  # type: ignore[operator]
-        return model, {p: role for p, role in roles.items() if not any(inside(p, name) for name in self.without)}
+        kept = {p: role for p, role in roles.items() if not any(inside(p, name) for name in self.without)}
+        return model, {self._moved_up(pattern): role for pattern, role in kept.items()}
+
+    def _moved_up(self, pattern: str) -> str:
+        """A pattern as it is where the blocks `without` are left out: `layers.9.norm` may become `layers.5.norm`."""
+        for parent in {name.rpartition(".")[0] for name in self.without}:
+            number, dot, rest = pattern.removeprefix(f"{parent}.").partition(".")
+            if pattern.startswith(f"{parent}.") and number.isdecimal():
+                before = sum(
+                    inside(name, parent) and int(name.rpartition(".")[2]) < int(number) for name in self.without
+                )
+                return f"{parent}.{int(number) - before}{dot}{rest}"
+        return pattern
 
 
 def simulate(step: Step, rank: int) -> Record:
