@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 def whole_logits(trainer, tokens: torch.Tensor) -> torch.Tensor:
     """The logits of a plain model with the trainer's weights."""
     plain = trainer.config.model.build()
-    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    weights = trainer.model.state_dict()
     plain.load_state_dict({name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights.items()})
     with torch.no_grad():
         return plain(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
@@ -65,7 +65,7 @@ def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_pa
     hf.to(stored).save_pretrained(tmp_path / "hf")
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     model = config.model.build()
-    load_hf(tmp_path / "hf", dict(model.named_parameters()), config.model.hf_adapter())
+    load_hf(tmp_path / "hf", model.state_dict(), config.model.hf_adapter())
     tokens = torch.randint(0, 2048, (2, 64))
     with torch.no_grad():
         found, expected = model(tokens, torch.arange(64).expand_as(tokens)), hf(tokens).logits
@@ -89,7 +89,6 @@ def test_a_run_in_pipeline_stages_begins_with_weights_of_hugging_face(run_ranks,
 
     first, second = run_ranks(2, train)
     assert not first.keys() & second.keys()
-    expected = model.state_dict()
-    assert (first | second).keys() == expected.keys()
-    for name, weight in (first | second).items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-9)
+    assert (first | second).keys() == model.state_dict().keys()
+    for name, expected in model.named_parameters():
+        torch.testing.assert_close((first | second)[name], expected.detach(), rtol=0, atol=1e-9)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from titan_models import HfAdapter, RMSNorm, SwiGLU
 from titan_models.llama3 import llama3_1b, llama3_8b
+from titan_models.moe import LoadBalancingLoss, ZLoss
 from titan_models.qwen3 import qwen3_0_6b, qwen3_8b, qwen3_30b_a3b
 from torch import Tensor, nn
 
@@ -47,6 +48,21 @@ def test_experts_are_taken_apart_and_put_together(shrunk: Any, made: Any) -> Non
     theirs["model.layers.2.mlp.experts.8.down_proj.weight"] = matrix
     with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.mlp\.experts\.7\.down_proj\.weight and has .*\.8\."):
         adapter.from_hf(theirs)
+
+
+def test_what_losses_of_routers_remember_stays_and_begins_anew(shrunk: Any, made: Any) -> None:
+    config = shrunk(qwen3_30b_a3b)
+    without = set(config.hf_adapter().to_hf(made(config).state_dict()))
+    config.block.feed_forward.router.losses = [ZLoss.Config(weight=1e-3), LoadBalancingLoss.Config(weight=1e-3)]
+    state, adapter = made(config).state_dict(), config.hf_adapter()
+    name = "layers.1.feed_forward.router.losses.1.shares"
+    state[name].mul_(7)
+    theirs = adapter.to_hf(state)
+    assert set(theirs) == without
+    back = adapter.from_hf(theirs)
+    assert list(back) == list(state)
+    assert torch.equal(back[name], torch.full_like(back[name], 1 / len(back[name])))
+    assert {name for name in state if not torch.equal(back[name], state[name])} == {name}
 
 
 def test_dense_blocks_among_mixtures_of_experts(shrunk: Any, made: Any) -> None:

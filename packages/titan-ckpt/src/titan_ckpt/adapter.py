@@ -27,7 +27,7 @@ class Piece(Protocol):
 
     @property
     def hf_names(self) -> Sequence[str]:
-        """Names in the files: one to write, one or several to read."""
+        """Names in the files: one to write, one or several to read; none for state that is not exported."""
 
     @property
     def is_quantised(self) -> bool:

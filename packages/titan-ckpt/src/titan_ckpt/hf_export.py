@@ -92,8 +92,9 @@ def _write(
     ranks: Ranks,
     tokenizer: Path | None,
 ) -> None:
-    pieces = {piece.hf_names[0]: piece for piece in asked(adapter.pieces)}
-    check_complete([*pieces.values()], state)
+    all_pieces = asked(adapter.pieces)
+    check_complete(all_pieces, state)
+    pieces = {piece.hf_names[0]: piece for piece in all_pieces if piece.hf_names}
     stand_ins = {
         key: tensor.to(_rounded(piece, tensor.dtype, dtype))
         for key, piece in pieces.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,8 @@ from titan_models.hugging_face.fp8 import Fp8Blocks
 from titan_models.hugging_face.pieces import Piece
 from titan_models.hugging_face.rules import Rules, pieces_of
 from titan_models.hugging_face.sources import sources_in
+from titan_models.moe.router_losses import RouterLoss
+from titan_models.weights import init_weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class HfAdapter:
     dtype.
 
     Parameters share one floating dtype; buffers have theirs. A checkpoint may hold weights quantised, as FP8 blocks
-    (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and `NAME_scales`): they come in as fp32.
+    (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and `NAME_scales`): they come in as fp32. What losses of
+    routers remember is no weight: it needs no rule, is not exported, and begins anew with weights that come in.
     """
 
     def __init__(
@@ -71,9 +75,9 @@ class HfAdapter:
         stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in stand_ins.items()}
         self._buffers = {*buffers}
-        self._pieces = [
-            replace(piece, keeps_dtype=piece.own[0][0] in buffers) for piece in pieces_of(self._shapes, rules)
-        ]
+        self._begun = _begun_losses(model)
+        stored = {name: shape for name, shape in self._shapes.items() if name not in self._begun}
+        self._pieces = [replace(piece, keeps_dtype=piece.own[0][0] in buffers) for piece in pieces_of(stored, rules)]
         self._hf_shapes = {piece.hf_name: tuple(_to_hf(piece, stand_ins).shape) for piece in self._pieces}
         self._hf_buffers = {piece.hf_name for piece in self._pieces if piece.keeps_dtype}
         self._repeats = dict(repeats)
@@ -87,7 +91,7 @@ class HfAdapter:
 
     def pieces(self) -> list[Piece]:
         """What the model's weights are to Hugging Face, one after the other."""
-        return list(self._pieces)
+        return [*self._pieces, *self._beginnings()]
 
     def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> list[Piece]:
         """Where the model's weights are in a checkpoint of these tensors; only shapes and dtypes are looked at.
@@ -106,6 +110,7 @@ class HfAdapter:
         plain = [name for name, source in theirs.items() if source.is_plain and name not in self._hf_buffers]
         check_dtypes({hf_name: stored[theirs[hf_name].names[0]].dtype for hf_name in plain})
         pieces = [Piece((), tuple(ignored))] if ignored else []
+        pieces += self._beginnings()
         for hf_name, original in self._repeats.items():
             if hf_name in sources:
                 names = sources[hf_name].names + sources[original].names
@@ -134,6 +139,9 @@ class HfAdapter:
         whole |= {name: torch.stack(tensors) for name, tensors in matrices.items()}
         return {name: whole[name] for name in self._shapes}
 
+    def _beginnings(self) -> list[Piece]:
+        return [Piece(((name, None),), (), decode=tensor.clone) for name, tensor in self._begun.items()]
+
     def _own_and_ignored(self, stored: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
         """`{name when the model is alone: name in the checkpoint}`, and names of what the model does without."""
         prefix, ignored = "", self._ignored
@@ -146,3 +154,14 @@ class HfAdapter:
 
 def _to_hf(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:
     return piece.to_hf([state[name] if index is None else state[name][index] for name, index in piece.own])
+
+
+def _begun_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The state of losses of routers as it is in the beginning."""
+    begun = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RouterLoss):
+            loss = copy.deepcopy(module).to_empty(device="cpu")
+            init_weights(loss, seed=0)
+            begun |= {f"{name}.{own}": tensor for own, tensor in loss.state_dict().items()}
+    return begun

@@ -18,7 +18,8 @@ class Piece:
     """Weights of the model, and the tensors of Hugging Face's that hold the same numbers.
 
     That is one tensor, unless `decode` makes one of several: of quantised numbers and their factors. A piece without
-    own weights is a check of tensors that the model has no use for.
+    own weights is a check of tensors that the model has no use for, one without Hugging Face's a beginning: own state
+    that is not exported.
     """
 
     own: tuple[Slot, ...]

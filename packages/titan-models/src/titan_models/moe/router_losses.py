@@ -63,10 +63,11 @@ class LoadBalancingLoss(RouterLoss):
     def __init__(self, config: RouterLoss.Config, *, num_experts: int) -> None:
         nn.Module.__init__(self)
         self.config = config
+        self.num_experts = num_experts
         self.register_buffer("shares", torch.full((num_experts,), torch.nan, dtype=torch.float32))
 
     def forward(self, logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
-        loads_E = self.shares.to(scores_NE.dtype) * len(self.shares)
+        loads_E = self.shares.to(scores_NE.dtype) * self.num_experts
         return self.config.weight * (scores_NE * loads_E).sum(-1) / scores_NE.sum(-1)
 
     @torch.no_grad()
@@ -75,4 +76,4 @@ class LoadBalancingLoss(RouterLoss):
         self.shares.copy_(torch.where(total > 0, counts_E / total, self.shares))
 
     def initializers(self) -> dict[str, Initializer]:
-        return {"shares": Constant.Config(value=1 / len(self.shares)).build()}
+        return {"shares": Constant.Config(value=1 / self.num_experts).build()}
