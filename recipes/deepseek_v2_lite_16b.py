@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""DeepSeek-V2-Lite 16B on C4, from scratch: 32 GPUs of 80 GiB or more. Each rank computes on all experts.
+"""DeepSeek-V2-Lite 16B on C4, from scratch: 32 GPUs of 80 GiB or more; two ranks share each expert.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/deepseek_v2_lite_16b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from llama3_8b import llama3_run
 from titan_data import HFTokenizer
 from titan_models import Decoder, deepseek
+from titan_models.moe import LoadBalancingLoss
 from titan_trainer import Trainer, main
 
 
@@ -29,7 +30,10 @@ def deepseek_run(model: Decoder.Config, *, global_batch_size: int, lr: float) ->
 def deepseek_v2_lite_16b() -> Trainer.Config:
     """Two million tokens a step."""
     config = deepseek_run(deepseek.deepseek_v2_lite_16b(), global_batch_size=512, lr=4.2e-4)
-    config.training.local_batch_size = 4
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+    config.parallelism.tensor_parallel_degree = 2
+    config.training.local_batch_size = 8
     config.dump_folder = Path("outputs/deepseek_v2_lite_16b")
     return config
 

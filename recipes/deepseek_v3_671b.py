@@ -4,9 +4,10 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""DeepSeek-V3 671B on C4, from scratch, on 512 GPUs: a config to plan with, until experts are spread over ranks.
+"""DeepSeek-V3 671B on C4, from scratch: 512 GPUs of 80 GiB or more.
 
-Each rank gathers all experts of a layer, 11 billion parameters: `--plan` says some 200 GiB a GPU, more than one has.
+A pipeline over 16 machines, for its weights are too many to be gathered with each micro-batch: a rank holds those of
+its stage for the whole step. The eight ranks of a machine share each expert.
 
 torchrun --nnodes 64 --nproc-per-node 8 ... recipes/deepseek_v3_671b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -24,6 +25,8 @@ def deepseek_v3_671b() -> Trainer.Config:
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
     config.model.look_ahead = config.dataloader.look_ahead = True
     config.loss = LookAhead.Config(weight=0.3)
+    config.parallelism.tensor_parallel_degree = 8
+    config.parallelism.pipeline_parallel_degree = 16
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/deepseek_v3_671b")
     return config

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 120B on C4, from scratch: 256 GPUs of 80 GiB or more. Each rank computes on all experts, gathered by layer.
+"""GPT-OSS 120B on C4, from scratch: 256 GPUs of 80 GiB or more; the eight of a machine share each expert.
 
 torchrun --nnodes 32 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -19,6 +19,8 @@ from titan_trainer import Trainer, main
 def gpt_oss_120b() -> Trainer.Config:
     """Four million tokens a step."""
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
+    config.parallelism.tensor_parallel_degree = 8
+    config.training.local_batch_size = 8
     config.dump_folder = Path("outputs/gpt_oss_120b")
     return config
 

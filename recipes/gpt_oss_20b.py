@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 20B on C4, from scratch: 32 GPUs of 80 GiB or more. Each rank computes on all experts, gathered by layer.
+"""GPT-OSS 20B on C4, from scratch: 32 GPUs of 80 GiB or more; four ranks share each expert.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/gpt_oss_20b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from llama3_8b import llama3_run
 from titan_data import HFTokenizer
 from titan_models import gpt_oss
+from titan_models.moe import LoadBalancingLoss
 from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
@@ -24,12 +25,16 @@ def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: flo
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), eos="<|endoftext|>")
     config.dataloader.add_bos = config.validator.dataloader.add_bos = False
     config.activation_checkpoint = FullRecompute.Config()
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config
 
 
 def gpt_oss_20b() -> Trainer.Config:
     """A million tokens a step."""
     config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=128, lr=3e-4)
+    config.parallelism.tensor_parallel_degree = 4
+    config.training.local_batch_size = 16
     config.dump_folder = Path("outputs/gpt_oss_20b")
     return config
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llama3_debug import llama3_debug, report
 from titan_models import gpt_oss
+from titan_models.moe import LoadBalancingLoss
 from titan_trainer import Trainer, main
 
 
@@ -20,6 +21,8 @@ def gpt_oss_debug() -> Trainer.Config:
     """The run of llama3_debug with another model, in smaller steps: this one is as wide in its experts as the large."""
     config = llama3_debug()
     config.model = gpt_oss.gpt_oss_debug()
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.training.global_batch_size, config.training.local_batch_size = 4, 2
     config.dump_folder = Path("outputs/gpt_oss_debug")
     return config

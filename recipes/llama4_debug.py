@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llama3_debug import llama3_debug, report
 from titan_models import llama4
+from titan_models.moe import LoadBalancingLoss
 from titan_trainer import Trainer, main
 
 
@@ -20,6 +21,8 @@ def llama4_debug() -> Trainer.Config:
     """The run of llama3_debug with another model."""
     config = llama3_debug()
     config.model = llama4.llama4_debug()
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.dump_folder = Path("outputs/llama4_debug")
     return config
 

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Llama 4 Maverick 17B-128E on C4, from scratch: 512 GPUs of 141 GB, for each rank gathers all experts of a layer.
+"""Llama 4 Maverick 17B-128E on C4, from scratch: 512 GPUs of 80 GiB or more; the eight of a machine share each expert.
 
 torchrun --nnodes 64 --nproc-per-node 8 ... recipes/llama4_maverick.py --tokenizer.path /path/to/tokenizer.json
 """

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more. Each rank gathers all experts of a layer.
+"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more; the eight of a machine share each expert.
 
 torchrun --nnodes 16 --nproc-per-node 8 ... recipes/llama4_scout.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from llama3_8b import llama3_run
 from titan_data import HFTokenizer
 from titan_models import llama4
+from titan_models.moe import LoadBalancingLoss
 from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
@@ -22,7 +23,11 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
     """What the Llama 4 recipes share: the run of the Llama 3 recipes on Llama 4's tokens."""
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
+    config.parallelism.tensor_parallel_degree = 8
+    config.training.local_batch_size = 8
     config.activation_checkpoint = FullRecompute.Config()
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config
 
 

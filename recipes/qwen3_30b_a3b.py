@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Qwen3 30B-A3B on C4, from scratch: 64 GPUs of 80 GiB or more. Each rank computes on all experts, gathered by layer.
+"""Qwen3 30B-A3B on C4, from scratch: 64 GPUs of 80 GiB or more; four ranks share each expert.
 
 torchrun --nnodes 8 --nproc-per-node 8 ... recipes/qwen3_30b_a3b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qwen3_8b import qwen3_run
 from titan_models import qwen3
+from titan_models.moe import LoadBalancingLoss
 from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
@@ -20,6 +21,10 @@ from titan_trainer import Trainer, main
 def qwen3_30b_a3b() -> Trainer.Config:
     """A million tokens a step."""
     config = qwen3_run(qwen3.qwen3_30b_a3b(), global_batch_size=128, lr=3e-4)
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+    config.parallelism.tensor_parallel_degree = 4
+    config.training.local_batch_size = 8
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/qwen3_30b_a3b")
     return config

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llama3_debug import llama3_debug, report
 from titan_models import qwen3
+from titan_models.moe import LoadBalancingLoss
 from titan_trainer import Trainer, main
 
 
@@ -20,6 +21,8 @@ def qwen3_moe_debug() -> Trainer.Config:
     """The run of llama3_debug with another model."""
     config = llama3_debug()
     config.model = qwen3.qwen3_moe_debug()
+    for router in config.model.routers():
+        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.dump_folder = Path("outputs/qwen3_moe_debug")
     return config
 

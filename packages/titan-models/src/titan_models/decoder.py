@@ -14,6 +14,7 @@ from titan_models.block import Block
 from titan_models.embedding import Embedding
 from titan_models.linear import Linear
 from titan_models.model import Model
+from titan_models.moe import MoE, Router
 from titan_models.rms_norm import RMSNorm
 from titan_models.roles import Roles, under
 from titan_models.rope import Rope
@@ -61,6 +62,11 @@ class Decoder(Model):
                 for layer in _layers(numbers, self.num_layers):
                     blocks[layer] = block
             return blocks
+
+        def routers(self) -> list[Router.Config]:
+            """The config of the router of each block that has experts."""
+            feed_forwards = [block.feed_forward for block in self.blocks()]
+            return [layer.router for layer in feed_forwards if isinstance(layer, MoE.Config)]
 
         def validate(self) -> None:
             for name in ("vocab_size", "dim", "num_layers", "max_seq_len"):

@@ -49,7 +49,7 @@ def deepseek_v3_debug() -> DeepSeek.Config:
             groups=ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
             renormalise=True,
             scale=2.5,
-            balancing=BalancingBias.Config(),
+            balancing=BalancingBias.Config(rate=0.01),  # for runs of some dozens of steps
         ),
     )
 
