@@ -1,8 +1,8 @@
 """Blocks and micro-batches that are alike need not all be simulated: what a few cost tells what many do, exactly.
 
 Everything a step sums grows by the same amount with each further block, and with each further micro-batch after the
-first and before the last. So does what is alive at any one place of the step, at its fullest. And where the stages
-between the first and the last are alike, they differ by how many micro-batches are under way.
+first and before the last. So does what is alive at any one place of the step, at its fullest. And where stages between
+the first and the last are alike, they differ by how many micro-batches are under way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,26 +42,35 @@ class Alike:
     def records(self, step: Step, ranks: Sequence[int]) -> list[Record]:
         """Those of `ranks`, which are the first of each stage, or any one."""
         last = len(ranks) - 1
-        first = sorted({0, 1, last // 2, last - 1, last} & {*range(len(ranks))})
-        found = in_children([functools.partial(self.record, step, ranks[index]) for index in first])
-        known = dict(zip(first, found, strict=True))
-        if len(known) < len(ranks):
-            known = self._between(known, last) | known
-        return [known.get(index) or self.record(step, rank) for index, rank in enumerate(ranks)]
+        known = self._simulated(step, ranks, {0, last})
+        groups: dict[Hashable, list[int]] = {}
+        for index in range(1, last):
+            groups.setdefault(self._kinds_of(known[0].pipeline[index]), []).append(index)
+        known |= self._simulated(
+            step, ranks, {group[at] for group in groups.values() for at in (0, len(group) // 2, -1)}
+        )
+        for group in groups.values():
+            known = self._between(known, group) | known
+        known |= self._simulated(step, ranks, {*range(len(ranks))} - known.keys())
+        return [known[index] for index in range(len(ranks))]
 
-    def _between(self, known: Mapping[int, Record], last: int) -> dict[int, Record]:
-        """Ranks on the line through the second and the last but one, if the one in the middle lies on it."""
-        ranks, second, end = known[1].pipeline, known[1], known[last - 1]
-        way = ranks[last - 1].under_way - ranks[1].under_way
+    def _simulated(self, step: Step, ranks: Sequence[int], indices: Collection[int]) -> dict[int, Record]:
+        found = in_children([functools.partial(self.record, step, ranks[index]) for index in sorted(indices)])
+        return dict(zip(sorted(indices), found, strict=True))
+
+    def _between(self, known: Mapping[int, Record], group: Sequence[int]) -> dict[int, Record]:
+        """Ranks on the line through the first and the last of a group, if the one in its middle lies on it."""
+        first, middle, last = (known[group[at]] for at in (0, len(group) // 2, -1))
+        under_way = [first.pipeline[index].under_way for index in group]
+        way = under_way[-1] - under_way[0]
         found: dict[int, Record] = {}
-        for index in range(2, last - 1):
-            more = ranks[index].under_way - ranks[1].under_way
-            if self._kinds_of(ranks[index]) == self._kinds_of(ranks[1]) and (way or not more):
-                record = second.towards(end, more, way or 1)
+        for index, mine in zip(group, under_way, strict=True):
+            if way or mine == under_way[0]:
+                record = first.towards(last, mine - under_way[0], way or 1)
                 if record is not None:
                     found[index] = record
-        middle = found.get(last // 2)
-        return found if middle is not None and middle.agrees_with(known[last // 2]) else {}
+        between = found.get(group[len(group) // 2])
+        return found if between is not None and between.agrees_with(middle) else {}
 
     def _kinds_of(self, rank: PipelineRank) -> Hashable:
         """What makes two ranks alike. Those of several stages are not: what is under way is of one or of another."""
