@@ -23,7 +23,7 @@ class Tallying(Protocol):
         """Act on what all ranks counted in a step, after the optimizer did; what it changes is alike on all ranks."""
 
     def measure(self, counted: Tensor) -> Mapping[str, float]:
-        """What is worth telling of it, by name; called on every rank, also where `tally` is None."""
+        """What is worth telling of it, by name; called on every rank, also where `leaf` is None."""
 
 
 class Tallies:
