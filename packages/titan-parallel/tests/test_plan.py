@@ -392,6 +392,12 @@ def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch, tmp_pat
     assert planned(small, **options, every_block=True) == short
     assert sorted(simulated.read_text().split()) == ["0", "1", "2", "3", "4", "5", "6"]
     assert short.stages[2].peak >= short.stages[3].peak > short.stages[4].peak
+    text = str(short)
+    assert [line.split()[:2] for line in text.splitlines() if "  stage" in line] == [
+        ["stage", str(i)] for i in range(7)
+    ]
+    fullest = max(short.stages, key=lambda stage: stage.peak)
+    assert text.count("Collectives of a rank") == text.count(f"stage {fullest.stage} (1 rank)") - 1 == 1
 
 
 def test_waste_is_named(small):

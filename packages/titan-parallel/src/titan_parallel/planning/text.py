@@ -7,9 +7,19 @@ from collections.abc import Iterator
 from titan_parallel.planning.report import Plan, Stage
 from titan_parallel.planning.sizes import show_bytes, show_count
 
+FEW_STAGES = 3
+COLUMNS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "kept": "activations",
+    "peak": "peak",
+}
+"""What is told of each of many stages -> what a stage has of it."""
+
 
 def text_of(plan: Plan) -> str:
-    """One screen: mesh, step, memory, collectives, and what to make of it."""
+    """One screen: mesh, step, memory, collectives, and what to make of it. Of many stages the fullest is told whole."""
     return "\n".join([*_head(plan), *_stages(plan), *_verdict(plan)])
 
 
@@ -43,7 +53,15 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _stages(plan: Plan) -> Iterator[str]:
-    for stage in plan.stages:
+    told = plan.stages
+    if len(told) > FEW_STAGES:
+        yield ""
+        yield f"Memory of a rank{''.join(f'{name:>12}' for name in COLUMNS)}"
+        for stage in told:
+            sizes = (getattr(stage, attribute) for attribute in COLUMNS.values())
+            yield f"  stage {stage.stage:<8}{''.join(f'{show_bytes(size):>12}' for size in sizes)}"
+        told = [max(told, key=lambda stage: stage.peak)]
+    for stage in told:
         name = f", stage {stage.stage} ({_many(stage.num_ranks, 'rank')})" if len(plan.stages) > 1 else ""
         yield ""
         yield f"Memory of a rank{name}"
