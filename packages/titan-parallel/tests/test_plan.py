@@ -285,13 +285,10 @@ def test_gradients_reduced_once_are_kept_whole_until_then(small):
     assert tight.remedies[0].peak == always.peak
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("recomputation", "mesh"),
-    [
-        (None, "fsdp2_tp2"),
-        pytest.param(EveryNthBlock.Config(n=3), "fsdp2", marks=pytest.mark.full),
-        pytest.param(FullRecompute.Config(), "one", marks=pytest.mark.full),
-    ],
+    [(None, "fsdp2_tp2"), (EveryNthBlock.Config(n=3), "fsdp2"), (FullRecompute.Config(), "one")],
 )
 def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, recomputation, mesh):
     options = {"shape": SHAPE | {"layers": 13}, "num_batches": 4, "activation_checkpoint": recomputation}
