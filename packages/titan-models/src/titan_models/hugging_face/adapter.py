@@ -158,7 +158,7 @@ def _to_hf(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:
 
 def _begun_losses(model: nn.Module) -> dict[str, Tensor]:
     """The state of losses of routers as it is in the beginning."""
-    begun = {}
+    begun: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, RouterLoss):
             loss = copy.deepcopy(module).to_empty(device="cpu")

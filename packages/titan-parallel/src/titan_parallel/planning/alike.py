@@ -18,7 +18,6 @@ from torch import nn
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.dims import ParallelDims
-from titan_parallel.pipeline_schedules import TRAITS
 from titan_parallel.planning.child import in_children
 from titan_parallel.planning.record import PipelineRank, Record, extrapolated
 from titan_parallel.planning.simulate import Step, simulate
@@ -134,6 +133,8 @@ def _few_batches(parallelism: ParallelDims.Config) -> tuple[int, int]:
     num_ranks = parallelism.pipeline_parallel_degree
     if num_ranks == 1:
         return FEW_BATCHES, 1
+    from titan_parallel.pipeline_schedules import TRAITS
+
     schedule = TRAITS.get(parallelism.pipeline_parallel_schedule)
     one_stage_each = schedule is not None and schedule.stages_per_rank == 1
     return (num_ranks + 1, 1) if one_stage_each else (FEW_BATCHES * num_ranks, num_ranks)
