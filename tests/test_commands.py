@@ -104,7 +104,9 @@ def assert_short_error(result: subprocess.CompletedProcess, words: list[str]) ->
         assert word in output, (word, output)
 
 
-@pytest.mark.parametrize("name", BAD_FLAGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (index % 2)) for index, name in enumerate(BAD_FLAGS)]
+)
 def test_bad_flags_end_with_one_short_error(tmp_path, name):
     flags, words = BAD_FLAGS[name]
     assert_short_error(run(tmp_path, *flags), words)
@@ -168,7 +170,10 @@ CHANGED_SETTINGS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.full] * (n in ("sequence length", "another model"))) for n in CHANGED_SETTINGS],
+    [
+        pytest.param(n, marks=[pytest.mark.full] * (n in ("sequence length", "another model", "data")))
+        for n in CHANGED_SETTINGS
+    ],
 )
 def test_a_resume_with_changed_settings_is_refused_and_damages_nothing(resumed_folder, name):
     flags, words = CHANGED_SETTINGS[name]

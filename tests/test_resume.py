@@ -107,7 +107,7 @@ def test_across_the_end_of_epochs_too(run_ranks, small_run, short_epoch, mesh):
 @pytest.mark.parametrize(
     "meshes",
     [
-        ["1 rank", "FSDP 2", "TP 2"],
+        pytest.param(["1 rank", "FSDP 2", "TP 2"], marks=pytest.mark.full),
         ["FSDP 2 x TP 2", "1 rank", "HSDP 2x2"],
         pytest.param(["FSDP 4", "TP 2", "FSDP 2"], marks=pytest.mark.full),
         pytest.param(["HSDP 2x2", "FSDP 4", "FSDP 2 x TP 2"], marks=pytest.mark.full),

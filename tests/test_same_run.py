@@ -276,7 +276,8 @@ def test_accumulation_changes_nothing(small_run, run_ranks, reference, local_bat
 
 
 @pytest.mark.parametrize(
-    "mesh", ["FSDP 2", "TP 2", "HSDP 2x2", "FSDP 2 x TP 2", pytest.param("CP 2", marks=pytest.mark.full)]
+    "mesh",
+    ["FSDP 2 x TP 2", *(pytest.param(m, marks=pytest.mark.full) for m in ("FSDP 2", "TP 2", "HSDP 2x2", "CP 2"))],
 )
 def test_bf16_mixed_precision_gives_the_same_losses_on_any_mesh(small_run, run_ranks, mesh):
     precision = {"training.mixed_precision_param": "bfloat16"}

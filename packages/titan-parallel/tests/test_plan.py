@@ -175,7 +175,12 @@ def check(stage, mesh, small, real):
     assert collectives_of(stage, mesh, small) == (calls, nbytes), mesh
 
 
-@pytest.mark.parametrize("mesh", ["fsdp2", "ddp2", "tp2", "tp2_both", "hsdp2x2", "fsdp2_tp2"])
+FEW_MESHES = ("tp2_both", "fsdp2_tp2")
+
+
+@pytest.mark.parametrize(
+    "mesh", [*FEW_MESHES, *(pytest.param(m, marks=pytest.mark.full) for m in ("fsdp2", "ddp2", "tp2", "hsdp2x2"))]
+)
 def test_sizes_and_collectives_are_those_of_a_run_on_every_rank(small, on_gloo, mesh):
     for rank, real in enumerate(on_gloo[mesh]):
         check(planned(small, mesh, rank=rank).stages[0], mesh, small, real)
@@ -280,6 +285,11 @@ def test_gradients_reduced_once_are_kept_whole_until_then(small):
     assert once.peak - always.peak > 0.4 * whole
     calls = [{c.kind: c.calls for c in made.stages[0].collectives}["reduce_scatter"] for made in (always, once)]
     assert calls[0] == 6 * calls[1]
+
+
+@pytest.mark.full
+def test_gradients_reduced_with_each_micro_batch_are_a_remedy(small):
+    always, once = planned(small, "fsdp2", num_batches=6), planned(small, "fsdp2_once", num_batches=6)
     tight = planned(small, "fsdp2_once", num_batches=6, device_memory=once.peak - 1)
     assert tight.remedies[0].change == "fsdp_reduce_gradients always"
     assert tight.remedies[0].peak == always.peak
