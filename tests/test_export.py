@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from titan_ckpt import Checkpointer, export_hf, load_hf, save_hf
+from titan_parallel import ParallelDims, parallelize
 from torch.distributed.tensor import DTensor
 
 
@@ -70,6 +72,31 @@ def test_a_model_of_transformers_comes_in_and_gives_its_logits(small_run, tmp_pa
     with torch.no_grad():
         found, expected = model(tokens, torch.arange(64).expand_as(tokens)), hf(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+WITH_EXPERTS = ("qwen3_moe_debug", "llama4_debug", "gpt_oss_debug")
+
+
+@pytest.mark.parametrize("flavor", ["deepseek_debug", *(pytest.param(f, marks=pytest.mark.full) for f in WITH_EXPERTS)])
+def test_experts_come_in_and_go_out_on_a_mesh_bit_for_bit(run_ranks, small_run, tmp_path, flavor):
+    """Each rank has a part of the features of some experts."""
+    config = small_run(flavor=flavor)
+    model, adapter = config.model.build(), config.model.hf_adapter()
+    model.init_weights(seed=7)
+    save_hf(model.state_dict(), adapter, tmp_path / "in")
+
+    def come_and_go() -> None:
+        dims = ParallelDims.Config(tensor_parallel_degree=2).build(world_size=4, device_type="cpu")
+        split = parallelize(config.model.on_meta(), model.roles(), dims).model
+        split.to_empty(device="cpu")
+        split.init_weights(seed=8)
+        load_hf(tmp_path / "in", split.state_dict(), adapter)
+        save_hf(split.state_dict(), adapter, tmp_path / "out")
+
+    run_ranks(4, come_and_go)
+    given, found = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("in", "out"))
+    assert given.keys() == found.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
 
 
 def test_a_run_in_pipeline_stages_begins_with_weights_of_hugging_face(run_ranks, small_run, tmp_path):
