@@ -468,6 +468,10 @@ def cut(path, size):
         (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "must be JSON with a weight_map"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "has no safetens"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "must be an object"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"hf.first": null}}'),
+            "names of files alone",
+        ),
         (lambda folder: cut(folder / "config.json", 5), "config.json, which cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "config.json, which holds a list"),
     ],

@@ -73,11 +73,21 @@ def test_fp8_experts_are_put_together() -> None:
         ({"proj.weight_scale_inv": torch.rand(2, 2)}, r"proj|factors \[2, 2\]"),
         ({"proj.weight": torch.rand(256, 384)}, "FP8 weight .* of torch.float32 with factors"),
         ({"proj.weight_scale": torch.rand(1)}, r"has proj\.weight_scale besides"),
+        ({"proj.weight_scale_inv": torch.ones(2, 3, dtype=torch.int32)}, r"factors \[2, 3\] of torch\.int32"),
     ],
 )
 def test_fp8_weights_that_are_not_whole_are_refused(change: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fp8_adapter(256, 384).find(fp8_checkpoint(256, 384, (128, 128)) | change)
+
+
+def test_a_tied_weight_that_is_quantised_in_one_place_is_refused() -> None:
+    model = nn.ParameterDict({"norm": torch.rand(5), "proj": torch.rand(256, 384)})
+    rules = {"norm": "norm.weight", "proj": "proj.weight"}
+    adapter = HfAdapter(model, rules, repeats={"head.weight": "proj.weight"}, config={})
+    stored = fp8_checkpoint(256, 384, (128, 128), "head.weight") | {"proj.weight": torch.rand(256, 384).bfloat16()}
+    with pytest.raises(ValueError, match="Got head.weight or proj.weight quantised"):
+        adapter.find(stored)
 
 
 def test_fp8_weights_without_factors_are_refused() -> None:

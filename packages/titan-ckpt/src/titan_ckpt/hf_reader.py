@@ -32,6 +32,8 @@ class HFReader:
         self.config: dict[str, Any] | None = _read_json(config) if config.is_file() else None
         index = folder / INDEX
         known: dict[str, str] = _read_json(index, "weight_map") if index.is_file() else {}
+        if not all(isinstance(name, str) for name in known.values()):
+            raise CheckpointError(f"Got {index}, whose weight_map must hold names of files alone. Download it again.")
         listed_there = {folder / name for name in known.values()}
         paths = sorted(listed_there if index.is_file() else folder.glob("*.safetensors"))
         if not paths:

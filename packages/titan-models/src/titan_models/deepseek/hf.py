@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from titan_models.attention import Attention
 from titan_models.deepseek.model import DeepSeek
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.config_reading import LEFT_OUT, heads_left_out
 from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     SPLIT_EXPERTS_RULES,
     decoder_adapter,
     dense_hidden_dim,
     refuse_limits,
+    refuse_uneven_heads,
     same_in_all,
 )
 from titan_models.hugging_face.rules import Rules
 from titan_models.latent_attention import MultiHeadLatentAttention
-from titan_models.moe import ExpertGroups, MoE, SwiGLUExperts, TopKRouter
+from titan_models.moe import ExpertGroups, MoE, SiluGating, SwiGLUExperts, TopKRouter
 
 _ATTENTION_RULES: Rules = {
     "layers.*.attention.kv_down_proj.weight": "model.layers.*.self_attn.kv_a_proj_with_mqa.weight",
@@ -38,6 +41,14 @@ _SHARED_RULES: Rules = {
 _V3_RULES: Rules = {
     "layers.*.feed_forward.router.balancing.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
 }
+_V2_LEFT_OUT = {
+    **{**LEFT_OUT, **heads_left_out(32), "topk_method": "greedy", "n_group": None, "topk_group": None},
+    **{"num_experts_per_tok": None, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+}
+_V3_LEFT_OUT = {
+    **{**LEFT_OUT, **heads_left_out(128, 128), "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
+}
 _SPECIAL_IDS = {102_400: (100_000, 100_001), 129_280: (0, 1)}
 """By the size of the vocabulary, where its sentences begin and end."""
 
@@ -53,24 +64,36 @@ def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
             f"Got experts in {len(moes)} of {len(feed_forwards)} blocks, not in the last of them. In the family in "
             "transformers some first blocks are dense, and all others have experts. Order them so to export the model."
         )
-    attention, moe = _attention(config), same_in_all("mixtures of experts", moes)
+    attention = same_in_all("attention", [_attention_fields(block.attention) for block in config.blocks()])
+    moe = same_in_all("mixtures of experts", [_moe_fields(part) for part in moes])
     bos, eos = _SPECIAL_IDS.get(config.vocab_size, (None, None))
     hf_config = {
-        **_attention_fields(attention),
-        **_moe_fields(moe),
+        **attention,
+        **moe,
         "first_k_dense_replace": num_dense,
-        "intermediate_size": dense_hidden_dim(feed_forwards[:num_dense]) if num_dense else moe.experts.hidden_dim,
+        "intermediate_size": dense_hidden_dim(feed_forwards[:num_dense]) if num_dense else moe["moe_intermediate_size"],
         "bos_token_id": bos,
         "eos_token_id": eos,
     }
-    rules = _ATTENTION_RULES | (_Q_RULES if attention.q_rank is None else _LOW_RANK_Q_RULES)
+    rules = _ATTENTION_RULES | (_Q_RULES if attention["q_lora_rank"] is None else _LOW_RANK_Q_RULES)
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
-    if moe.router.score == "softmax" and not config.look_ahead:
-        return decoder_adapter(config, hf_config, rules)
-    rules |= _V3_RULES if moe.router.score == "sigmoid" else {}
+    if hf_config["model_type"] == "deepseek_v2":
+        _check_v2(config, attention["num_attention_heads"])
+        return decoder_adapter(config, hf_config, rules, left_out=_V2_LEFT_OUT)
+    rules |= _V3_RULES
     if config.look_ahead:
         return _looking_ahead(config, hf_config, rules)
-    return decoder_adapter(config, hf_config, rules, ignored=(f"model.layers.{config.num_layers}.",))
+    ignored = (f"model.layers.{config.num_layers}.",)
+    return decoder_adapter(config, hf_config, rules, ignored=ignored, left_out=_V3_LEFT_OUT)
+
+
+def _check_v2(config: DeepSeek.Config, num_heads: int) -> None:
+    refuse_uneven_heads(config, num_heads)
+    if config.look_ahead:
+        raise ValueError(
+            "Got a model of softmax scores that looks ahead. transformers' DeepseekV2ForCausalLM has no block for "
+            "that. Turn look_ahead off to export the model, or take the sigmoids of V3."
+        )
 
 
 def _looking_ahead(config: DeepSeek.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
@@ -93,26 +116,21 @@ def _looking_ahead(config: DeepSeek.Config, hf_config: dict[str, Any], rules: Ru
             else "lm_head.weight",
         },
         final_norm=f"{own}.final_norm",
+        left_out=_V3_LEFT_OUT,
     )
 
 
-def _attention(config: DeepSeek.Config) -> MultiHeadLatentAttention.Config:
-    attentions = [block.attention for block in config.blocks()]
-    for each in attentions:
-        if not isinstance(each, MultiHeadLatentAttention.Config):
-            raise ValueError(
-                f"Got a block with a {type(each).__qualname__}. The family in transformers has "
-                "MultiHeadLatentAttention there. Make it one to export the model."
-            )
-        if each.latent_norm.eps != 1e-6:
-            raise ValueError(
-                f"Got a latent_norm.eps of {each.latent_norm.eps}. In the family in transformers it is 1e-6, whatever "
-                "the eps of other norms. Set it to that to export the model."
-            )
-    return same_in_all("attention", attentions)
-
-
-def _attention_fields(attention: MultiHeadLatentAttention.Config) -> dict[str, Any]:
+def _attention_fields(attention: Attention.Config) -> dict[str, Any]:
+    if not isinstance(attention, MultiHeadLatentAttention.Config):
+        raise ValueError(
+            f"Got a block with a {type(attention).__qualname__}. The family in transformers has "
+            "MultiHeadLatentAttention there. Make it one to export the model."
+        )
+    if attention.latent_norm.eps != 1e-6:
+        raise ValueError(
+            f"Got a latent_norm.eps of {attention.latent_norm.eps}. In the family in transformers it is 1e-6, whatever "
+            "the eps of other norms. Set it to that to export the model."
+        )
     return {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_heads,
@@ -127,11 +145,10 @@ def _attention_fields(attention: MultiHeadLatentAttention.Config) -> dict[str, A
 
 def _moe_fields(moe: Any) -> dict[str, Any]:
     router, experts, shared = moe.router, moe.experts, moe.shared
-    is_known = isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)
-    if not is_known or shared is None or shared.hidden_dim % experts.hidden_dim:
+    if shared is None or not _is_deepseeks(moe):
         raise ValueError(
-            f"Got {moe}. The family in transformers has SwiGLUExperts chosen by a TopKRouter, and some of the same "
-            "width that all tokens share. Make it that to export the model."
+            f"Got {moe}. The family in transformers has SwiGLUExperts with SiluGating, chosen by a TopKRouter that "
+            "weighs their output, and some of the same width that all tokens share. Make it that to export the model."
         )
     fields = _v2_fields(router) if router.score == "softmax" else _v3_fields(router)
     return {
@@ -145,6 +162,14 @@ def _moe_fields(moe: Any) -> dict[str, Any]:
         "scoring_func": router.score,
         "output_router_logits": False,
     }
+
+
+def _is_deepseeks(moe: MoE.Config) -> bool:
+    router, experts = moe.router, moe.experts
+    if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
+        return False
+    gated = moe.weighted == "output" and isinstance(experts.gating, SiluGating.Config)
+    return gated and moe.shared is not None and moe.shared.hidden_dim % experts.hidden_dim == 0
 
 
 def _v2_fields(router: TopKRouter.Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from titan_models.feed_forward import FeedForward
 from titan_models.gpt_oss.model import GptOss
 from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
 from titan_models.hugging_face.rules import Rules, Stored
 from titan_models.hugging_face.steps import Alternating, Transposed
@@ -35,6 +36,23 @@ _MOE_RULES: Rules = {
     "layers.*.feed_forward.experts.down_proj.weight": Stored("model.layers.*.mlp.experts.down_proj", Transposed()),
     "layers.*.feed_forward.experts.down_proj.bias": "model.layers.*.mlp.experts.down_proj_bias",
 }
+
+
+def _kinds_of_layers(config: Settings) -> Any:
+    kinds = [
+        "full_attention" if layer % 2 else "sliding_attention" for layer in range(count_in(config, "num_hidden_layers"))
+    ]
+    return kinds if config.get("layer_types") is None else config["layer_types"]
+
+
+_LEFT_OUT = {
+    **{**LEFT_OUT, **heads_left_out(64, 8, 64), "rms_norm_eps": 1e-5, "num_experts_per_tok": 4},
+    **{"layer_types": _kinds_of_layers, "sliding_window": 128, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+    "rope_theta": 150_000.0,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+    },
+}
 _GPT_OSS_VOCABULARY = 201_088  # in which <|endoftext|> is 199999 and <|return|> 200002
 
 
@@ -45,14 +63,14 @@ def hf_adapter(config: GptOss.Config) -> HfAdapter:
     hf_config = {
         **grouped_query_fields(config),
         **_window_fields([block.attention for block in blocks]),
-        **_moe_fields([block.feed_forward for block in blocks]),
+        **same_in_all("mixtures of experts", [_moe_fields(block.feed_forward) for block in blocks]),
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "attention_bias": True,
         "pad_token_id": 199_999 if known else None,
         "eos_token_id": 200_002 if known else None,
     }
-    return decoder_adapter(config, hf_config, rules=_ATTENTION_RULES | _MOE_RULES)
+    return decoder_adapter(config, hf_config, rules=_ATTENTION_RULES | _MOE_RULES, left_out=_LEFT_OUT)
 
 
 def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
@@ -67,7 +85,7 @@ def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
     ]
     return {
         "layer_types": ["sliding_attention" if attention.limits else "full_attention" for attention in attentions],
-        "sliding_window": same_in_all("windows", sizes) if sizes else None,
+        "sliding_window": same_in_all("windows", sizes) if sizes else 128,  # not used: it must be a number
     }
 
 
@@ -80,8 +98,7 @@ def _is_gpt_osss_attention(attention: Attention.Config) -> bool:
     return has_all and rotates_alone and kinds in ([], [SlidingWindow.Config])
 
 
-def _moe_fields(feed_forwards: list[FeedForward.Config]) -> dict[str, Any]:
-    moe = same_in_all("mixtures of experts", feed_forwards)
+def _moe_fields(moe: Any) -> dict[str, Any]:
     if not _is_gpt_osss_moe(moe):
         raise ValueError(
             f"Got {moe}. transformers' GptOssForCausalLM has SwiGLUExperts with ClampedGating, chosen by a TopKRouter "
@@ -109,4 +126,5 @@ def _is_gpt_osss_moe(moe: FeedForward.Config) -> bool:
     has_biases = None not in (router.bias_init, experts.bias_init)
     chosen = (router.score, router.renormalise, router.scale) == ("softmax", True, 1.0)
     limited = router.groups is not None or router.balancing is not None
-    return has_biases and chosen and not limited and isinstance(experts.gating, ClampedGating.Config)
+    gated = moe.weighted == "output" and isinstance(experts.gating, ClampedGating.Config)
+    return has_biases and chosen and not limited and gated

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from titan_models.hugging_face.checks import check_dtypes, check_same, check_shapes
 from titan_models.hugging_face.config_check import block_sizes, check_config
+from titan_models.hugging_face.config_reading import LeftOut, mapping_in
 from titan_models.hugging_face.fp8 import Fp8Blocks
 from titan_models.hugging_face.pieces import Piece
 from titan_models.hugging_face.rules import Rules, pieces_of
@@ -54,7 +55,7 @@ class HfAdapter:
     checkpoint may hold besides (Hugging Face's second name of a tied weight) to those whose values they repeat.
     `ignored` are beginnings of names that a checkpoint may hold besides, for parts that this model does without.
     `inside` says how a larger model's checkpoint holds this one. `config` is the whole `config.json`, but for its
-    dtype.
+    dtype; `left_out` what transformers takes for settings that somebody else's leaves out.
 
     Parameters share one floating dtype; buffers have theirs. A checkpoint may hold weights quantised, as FP8 blocks
     (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and `NAME_scales`): they come in as fp32. What losses of
@@ -69,6 +70,7 @@ class HfAdapter:
         config: Mapping[str, Any],
         ignored: tuple[str, ...] = (),
         inside: Inside | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         state = {name: tensor for name, tensor in model.state_dict().items() if name in parameters | buffers}
@@ -84,6 +86,7 @@ class HfAdapter:
         self._config = dict(config)
         self._ignored = ignored
         self._inside = inside
+        self._left_out = left_out or {}
 
     def hf_config(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """The `config.json` for weights of `dtype`, as transformers 5 reads it."""
@@ -100,9 +103,13 @@ class HfAdapter:
         for tensors that are missing, unexpected, of another shape, or of another dtype than their neighbours.
         """
         if config is not None:
-            if self._inside is not None and self._inside.config_key in config:
-                config = {**config[self._inside.config_key], "quantization_config": config.get("quantization_config")}
-            check_config(config, self._config)
+            text = None if self._inside is None else mapping_in(config, self._inside.config_key)
+            if text is not None:
+                config = {
+                    **text,
+                    "quantization_config": config.get("quantization_config", text.get("quantization_config")),
+                }
+            check_config(config, self._config, self._left_out)
         known, ignored = self._own_and_ignored(stored)
         sources = sources_in(known, stored, Fp8Blocks(*block_sizes(config)))
         theirs = {hf_name: source for hf_name, source in sources.items() if hf_name not in self._repeats}
@@ -114,6 +121,11 @@ class HfAdapter:
         for hf_name, original in self._repeats.items():
             if hf_name in sources:
                 names = sources[hf_name].names + sources[original].names
+                if not (sources[hf_name].is_plain and sources[original].is_plain):
+                    raise ValueError(
+                        f"Got {hf_name} or {original} quantised. This model has one weight for both, and they are "
+                        "compared as they are. Take a checkpoint where they are not quantised."
+                    )
                 pieces.append(Piece((), names, decode=partial(check_same, names)))
         for piece in self._pieces:
             pieces += theirs[piece.hf_name].find(piece)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from titan_models.hugging_face.config_reading import LeftOut, mapping_in, read_config, read_rope
+
 _NO_MATTER = {
     *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_position_embeddings"),
@@ -19,38 +21,39 @@ _ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "partia
 _QUANTISED = {"fp8": "e4m3 in blocks with factors", "mxfp4": "blocks of 32 with exponents"}
 
 
-def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any], left_out: LeftOut) -> None:
     """Raise ValueError, naming what differs, unless a checkpoint's config describes the model of the `own` one.
 
-    Either may be of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`). What only one of them says
-    is left to the shapes of the weights.
+    What it leaves out is what `left_out` says that transformers takes then. Other settings that only one of them has
+    are left to the shapes of the weights.
     """
     if theirs.get("model_type") != own["model_type"]:
         raise ValueError(
             f"Got a config.json of model_type {theirs.get('model_type')!r}. The model here is {own['model_type']!r} to "
             "transformers. Take the family and flavor that the weights belong to."
         )
-    _check_quantisation(theirs.get("quantization_config"))
-    _check_rope(_rope(theirs), _rope(own))
-    both = sorted(own.keys() & theirs.keys() - _NO_MATTER)
-    differing = [f"{key} {theirs[key]!r} instead of {own[key]!r}" for key in both if _differ(theirs[key], own[key])]
+    _check_quantisation(mapping_in(theirs, "quantization_config"))
+    _check_rope(read_rope(theirs, left_out), read_rope(own, left_out))
+    read = read_config(theirs, left_out, sizes=own)
+    both = sorted(own.keys() & read.keys() - _NO_MATTER)
+    differing = [f"{key} {read[key]!r} instead of {own[key]!r}" for key in both if _differ(read[key], own[key])]
     if differing:
         raise ValueError(
-            f"Got a config.json with {', '.join(differing)}. Weights go into a model of their own size and kind. Take "
-            "the flavor that they belong to, or change its config."
+            f"Got a config.json with {', '.join(differing)}, as transformers reads it. Weights go into a model of "
+            "their own size and kind. Take the flavor that they belong to, or change its config."
         )
 
 
 def block_sizes(config: Mapping[str, Any] | None) -> tuple[int, int]:
     """Rows and columns of the blocks of FP8 weights, as a checkpoint's config tells them: 128 x 128 unless it does."""
-    quantisation = (config or {}).get("quantization_config") or {}
+    quantisation = mapping_in(config or {}, "quantization_config") or {}
     rows, columns = quantisation.get("weight_block_size") or (128, 128)
     return rows, columns
 
 
 def _differ(theirs: Any, own: Any) -> bool:
-    """Whether two settings say different things. Nothing, and an empty list, say nothing; a switch is on or off."""
-    if theirs in (None, []) or own in (None, []):
+    """Whether two settings say different things. A switch is on or off; what has no value here has no meaning there."""
+    if own is None:
         return False
     return bool(theirs) != own if isinstance(own, bool) else theirs != own
 
@@ -59,24 +62,18 @@ def _check_quantisation(quantisation: Mapping[str, Any] | None) -> None:
     if quantisation is None:
         return
     method = quantisation.get("quant_method")
-    if method not in _QUANTISED:
+    if method not in (*_QUANTISED,):
         raise ValueError(
             f"Got a config.json with weights quantised by {method!r}. What can be read is "
             f"{' and '.join(f'{name} ({what})' for name, what in _QUANTISED.items())}. Take a checkpoint of those, or "
             "one that is not quantised."
         )
     sizes = quantisation.get("weight_block_size")
-    if method == "fp8" and sizes is not None and not (len(sizes) == 2 and all(size >= 1 for size in sizes)):
+    is_known = isinstance(sizes, list) and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+    if method == "fp8" and sizes is not None and not is_known:
         raise ValueError(
             f"Got a config.json with weight_block_size {sizes}. A block has rows and columns. Download it again."
         )
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of its rope, in the form of transformers 5."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {"rope_type": scaling.get("type", "default"), "rope_theta": config.get("rope_theta"), **scaling}
-    return {key: value for key, value in rope.items() if key != "type" and value is not None}
 
 
 def _check_rope(theirs: dict[str, Any], own: dict[str, Any]) -> None:
@@ -85,7 +82,6 @@ def _check_rope(theirs: dict[str, Any], own: dict[str, Any]) -> None:
             f"Got a config.json of rope type {theirs['rope_type']!r}. Models here know {', '.join(_ROPE_TYPES)}. Take "
             "a checkpoint of those."
         )
-    theirs = {"rope_theta": own.get("rope_theta")} | theirs
     theirs, own = _ROPE_DEFAULTS | theirs, _ROPE_DEFAULTS | own
     differing = [
         f"{key} {theirs.get(key)!r} instead of {own.get(key)!r}"

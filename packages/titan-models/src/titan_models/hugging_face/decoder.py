@@ -11,6 +11,7 @@ from titan_models.decoder import Decoder
 from titan_models.feed_forward import FeedForward
 from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.config_reading import LeftOut
 from titan_models.hugging_face.rules import Rules
 from titan_models.rms_norm import RMSNorm
 from titan_models.swiglu import SwiGLU
@@ -55,10 +56,12 @@ def decoder_adapter(
     repeats: Mapping[str, str] | None = None,
     final_norm: str = "norm",
     inside: Inside | None = None,
+    left_out: LeftOut | None = None,
 ) -> HfAdapter:
     """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
 
-    `ignored`, `repeats` and `inside` are those of `HfAdapter`; `final_norm` is the name of the norm before the head.
+    `ignored`, `repeats`, `inside` and `left_out` are those of `HfAdapter`; `final_norm` is the name of the norm before
+    the head.
 
     Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
     """
@@ -70,6 +73,7 @@ def decoder_adapter(
         config={**_hf_config(config), **hf_config},
         ignored=ignored,
         inside=inside,
+        left_out=left_out,
     )
 
 
@@ -147,7 +151,25 @@ def refuse_limits(config: Decoder.Config) -> None:
         )
 
 
+def refuse_uneven_heads(config: Decoder.Config, num_heads: int) -> None:
+    """Raise ValueError for a width that transformers' class refuses, though it has a head_dim of its own."""
+    if config.dim % num_heads:
+        raise ValueError(
+            f"Got dim {config.dim} with {num_heads} heads. The family in transformers has a width that is a multiple "
+            "of their number, whatever their own. Make it one to export the model."
+        )
+
+
+def _refuse_plain_norms(config: Decoder.Config) -> None:
+    if None in [norm.weight_init for norm in (config.norm, *(block.norm for block in config.blocks()))]:
+        raise ValueError(
+            "Got a norm without a gain, of a block or before the head. The family in transformers has gains there. "
+            "Give it a weight_init to export the model."
+        )
+
+
 def _hf_config(config: Decoder.Config) -> dict[str, Any]:
+    _refuse_plain_norms(config)
     norms = [
         part
         for path, part in traverse(config)

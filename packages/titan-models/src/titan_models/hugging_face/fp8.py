@@ -27,11 +27,12 @@ class Fp8Blocks(Form):
         weight, factors = parts
         sizes = zip(weight.shape, (self.rows, self.columns), strict=False)
         blocks = [math.ceil(length / size) for length, size in sizes]
-        if weight.dim() != 2 or list(factors.shape) != blocks or weight.dtype != torch.float8_e4m3fn:
+        is_matrix = weight.dim() == 2 and weight.dtype == torch.float8_e4m3fn
+        if not is_matrix or list(factors.shape) != blocks or not factors.dtype.is_floating_point:
             raise ValueError(
-                f"Got an FP8 weight {list(weight.shape)} of {weight.dtype} with factors {list(factors.shape)}. It is a "
-                f"matrix of torch.float8_e4m3fn, and each block of {self.rows} x {self.columns} has a factor: "
-                f"{blocks}. Download it again."
+                f"Got an FP8 weight {list(weight.shape)} of {weight.dtype} with factors {list(factors.shape)} of "
+                f"{factors.dtype}. It is a matrix of torch.float8_e4m3fn, and each block of {self.rows} x "
+                f"{self.columns} has a floating-point factor: {blocks}. Download it again."
             )
         return tuple(weight.shape)
 

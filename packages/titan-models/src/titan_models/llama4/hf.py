@@ -7,6 +7,7 @@ from typing import Any
 from titan_models.decoder import Decoder
 from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import (
     GROUPED_QUERY_RULES,
     decoder_adapter,
@@ -57,12 +58,35 @@ def hf_adapter(config: Llama4.Config) -> HfAdapter:
         "eos_token_id": 200_001 if known else None,
     }
     if moes:
-        hf_config |= _moe_fields([*moes.values()])
+        hf_config |= same_in_all("mixtures of experts", [_moe_fields(moe) for moe in moes.values()])
     if dense:
         hf_config["intermediate_size_mlp"] = dense_hidden_dim(dense)
     rules = GROUPED_QUERY_RULES | (_MOE_RULES if moes else {}) | (_DENSE_RULES if dense else {})
     inside = Inside("language_model.", others=("vision_model.", "multi_modal_projector."))
-    return decoder_adapter(config, hf_config, rules, inside=inside)
+    return decoder_adapter(config, hf_config, rules, inside=inside, left_out=_LEFT_OUT)
+
+
+def _moe_layers(config: Settings) -> Any:
+    step, stated = count_in(config, "interleave_moe_layer_step", 1), config.get("moe_layers")
+    return [*range(step - 1, count_in(config, "num_hidden_layers"), step)] if stated is None else stated
+
+
+def _rotating_layers(config: Settings) -> Any:
+    interval, layers = count_in(config, "no_rope_layer_interval", 4), range(count_in(config, "num_hidden_layers"))
+    return config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in layers]
+
+
+def _kinds_of_layers(config: Settings) -> Any:
+    kinds = ["chunked_attention" if rotates else "full_attention" for rotates in config["no_rope_layers"]]
+    return kinds if config.get("layer_types") is None else config["layer_types"]
+
+
+_LEFT_OUT = {
+    **{**LEFT_OUT, **heads_left_out(40, 8, 128), "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    **{"moe_layers": _moe_layers, "no_rope_layers": _rotating_layers, "layer_types": _kinds_of_layers},
+    **{"num_experts_per_tok": 1, "attention_chunk_size": 8192, "use_qk_norm": True},
+    **{"attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1},
+}
 
 
 def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
@@ -74,6 +98,12 @@ def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
                 "without a gain or with none, or it does not rotate and may have a temperature; it sees all of the "
                 "past or its chunk. Make it one of these to export the model."
             )
+    scaling = config.rope.scaling
+    if any(each.qk_norm for each in attentions) and scaling is not None and scaling.build().attention_factor() != 1.0:
+        raise ValueError(
+            f"Got qk_norm with a rope whose features are multiplied by {scaling.build().attention_factor()}. "
+            "transformers' Llama4ForCausalLM norms them after that. Do without one of both to export the model."
+        )
     rotating = [attention for attention in attentions if attention.rotation is not None]
     still = [attention for attention in attentions if attention.rotation is None]
     fields = {
@@ -111,8 +141,7 @@ def _sees_chunks(attention: GroupedQueryAttention.Config) -> bool:
     return [type(limit) for limit in attention.limits] in ([], [Chunks.Config])
 
 
-def _moe_fields(moes: list[MoE.Config]) -> dict[str, Any]:
-    moe = same_in_all("mixtures of experts", moes)
+def _moe_fields(moe: Any) -> dict[str, Any]:
     router, experts = moe.router, moe.experts
     if not _is_llamas_moe(moe):
         raise ValueError(

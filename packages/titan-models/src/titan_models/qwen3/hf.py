@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     GROUPED_QUERY_RULES,
@@ -23,6 +24,7 @@ _HEAD_NORMS: Rules = {
     "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
 }
+_LEFT_OUT = {**LEFT_OUT, **heads_left_out(32, 32, 128), "use_sliding_window": False}
 _QWEN3_VOCABULARY = 151_936  # in which <|endoftext|> is 151643
 
 
@@ -43,15 +45,27 @@ def hf_adapter(config: Qwen3.Config) -> HfAdapter:
         hf_config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     else:
         hf_config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "mlp_only_layers": [*dense]}
-        hf_config |= _moe_fields([*moes.values()])
+        hf_config |= same_in_all("mixtures of experts", [_moe_fields(moe) for moe in moes.values()])
     if dense:
         hf_config["intermediate_size"] = dense_hidden_dim([*dense.values()])
     rules = GROUPED_QUERY_RULES | _HEAD_NORMS | (SPLIT_EXPERTS_RULES if moes else {}) | (DENSE_RULES if dense else {})
-    return decoder_adapter(config, hf_config, rules)
+    return decoder_adapter(config, hf_config, rules, left_out=_MOE_LEFT_OUT if moes else _LEFT_OUT)
 
 
-def _moe_fields(moes: list[MoE.Config]) -> dict[str, Any]:
-    moe = same_in_all("mixtures of experts", moes)
+def _dense_layers(config: Settings) -> list[int]:
+    """Those listed, and all but every `decoder_sparse_step`-th."""
+    listed, step = config.get("mlp_only_layers") or (), count_in(config, "decoder_sparse_step", 1)
+    return [layer for layer in range(count_in(config, "num_hidden_layers")) if layer in listed or (layer + 1) % step]
+
+
+_MOE_LEFT_OUT = {
+    **{**LEFT_OUT, **heads_left_out(32, 4), "use_sliding_window": False},
+    **{"num_experts_per_tok": 8, "norm_topk_prob": False, "mlp_only_layers": _dense_layers},
+    "decoder_sparse_step": lambda _: 1,  # the list then says it all
+}
+
+
+def _moe_fields(moe: Any) -> dict[str, Any]:
     router, experts = moe.router, moe.experts
     if not _is_qwens(moe):
         raise ValueError(
