@@ -86,7 +86,7 @@ def test_a_tied_weight_that_is_quantised_in_one_place_is_refused() -> None:
     rules = {"norm": "norm.weight", "proj": "proj.weight"}
     adapter = HfAdapter(model, rules, repeats={"head.weight": "proj.weight"}, config={})
     stored = fp8_checkpoint(256, 384, (128, 128), "head.weight") | {"proj.weight": torch.rand(256, 384).bfloat16()}
-    with pytest.raises(ValueError, match="Got head.weight or proj.weight quantised"):
+    with pytest.raises(ValueError, match=r"Got head\.weight or proj\.weight quantised"):
         adapter.find(stored)
 
 

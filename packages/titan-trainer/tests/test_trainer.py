@@ -19,6 +19,7 @@ from titan_trainer import (
     SingleReplica,
     TensorBoard,
     Trainer,
+    Training,
     Validator,
     WarmupStableDecay,
 )
@@ -341,6 +342,44 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(run_ranks, toy_config):
     def build():
         with pytest.raises(ConfigError, match="17 tokens for a model of 16"):
             toy_config(tokenizer=WideTokenizer.Config()).build()
+
+    run_ranks(1, build)
+
+
+def test_rows_longer_than_a_model_is_meant_for_are_refused(run_ranks, toy_config):
+    class Short(type(toy_config().model)._owner):
+        class Config(type(toy_config().model)):
+            max_seq_len: int
+
+    def build():
+        config = toy_config()
+        config.model = Short.Config(max_seq_len=config.training.seq_len - 1)
+        with pytest.raises(ConfigError, match=r"is meant for .*--model\.max_seq_len to what it should be"):
+            config.build()
+
+    run_ranks(1, build)
+
+
+def test_a_batch_that_ranks_cannot_share_offers_both_ways_out():
+    training = Training(global_batch_size=16, local_batch_size=8, seq_len=32, steps=1)
+    message = r"--training\.global_batch_size to a multiple of 32, or --training\.local_batch_size to 4\."
+    with pytest.raises(ConfigError, match=message):
+        training.num_batches(num_data_ranks=4)
+    with pytest.raises(ConfigError, match=r"a multiple of 24\.$"):
+        training.num_batches(num_data_ranks=3)
+
+
+def test_a_tokenizer_whose_file_is_not_there_names_the_flag(run_ranks, toy_config):
+    class Lost(Configurable):
+        class Config(Configurable.Config):
+            pass
+
+        def __init__(self, config: Config) -> None:
+            raise FileNotFoundError("Got tokenizer.model, which is not there.")
+
+    def build():
+        with pytest.raises(FileNotFoundError, match=r"which is not there\. Set --tokenizer\.path"):
+            toy_config(tokenizer=Lost.Config()).build()
 
     run_ranks(1, build)
 

@@ -46,5 +46,5 @@ def _advice(file: Path) -> str:
 
 
 def _examples(folder: Path) -> str:
-    names = sorted(os.listdir(folder))[:3]
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))[:3]
     return f" (such as {', '.join(names)})" if names else " (it is empty)"

@@ -25,7 +25,8 @@ class OwnLoss(nn.Module):
             raise RuntimeError(
                 "Got a model with losses of its own, and nothing that says how they compare to that of the head. They "
                 "are sums over tokens, divided by the same number. Call model.scale_own_losses(1 / denominator) before "
-                "the forward, or forward_backward of what titan_parallel.parallelize returned."
+                "the forward; on a mesh scale_own_losses, or forward_backward, of what titan_parallel.parallelize "
+                "returned."
             )
         output: Tensor = _WithLoss.apply(x, loss_sum, self.scale)
         return output

@@ -10,14 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from titan_config import ConfigError, cli
 
 from titan_trainer.model_state import ModelState
 from titan_trainer.protocols import CheckpointConfig, Generator, Tokenizer
-from titan_trainer.trainer import Trainer, model_on_meta
+from titan_trainer.trainer import Trainer, build_tokenizer, model_on_meta
 
 
 def print_continuations(recipe: Callable[[], Trainer.Config], words: Sequence[str]) -> int:
@@ -82,7 +81,6 @@ def _load(config: Trainer.Config) -> tuple[Tokenizer, int, Generator]:
             f"Got the model {type(model).__qualname__}, which has no generate. It is asked to continue token ids. Give "
             "it the method, as titan_trainer.protocols.Generator states it."
         )
-    tokenizer: Any = config.tokenizer
     checkpoint: CheckpointConfig = config.checkpoint  # type: ignore[assignment]  # the recipe's promise
     model.to_empty(device=torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     step = checkpoint.read(config.dump_folder, {"model": ModelState(model)})
@@ -91,7 +89,7 @@ def _load(config: Trainer.Config) -> tuple[Tokenizer, int, Generator]:
             f"Got dump_folder {config.dump_folder}, in which there is no checkpoint. A model is read from one. Train "
             "first, or set --dump_folder to the folder of a run."
         )
-    return tokenizer.build(), step, model
+    return build_tokenizer(config), step, model
 
 
 def _text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:

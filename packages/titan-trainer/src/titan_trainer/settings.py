@@ -60,9 +60,16 @@ class Training(Configurable.Config):
             raise ConfigError(
                 f"Got a global batch of {self.global_batch_size} rows for {num_data_ranks} data ranks with "
                 f"micro-batches of {self.local_batch_size}. Each rank takes as many whole ones. "
-                f"Set --training.global_batch_size to a multiple of {rows_at_once}."
+                f"Set --training.global_batch_size to a multiple of {rows_at_once}{self._or_fewer(num_data_ranks)}."
             )
         return self.global_batch_size // rows_at_once
+
+    def _or_fewer(self, num_data_ranks: int) -> str:
+        rows, rest = divmod(self.global_batch_size, num_data_ranks)
+        if rest:
+            return ""
+        fitting = max(size for size in range(1, self.local_batch_size + 1) if rows % size == 0)
+        return f", or --training.local_batch_size to {fitting}"
 
 
 class Comm(Configurable.Config):

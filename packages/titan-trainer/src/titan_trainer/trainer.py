@@ -58,7 +58,11 @@ class StepResult(NamedTuple):
 
 
 class Trainer(Configurable):
-    """Trains a model. Each method is a chapter that a subclass may rewrite; a subclass's Config may add fields."""
+    """Trains a model. Each method is a chapter that a subclass may rewrite; a subclass's Config may add fields.
+
+    With --plan --world-size N it says what N ranks would hold, compute and send, and with --generate TEXT what the run
+    in the dump folder continues a text with; neither trains.
+    """
 
     class Config(Configurable.Config):
         model: Configurable.Config
@@ -112,7 +116,7 @@ class Trainer(Configurable):
     def build_data(self) -> None:
         """Build the tokenizer and the loader."""
         config = self.config
-        self.tokenizer = config.tokenizer.build() if config.tokenizer is not None else None
+        self.tokenizer = build_tokenizer(config)
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise ConfigError(
                 f"Got a tokenizer of {self.tokenizer.vocab_size} tokens for a model of {self.model_config.vocab_size}. "
@@ -367,13 +371,34 @@ class Trainer(Configurable):
 
 
 def model_on_meta(config: Trainer.Config) -> tuple[Any, list[Converter]]:
-    """The model of a run without memory, converted, and its converters."""
+    """The model of a run without memory, converted, and its converters.
+
+    Raises ConfigError where rows are longer than what a model that has a `max_seq_len` is meant for.
+    """
+    longest = getattr(config.model, "max_seq_len", None)
+    if longest is not None and config.training.seq_len > longest:
+        raise ConfigError(
+            f"Got rows of {config.training.seq_len} tokens for a model that is meant for {longest}. Its positions end "
+            f"there. Set --training.seq_len to {longest} or less, or --model.max_seq_len to what it should be."
+        )
     with torch.device("meta"):
         model = config.model.build().to(dtype=getattr(torch, config.training.dtype))
     converters: list[Converter] = [converter.build() for converter in config.model_converters]
     for converter in converters:
         converter.convert(model)
     return model, converters
+
+
+def build_tokenizer(config: Trainer.Config) -> Any:
+    """The tokenizer of a run, if it has one. Raises FileNotFoundError, naming the flag, where its file is not there."""
+    if config.tokenizer is None:
+        return None
+    try:
+        return config.tokenizer.build()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Set --tokenizer.path; `titan-models download` brings the tokenizers of public models."
+        ) from error
 
 
 def num_tokens(batch: Batch) -> int:
