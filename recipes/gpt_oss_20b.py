@@ -24,7 +24,6 @@ def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: flo
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), eos="<|endoftext|>")
     config.dataloader.add_bos = config.validator.dataloader.add_bos = False
-    config.activation_checkpoint = FullRecompute.Config()
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config
@@ -35,6 +34,7 @@ def gpt_oss_20b() -> Trainer.Config:
     config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=128, lr=3e-4)
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16
+    config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/gpt_oss_20b")
     return config
 

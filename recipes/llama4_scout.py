@@ -34,6 +34,7 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
 def llama4_scout() -> Trainer.Config:
     """Two million tokens a step."""
     config = llama4_run(llama4.llama4_scout(), global_batch_size=256, lr=1.5e-4)
+    config.training.local_batch_size = 16
     config.dump_folder = Path("outputs/llama4_scout")
     return config
 

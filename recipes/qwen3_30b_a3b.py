@@ -14,7 +14,6 @@ from pathlib import Path
 from qwen3_8b import qwen3_run
 from titan_models import qwen3
 from titan_models.moe import LoadBalancingLoss
-from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
 
@@ -25,7 +24,6 @@ def qwen3_30b_a3b() -> Trainer.Config:
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 8
-    config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/qwen3_30b_a3b")
     return config
 
