@@ -14,7 +14,11 @@ from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa,
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_scout
+from titan_models.moe import ClampedGating, TopKRouter
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
+from titan_models.rms_norm import RMSNorm
+from titan_models.temperature import Temperature
+from titan_models.yarn import Yarn
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -362,3 +366,24 @@ def test_a_config_saved_before_heads_had_norms_is_read(shrunk: Any) -> None:
     data = titan_config.to_dict(shrunk(llama3_8b))
     del data["block"]["attention"]["qk_norm"]
     assert titan_config.from_dict(data) == shrunk(llama3_8b)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (RMSNorm, "eps"),
+        (Rope, "theta"),
+        (Llama3Scaling, "factor"),
+        (Yarn, "factor"),
+        (Yarn, "attention_factor"),
+        (Temperature, "strength"),
+        (ClampedGating, "limit"),
+        (TopKRouter, "scale"),
+    ],
+)
+def test_nan_is_no_setting(part: Any, name: str) -> None:
+    needed = {Rope: {"dim": 8, "theta": 1e4}, Llama3Scaling: {"factor": 8.0}, Yarn: {"factor": 8.0}}
+    settings = needed.get(part, {"num_experts": 4, "top_k": 1} if part is TopKRouter else {})
+    part.Config(**settings).validate()
+    with pytest.raises(ValueError, match=f"Got {name} nan|nan"):
+        part.Config(**settings | {name: float("nan")}).validate()

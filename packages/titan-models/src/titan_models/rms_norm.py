@@ -21,7 +21,7 @@ class RMSNorm(Part):
         """How the gain is drawn. None: there is no gain."""
 
         def validate(self) -> None:
-            if self.eps <= 0:
+            if not self.eps > 0:  # nan is not
                 raise ValueError(f"Got eps {self.eps}. It keeps the root away from 0. Set it above 0, such as 1e-5.")
 
     def __init__(self, config: Config, *, dim: int) -> None:

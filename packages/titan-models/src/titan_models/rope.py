@@ -52,7 +52,7 @@ class Llama3Scaling(RopeScaling):
         """Tokens, the length before the extension."""
 
         def validate(self) -> None:
-            if self.factor < 1:
+            if not self.factor >= 1:  # nan is not
                 raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
             if not 0 < self.low_freq_factor <= self.high_freq_factor:
                 raise ValueError(
@@ -107,7 +107,7 @@ class Rope(Configurable, nn.Module):
         def validate(self) -> None:
             if self.dim < 2 or self.dim % 2:
                 raise ValueError(f"Got dim {self.dim}. Features rotate in pairs. Set it to an even number above 0.")
-            if self.theta <= 1:
+            if not self.theta > 1:
                 raise ValueError(f"Got theta {self.theta}. It is the base of the wavelengths. Set it to 1e4, say.")
 
     def __init__(self, config: Config) -> None:

@@ -24,7 +24,7 @@ class Temperature(Configurable):
         def validate(self) -> None:
             if self.step < 1:
                 raise ValueError(f"Got step {self.step}. It counts positions. Set it to 1 or more.")
-            if self.strength <= 0:
+            if not self.strength > 0:  # nan is not
                 raise ValueError(
                     f"Got strength {self.strength}. Queries grow by it. Set it above 0, or temperature to None."
                 )

@@ -45,7 +45,7 @@ class Yarn(RopeScaling):
         """What rotated features are multiplied by, whatever the others say. None: what follows from them."""
 
         def validate(self) -> None:
-            if self.factor < 1:
+            if not self.factor >= 1:  # nan is not
                 raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
             if not 0 < self.beta_slow < self.beta_fast:
                 raise ValueError(
@@ -58,7 +58,7 @@ class Yarn(RopeScaling):
                 )
             for name in ("mscale", "mscale_all_dim", "attention_factor"):
                 value = getattr(self, name)
-                if value is not None and value <= 0:
+                if value is not None and not value > 0:
                     raise ValueError(f"Got {name} {value}. It is above 0. Set it to 1, say, or to None.")
 
     def __init__(self, config: Config) -> None:

@@ -41,9 +41,9 @@ class ClampedGating(Gating):
         """What both projections are clamped to."""
 
         def validate(self) -> None:
-            if self.alpha <= 0:
+            if not self.alpha > 0:  # nan is not
                 raise ValueError(f"Got alpha {self.alpha}. The gate opens with its argument. Set it above 0.")
-            if self.limit <= 0:
+            if not self.limit > 0:
                 raise ValueError(f"Got limit {self.limit}. Nothing would pass. Set it above 0, such as 7.")
 
     def __init__(self, config: Config) -> None:

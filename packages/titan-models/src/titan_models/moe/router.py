@@ -85,7 +85,7 @@ class TopKRouter(Router):
 
         def validate(self) -> None:
             Router.Config.validate(self)
-            if self.scale <= 0:
+            if not self.scale > 0:  # nan is not
                 raise ValueError(f"Got scale {self.scale}. Weights are multiplied by it. Set it above 0, such as 1.")
             if self.groups is not None:
                 _check_groups(self.groups, self.num_experts, self.top_k)
