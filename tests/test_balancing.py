@@ -34,6 +34,7 @@ from titan_parallel import (
 from titan_parallel.check import meshes
 from titan_parallel.own_losses import OwnLosses
 from titan_parallel.tallies import Tallies
+from titan_parallel.testing import check_same_gradients, full_gradients
 
 TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")
 ZERO_BUBBLE = ("pp2_zbvzerobubble", "pp2_interleavedzerobubble")
@@ -297,7 +298,7 @@ def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
         model, batch = build_of(small(balanced_moe()))(), Rows()
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         parallel = parallelize(model, model.roles(), dims)
-        model.scale_own_losses(1.0)
+        parallel.scale_own_losses(1.0)
         model(**batch.inputs).logsumexp(-1).sum().backward()
         parallel.after_step()
         router: Any = model.layers[0].feed_forward.router
@@ -314,6 +315,23 @@ def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
     assert run_ranks(2, by_hand) == [router.remembered.tolist()] * 2
     model.after_step()
     assert sum(router.remembered) == 2 * 16 * 3
+
+
+@pytest.mark.parametrize("degrees", [{"tensor_parallel_degree": 2}, {}], ids=["tp2", "fsdp2"])
+def test_losses_of_routers_weigh_the_same_in_a_loop_of_somebodys_own(run_ranks: Any, degrees: dict[str, int]) -> None:
+    def by_hand() -> bool:
+        model, batch = build_of(small(balanced_moe()))().double(), Rows()
+        dims = ParallelDims.Config(**degrees).build(world_size=2, device_type="cpu")
+        parallel = parallelize(model, model.roles(), dims)
+        parallel.forward_backward([batch], loss, 16.0 * dims.num_data_ranks)
+        expected = full_gradients(model)
+        model.zero_grad()
+        parallel.scale_own_losses(1 / 16)
+        (cross_entropy(model(**batch.inputs), batch.targets["labels"]) / 16).backward()
+        check_same_gradients(full_gradients(model), expected)
+        return True
+
+    assert run_ranks(2, by_hand) == [True, True]
 
 
 class Rows:

@@ -46,6 +46,26 @@ def test_evaluate_sums_over_the_mesh_and_leaves_no_trace(run_ranks, small):
         assert loss == pytest.approx(float(expected_loss), rel=1e-12)
 
 
+def test_a_step_that_raises_leaves_nothing_behind(on_one_rank, small):
+    """No hook, which would see the gradients of the next step twice, and no eval mode."""
+
+    def check():
+        parallel, seen = small.put_on("one", small.make_model()), []
+        parallel.set_gradient_hook(lambda tensor: seen.append(tensor.numel()))
+        for step in (parallel.evaluate, lambda *args: parallel.forward_backward(*args, 1)):
+            with pytest.raises(ArithmeticError, match="too large"):
+                step([small.make_batch()], too_large)
+        assert parallel.model.training
+        parallel.forward_backward([small.make_batch()], small.chunked_loss, 1)
+        return sum(seen)
+
+    assert on_one_rank(check) == sum(p.numel() for p in small.make_model().parameters())
+
+
+def too_large(head, hidden, targets):
+    raise ArithmeticError("too large")
+
+
 def test_evaluate_sees_weights_changed_since_the_last_one(run_ranks, small):
     def losses(mesh):
         parallel = small.put_on(mesh, small.make_model())

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +24,8 @@ from titan_parallel import (
     ParallelDims,
     Plan,
     SelectiveRecompute,
+    cross_entropy,
+    parallelize,
     plan,
 )
 from titan_parallel.partial_gradients import PartialGradients
@@ -26,6 +33,7 @@ from titan_parallel.planning.alike import Alike
 from titan_parallel.planning.simulate import Step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +51,10 @@ LENGTH, ROWS, NUM_BATCHES = 32, 4, 3
 
 def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sgd(named_parameters):
+    return torch.optim.SGD([p for _, p in named_parameters])
 
 
 def adamw(named_parameters):
@@ -207,16 +219,19 @@ def test_a_forgotten_state_or_collective_is_seen(small, on_gloo, monkeypatch):
 
 
 def held_on_one_rank(small, recomputation):
-    """Of a real step: bytes alive when the backward begins, the most alive at once, and what autograd saved."""
     model = small.make_model(small.Shape(**SHAPE), torch.float32)
     parallel = small.put_on("one", model, activation_checkpoint=recomputation)
-    batch = small.make_batch(rows=ROWS, length=LENGTH)
-    given = [*model.parameters(), *batch.inputs.values(), *batch.targets.values()]
+    return held_in(parallel, small.make_batch(rows=ROWS, length=LENGTH), small.chunked_loss)
+
+
+def held_in(parallel, batch, loss_of_step):
+    """Of a real step: bytes alive when the backward begins, the most alive at once, and what autograd saved."""
+    given = [*parallel.model.parameters(), *batch.inputs.values(), *batch.targets.values()]
     known = {tensor.untyped_storage()._cdata for tensor in given}
     living, kept, saved = Living(known), [], {}
 
     def loss(head, hidden, targets):
-        loss_sum, count = small.chunked_loss(head, hidden, targets)
+        loss_sum, count = loss_of_step(head, hidden, targets)
         loss_sum.register_hook(lambda _: kept.append(living.now()))
         return loss_sum, count
 
@@ -309,19 +324,56 @@ def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, re
     assert short == long
 
 
-def test_the_ends_of_a_stack_may_be_unlike_its_middle(small, monkeypatch, tmp_path):
-    """The first blocks and the last are wider, and roles name each block: those behind what is left out move up."""
-    each = [p.replace("layers.*", f"layers.{number}") for number in range(10) for p in small.ROLES]
-    roles = {pattern: small.ROLES[re.sub(r"\.\d+", ".*", pattern)] for pattern in each}
-    left_out = tmp_path / "blocks"  # from children, too
+@pytest.fixture
+def left_out(monkeypatch, tmp_path):
+    """A file with a line for each change of a step: the blocks it is simulated without."""
+    path = tmp_path / "blocks"  # from children, too
     changed = Step.changed
 
     def noted(self, **changes):
-        with left_out.open("a") as file:
+        with path.open("a") as file:
             file.write(f"{' '.join(changes.get('without', ()))}\n")
         return changed(self, **changes)
 
     monkeypatch.setattr(Step, "changed", noted)
+    return path
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What only the config of a layer tells; each draws its weights in another way."""
+
+    function: str
+    weight_init: float
+
+
+def test_blocks_may_differ_in_what_only_their_configs_tell(small, left_out):
+    """Every second keeps other tensors for the backward. How weights are drawn makes no block unlike another."""
+
+    class Gated(small.FeedForward):
+        def __init__(self, config):
+            super().__init__(small.Shape(**SHAPE))
+            self.config = config
+
+        def forward(self, x):
+            return self.down(getattr(F, self.config.function)(self.gate(x)) * self.up(x))
+
+    def build():
+        model = small.Transformer(small.Shape(**SHAPE | {"layers": 10}))
+        for number, layer in enumerate(model.layers):
+            layer.feed_forward = Gated(Gating("silu" if number % 2 else "relu", weight_init=0.02 / (1 + number)))
+        return model
+
+    short = planned(small, build=build, num_batches=2)
+    simulated_without = left_out.read_text().splitlines()
+    assert planned(small, build=build, num_batches=2, every_block=True) == short
+    assert " ".join(f"layers.{number}" for number in range(6, 10)) in simulated_without
+
+
+def test_the_ends_of_a_stack_may_be_unlike_its_middle(small, left_out):
+    """The first blocks and the last are wider, and roles name each block: those behind what is left out move up."""
+    each = [p.replace("layers.*", f"layers.{number}") for number in range(10) for p in small.ROLES]
+    roles = {pattern: small.ROLES[re.sub(r"\.\d+", ".*", pattern)] for pattern in each}
 
     def build():
         model = small.Transformer(small.Shape(**SHAPE | {"layers": 10}))
@@ -345,6 +397,48 @@ def test_flops_are_those_that_torch_counts(small):
     assert made.flops.full_per_step == 3 * 2 * counter.get_total_flops()
     attention = 3 * 4 * LENGTH * SHAPE["width"] * SHAPE["layers"]
     assert made.flops.full_per_token - made.flops.causal_per_token == attention / 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "recomputation"),
+    [
+        ("GroupedMM", torch.bfloat16, "selective"),
+        ("GroupedMM", torch.float32, "none"),
+        ("GroupedMM", torch.float64, "none"),
+        ("Loop", torch.float32, "none"),
+        ("Loop", torch.bfloat16, "selective"),
+    ],
+)
+def test_experts_hold_and_compute_what_they_do_in_a_run(small, on_one_rank, kernel, dtype, recomputation):
+    """A loop over them waits for the tokens of each, which no plan can know. In fp64 it stands in for the kernel."""
+    moe = pytest.importorskip("titan_models.moe", reason="experts are titan-models', which is not there on its own")
+    from titan_models.qwen3 import qwen3_moe_debug
+
+    config = qwen3_moe_debug()
+    config.num_layers = 2
+    config.block.feed_forward.experts.kernel = getattr(moe, kernel).Config()
+    batch = small.make_batch(rows=ROWS, length=LENGTH)
+    recomputed = {"activation_checkpoint": RECOMPUTATIONS[recomputation]}
+
+    def loss(head, hidden, targets):
+        return cross_entropy(head(hidden), targets["labels"]), (targets["labels"] != -100).sum()
+
+    def build():
+        return config.build().to(dtype)
+
+    def held():
+        model = build()
+        model.init_weights(0)
+        return held_in(parallelize(model, model.roles(), small.make_dims("one"), **recomputed), batch, loss)
+
+    options = {"roles": None, "batch": batch, "loss": loss, "num_batches": 1, "optimizer": sgd}
+    made = planned(small, build=build, **options, **recomputed)
+    kept, peak, _ = on_one_rank(held)
+    stage, flops = made.stages[0], config.flops_per_token(LENGTH)
+    assert stage.activations == pytest.approx(kept, abs=512)  # counts
+    given = stage.parameters + stage.optimizer + 3 * 8 * ROWS * LENGTH
+    assert stage.peak - given == pytest.approx(peak, rel=1e-3)  # squares of the norm
+    assert (made.flops.full_per_token, made.flops.causal_per_token) == (flops.full, flops.causal)
 
 
 def test_a_plan_goes_to_json_and_back_and_says_whether_it_fits(small):
@@ -425,3 +519,25 @@ def test_nonsense_sizes_are_refused(small, text):
 def test_what_parallelize_refuses_is_refused(small):
     with pytest.raises(ConfigError, match="tensor_parallel_degree 3 on 4 ranks"):
         planned(small, world_size=4, parallelism=ParallelDims.Config(tensor_parallel_degree=3))
+
+
+def test_no_child_outlives_a_plan_that_is_killed():
+    """Nor a child of a child: all hold the pipe that this reads to its end."""
+    forever = """
+import os, time
+from titan_parallel.planning.child import in_child
+
+def forever():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+in_child(lambda: in_child(forever))
+"""
+    planning = subprocess.Popen([sys.executable, "-c", forever], stdout=subprocess.PIPE, text=True)
+    innermost = int(planning.stdout.readline())
+    planning.kill()
+    try:
+        planning.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.kill(innermost, signal.SIGKILL)
+        raise

@@ -79,6 +79,8 @@ class Accumulation:
             for parameter in self._forward.model.parameters():
                 if parameter.requires_grad:
                     handles.append(parameter.register_post_accumulate_grad_hook(lambda p: hook(p.grad)))
-        yield
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

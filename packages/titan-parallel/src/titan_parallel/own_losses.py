@@ -32,13 +32,18 @@ class OwnLosses:
         self._parts = [1 / num_tensor if roles.region_of(name) is not None else 1.0 for name in names]
         self._device_type = device_type
 
+    def scale_by(self, scale: float | Tensor) -> None:
+        """From now on their sums weigh `scale` in the gradients, over all ranks of the tensor axis together."""
+        if self._modules:
+            scale = torch.as_tensor(scale, dtype=torch.float64, device=self._device_type)
+            for module, part in zip(self._modules, self._parts, strict=True):
+                module.scale = scale * part
+
     @contextmanager
     def divided_by(self, denominator: float | Tensor) -> Iterator[None]:
         """Within it the backward divides their sums by `denominator`, as it does that of the head."""
         if self._modules:
-            scale = 1 / torch.as_tensor(denominator, dtype=torch.float64, device=self._device_type)
-            for module, part in zip(self._modules, self._parts, strict=True):
-                module.scale = scale * part
+            self.scale_by(1 / torch.as_tensor(denominator, dtype=torch.float64))
         try:
             yield
         finally:

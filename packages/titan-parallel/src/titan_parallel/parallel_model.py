@@ -78,6 +78,13 @@ class ParallelModel:
             total = self._schedule.forward_backward(batches, loss, weighed)
         return self._sum_with_tallies(total)
 
+    def scale_own_losses(self, scale: float | Tensor) -> None:
+        """To call before the forward in a loop of your own, where parts of the model have losses: what loss sums weigh.
+
+        Usually 1 / what the loop divides the loss sum at the head by. `forward_backward` does it by itself.
+        """
+        self._own_losses.scale_by(scale)
+
     def after_step(self) -> dict[str, float]:
         """To call after each step of the optimizer: parts that count over a step act on what all ranks counted.
 
@@ -96,10 +103,12 @@ class ParallelModel:
         self._agree_on(batches, "evaluate", lambda _: None)
         was_training = self.model.training
         self.model.eval()
-        with self._sharing_sequences():
-            totals = self._schedule.evaluate(batches, loss)
+        try:
+            with self._sharing_sequences():
+                totals = self._schedule.evaluate(batches, loss)
+        finally:
+            self.model.train(was_training)
         totals = self._sum_over_mesh(totals)
-        self.model.train(was_training)
         return totals[0], totals[1].to(torch.int64)
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:

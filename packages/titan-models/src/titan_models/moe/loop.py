@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.library.custom_op("titan_models::expert_products", mutates_args=())
@@ -54,3 +55,9 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 expert_products.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.titan_models.expert_products, torch.ops.titan_models.expert_outer_products])
+def _flops(one: torch.Size, other: torch.Size, *_sizes: torch.Size, **_more: object) -> int:
+    """Of `[N, I]` and `[E, O, I]`, or of `[N, O]` and `[N, I]`."""
+    return 2 * one[0] * one[1] * other[1]

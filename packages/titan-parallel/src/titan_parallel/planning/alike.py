@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
 from titan_parallel.activation_checkpoint import ActivationCheckpoint
@@ -167,10 +169,26 @@ def _kind(block: nn.Module) -> dict[Hashable, Any]:
     kind: dict[Hashable, Any] = {}
     for name, part in block.named_modules():
         kind[name] = type(part)
-        settings = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str)}
-        kind |= {(name, key): value for key, value in settings.items()}
+        for key, value in vars(part).items():
+            if isinstance(value, bool | int | float | str) or is_dataclass(value):
+                kind |= _settings((name, key), value)
     kind |= {(name, "parameter"): (tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters()}
     return kind
+
+
+def _settings(place: tuple[Hashable, ...], value: Any) -> Iterator[tuple[Hashable, Any]]:
+    """The plain values that `value` is or holds; how weights begin, which changes no step, is left out."""
+    if value is None or isinstance(value, bool | int | float | str | Enum | torch.dtype):
+        yield place, value
+    elif is_dataclass(value):
+        yield place, type(value)
+        for field in fields(value):
+            if "init" not in field.name.split("_"):
+                yield from _settings((*place, field.name), getattr(value, field.name, None))
+    elif isinstance(value, list | tuple | dict):
+        yield place, len(value)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _settings((*place, key), item)
 
 
 def _same(kind: dict[Hashable, Any], number: int, other: dict[Hashable, Any], other_number: int) -> bool:

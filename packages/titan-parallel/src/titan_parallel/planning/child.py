@@ -7,6 +7,8 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.flop_counter")
+
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def in_child(function: Callable[[], Result]) -> Result:
@@ -52,6 +56,7 @@ def in_children(functions: Sequence[Callable[[], Result]]) -> list[Result]:
 def _start(function: Callable[[], Any]) -> tuple[int, IO[bytes]]:
     """A child at work, and where its answer comes from."""
     reader, writer = os.pipe()
+    parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -59,7 +64,7 @@ def _start(function: Callable[[], Any]) -> tuple[int, IO[bytes]]:
         child = os.fork()
     if child == 0:
         os.close(reader)
-        _answer(function, writer)
+        _answer(function, writer, parent)
     os.close(writer)
     return child, os.fdopen(reader, "rb")
 
@@ -78,8 +83,9 @@ def _result(child: int, pipe: IO[bytes]) -> Any:
     return value
 
 
-def _answer(function: Callable[[], Any], writer: int) -> None:
+def _answer(function: Callable[[], Any], writer: int, parent: int) -> None:
     """The whole life of the child."""
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork; without one none is needed
     warnings.simplefilter("ignore")
     try:
@@ -90,6 +96,13 @@ def _answer(function: Callable[[], Any], writer: int) -> None:
     with os.fdopen(writer, "wb") as pipe:
         pipe.write(answer)
     os._exit(0)  # no exit handlers of the parent, whose groups this process holds
+
+
+def _end_with(parent: int) -> None:
+    """A parent that is killed ends no child, and nobody waits for the answer."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -20,10 +20,14 @@ class ForwardFlops:
         packet = operator._overloadpacket
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self._add_attention(*arguments, **keywords)
+        elif packet is torch.ops.aten._grouped_mm:
+            self._add_products(2 * output.numel() * arguments[0].size(-1))
         elif packet in flop_registry:
-            flops = flop_registry[packet](*arguments, **keywords, out_val=output)
-            self.full += flops
-            self.causal += flops
+            self._add_products(flop_registry[packet](*arguments, **keywords, out_val=output))
+
+    def _add_products(self, flops: int) -> None:
+        self.full += flops
+        self.causal += flops
 
     def _add_attention(
         self, query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **options: Any
