@@ -435,7 +435,7 @@ def test_experts_hold_and_compute_what_they_do_in_a_run(small, on_one_rank, kern
     made = planned(small, build=build, **options, **recomputed)
     kept, peak, _ = on_one_rank(held)
     stage, flops = made.stages[0], config.flops_per_token(LENGTH)
-    assert stage.activations == pytest.approx(kept, abs=512)  # counts
+    assert stage.activations == pytest.approx(kept, rel=1e-3)  # counts, and what a release of torch keeps of a loop
     given = stage.parameters + stage.optimizer + 3 * 8 * ROWS * LENGTH
     assert stage.peak - given == pytest.approx(peak, rel=1e-3)  # squares of the norm
     assert (made.flops.full_per_token, made.flops.causal_per_token) == (flops.full, flops.causal)
