@@ -62,6 +62,26 @@ def test_a_step_that_raises_leaves_nothing_behind(on_one_rank, small):
     assert on_one_rank(check) == sum(p.numel() for p in small.make_model().parameters())
 
 
+def test_a_step_that_raises_leaves_a_loop_of_ones_own_its_sums(run_ranks, small):
+    """The first of two micro-batches sums nothing over replicas; what comes after it does."""
+
+    def check(raises):
+        parallel, batch = small.put_on("hsdp2x2", small.make_model()), small.make_batch(rows=4)
+        if raises:
+            with pytest.raises(ArithmeticError, match="too large"):
+                parallel.forward_backward([batch, batch], too_large, 1)
+        rank = torch.distributed.get_rank()
+        mine = {name: tensor[rank : rank + 1] for name, tensor in batch.inputs.items()}
+        parallel.model(**mine).square().sum().backward()
+        return full_gradients(parallel.model)
+
+    def both():
+        check_same_gradients(check(raises=True), check(raises=False))
+        return True
+
+    assert run_ranks(4, both) == [True] * 4
+
+
 def too_large(head, hidden, targets):
     raise ArithmeticError("too large")
 

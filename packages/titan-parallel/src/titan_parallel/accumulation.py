@@ -70,9 +70,7 @@ class Accumulation:
     @contextmanager
     def _synchronised(self, is_last: bool) -> Iterator[None]:
         """Let the backward sum gradients over data ranks, and call the gradient hook on the sums."""
-        for unit in self._units:
-            unit.set_requires_gradient_sync(is_last or self._reduces_each, recurse=False)
-            unit.set_requires_all_reduce(is_last, recurse=False)
+        self._set_sums(each=is_last or self._reduces_each, over_replicas=is_last)
         handles = []
         if is_last and self._gradient_hook is not None and not self._units:
             hook = self._gradient_hook
@@ -82,5 +80,11 @@ class Accumulation:
         try:
             yield
         finally:
+            self._set_sums(each=True, over_replicas=True)  # as FSDP has it, for a loop of somebody's own
             for handle in handles:
                 handle.remove()
+
+    def _set_sums(self, *, each: bool, over_replicas: bool) -> None:
+        for unit in self._units:
+            unit.set_requires_gradient_sync(each, recurse=False)
+            unit.set_requires_all_reduce(over_replicas, recurse=False)
