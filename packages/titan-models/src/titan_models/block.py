@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, and stacks of it."""
+"""The pre-norm transformer block."""
 
 from __future__ import annotations
 
