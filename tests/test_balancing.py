@@ -298,7 +298,7 @@ def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
         model, batch = build_of(small(balanced_moe()))(), Rows()
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         parallel = parallelize(model, model.roles(), dims)
-        parallel.scale_own_losses(1.0)
+        model.scale_own_losses(1.0)
         model(**batch.inputs).logsumexp(-1).sum().backward()
         parallel.after_step()
         router: Any = model.layers[0].feed_forward.router
@@ -326,7 +326,7 @@ def test_losses_of_routers_weigh_the_same_in_a_loop_of_somebodys_own(run_ranks: 
         parallel.forward_backward([batch], loss, 16.0 * dims.num_data_ranks)
         expected = full_gradients(model)
         model.zero_grad()
-        parallel.scale_own_losses(1 / 16)
+        model.scale_own_losses(1 / 16)
         (cross_entropy(model(**batch.inputs), batch.targets["labels"]) / 16).backward()
         check_same_gradients(full_gradients(model), expected)
         return True

@@ -34,9 +34,10 @@ class Stack(nn.Module):
 
 class OwnLoss(nn.Module):
     scale = None
+    share = 1.0
 
     def forward(self, x, loss_sum):
-        return x if self.scale is None else AddLoss.apply(x, loss_sum * self.scale)
+        return x if self.scale is None else AddLoss.apply(x, loss_sum * self.scale * self.share)
 
 
 class AddLoss(torch.autograd.Function):

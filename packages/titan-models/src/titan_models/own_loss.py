@@ -13,22 +13,23 @@ class OwnLoss(nn.Module):
 
     Sums over tokens, so that neither the mesh nor the micro-batches change them. `scale` is what a unit of the head's
     loss sum weighs in the gradients, usually 1 / denominator; an engine sets it for each step, or `scale_own_losses`.
+    `share` is the part of the sum that this rank gives: an engine sets it where other ranks have the same tokens.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.scale: Tensor | None = None
+        self.share = 1.0
 
     def forward(self, x: Tensor, loss_sum: Tensor) -> Tensor:
-        """`x` as it is. Its backward adds the gradients of `loss_sum`, a scalar, times `scale`."""
+        """`x` as it is. Its backward adds the gradients of `loss_sum`, a scalar, times `scale` and `share`."""
         if self.scale is None:
             raise RuntimeError(
                 "Got a model with losses of its own, and nothing that says how they compare to that of the head. They "
                 "are sums over tokens, divided by the same number. Call model.scale_own_losses(1 / denominator) before "
-                "the forward; on a mesh scale_own_losses, or forward_backward, of what titan_parallel.parallelize "
-                "returned."
+                "the forward, or titan_parallel's forward_backward, which does."
             )
-        output: Tensor = _WithLoss.apply(x, loss_sum, self.scale)
+        output: Tensor = _WithLoss.apply(x, loss_sum, self.scale * self.share)
         return output
 
 

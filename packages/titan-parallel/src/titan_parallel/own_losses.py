@@ -13,10 +13,12 @@ from titan_parallel.roles import Roles
 
 
 class OwnLoss(Protocol):
-    """What a module with the role `own_loss` offers: it adds the gradients of a sum over its tokens times `scale`."""
+    """What a module with the role `own_loss` offers: gradients of a sum over its tokens, times `scale` and `share`."""
 
     scale: Tensor | None
     """What a unit of the head's loss sum weighs in the gradients, a scalar; None between steps."""
+    share: float
+    """The part of the sum that this rank gives: 1, but where others have the same tokens."""
 
 
 class OwnLosses:
@@ -27,23 +29,20 @@ class OwnLosses:
     """
 
     def __init__(self, model: nn.Module, roles: Roles, *, num_tensor: int, device_type: str) -> None:
-        names = roles.named("own_loss")
-        self._modules = [cast(OwnLoss, model.get_submodule(name)) for name in names]
-        self._parts = [1 / num_tensor if roles.region_of(name) is not None else 1.0 for name in names]
+        self._modules = []
         self._device_type = device_type
-
-    def scale_by(self, scale: float | Tensor) -> None:
-        """From now on their sums weigh `scale` in the gradients, over all ranks of the tensor axis together."""
-        if self._modules:
-            scale = torch.as_tensor(scale, dtype=torch.float64, device=self._device_type)
-            for module, part in zip(self._modules, self._parts, strict=True):
-                module.scale = scale * part
+        for name in roles.named("own_loss"):
+            module = cast(OwnLoss, model.get_submodule(name))
+            module.share = 1.0 if roles.region_of(name) is None else 1 / num_tensor
+            self._modules.append(module)
 
     @contextmanager
     def divided_by(self, denominator: float | Tensor) -> Iterator[None]:
         """Within it the backward divides their sums by `denominator`, as it does that of the head."""
         if self._modules:
-            self.scale_by(1 / torch.as_tensor(denominator, dtype=torch.float64))
+            scale = 1 / torch.as_tensor(denominator, dtype=torch.float64, device=self._device_type)
+            for module in self._modules:
+                module.scale = scale
         try:
             yield
         finally:

@@ -78,13 +78,6 @@ class ParallelModel:
             total = self._schedule.forward_backward(batches, loss, weighed)
         return self._sum_with_tallies(total)
 
-    def scale_own_losses(self, scale: float | Tensor) -> None:
-        """To call before the forward in a loop of your own, where parts of the model have losses: what loss sums weigh.
-
-        Usually 1 / what the loop divides the loss sum at the head by. `forward_backward` does it by itself.
-        """
-        self._own_losses.scale_by(scale)
-
     def after_step(self) -> dict[str, float]:
         """To call after each step of the optimizer: parts that count over a step act on what all ranks counted.
 
