@@ -250,3 +250,11 @@ def test_dtypes_are_checked_without_importing_torch(monkeypatch):
     with pytest.raises(ConfigError, match=r"must be torch.dtype or None. Write torch.bfloat16."):
         Layer.Config(param="bfloat16")
     assert ("torch" in sys.modules) == before
+
+
+def test_an_integer_that_no_float_holds_fits_a_field_that_takes_integers_too() -> None:
+    class Count(Configurable):
+        class Config(Configurable.Config):
+            either: float | int = 0
+
+    assert Count.Config(either=10**400).either == 10**400

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,7 @@ class Trainer(Configurable):
         weights: dict[str, float] = {"a": 1.0, "b-c": 2.0}
         init: Callable[[float], float] | None = None
         anything: Any = None
+        open: float = math.inf
 
     def __init__(self, config: Config):
         self.config = config
@@ -150,7 +151,8 @@ def prints(capsys):
         ("--optimizer.lr 3e-4", "optimizer.lr", 3e-4),
         ("--optimizer.lr 1", "optimizer.lr", 1.0),
         ("--optimizer.lr -1e-3", "optimizer.lr", -1e-3),
-        ("--optimizer.lr inf", "optimizer.lr", float("inf")),
+        ("--optimizer.lr 1e308", "optimizer.lr", 1e308),
+        ("--open inf", "open", float("inf")),
         ("--optimizer.betas 0.8 0.9", "optimizer.betas", (0.8, 0.9)),
         ("--training.dtype bfloat16", "training.dtype", "bfloat16"),
         ("--training.color BLUE", "training.color", Color.BLUE),
@@ -271,8 +273,18 @@ def test_components_in_lists_tuples_and_dicts():
                               "Did you mean --training.steps?"),
         ("--steps 3", "Got the flag --steps. There is none of that name. Did you mean --training.steps?"),
         ("--optimiser Muon", "Got the flag --optimiser. There is none of that name. Did you mean --optimizer?"),
-        ("--optimizer.momentum 1", "Got the flag --optimizer.momentum. There is none of that name. "
-                                   "Did you mean --pair.1.momentum?"),
+        ("--optimizer.momentum 1", "--optimizer.momentum must be a flag of the chosen component, got none "
+                                   "of that name. Muon has it: --optimizer Muon."),
+        ("--converters.0.rank 1", "--converters.0.rank must be a flag of the chosen component, got none "
+                                  "of that name. LoRA has it: --converters LoRA."),
+        ("--optimizer.lr nan", "optimizer.lr: AdamW.Config.lr must be a finite number, got nan. "
+                               "Give it a number such as 0.1."),
+        ("--optimizer.lr 1e999", "optimizer.lr: AdamW.Config.lr must be a finite number, got inf. "
+                                 "Give it a number such as 0.1."),
+        ("--optimizer.betas 0.9 inf", "optimizer.betas.1: AdamW.Config.betas.1 must be a finite number, got inf. "
+                                      "Give it a number such as 0.1."),
+        ("--training.limit nan", "training.limit: Training.limit must be a finite number, got nan. "
+                                 "Give it a number such as 0.1."),
         ("--training.steps ten", "Got 'ten' for --training.steps. It must be int. Write --training.steps INT."),
         ("--training.steps 1.5", "Got '1.5' for --training.steps. It must be int. Write --training.steps INT."),
         ("--training.steps", "Got no value for --training.steps. It must be int. Write --training.steps INT."),
@@ -299,10 +311,10 @@ def test_components_in_lists_tuples_and_dicts():
         ("--optimizer", "Got 0 values for --optimizer. It takes the name of one component. Write --optimizer NAME."),
         ("--optimizer HERE:LoRA", "Got HERE:LoRA for --optimizer. It must be Optimizer, or derive from it. "
                                   "Use one of: AdamW, Muon, Needy, Optimizer."),
-        ("--optimizer HERE:zeros", "Got the import path HERE:zeros, which is HERE:zeros. It must be a component that "
-                                   "is defined in HERE under the name zeros. Correct the path."),
-        ("--validator None --validator.steps 3", "Got the flag --validator.steps. There is none of that name. "
-                                                 "Did you mean --training.steps?"),
+        ("--optimizer HERE:zeros", "The import path HERE:zeros must be that of a component defined in HERE, got the "
+                                   "function HERE:zeros. Correct the path."),
+        ("--validator None --validator.steps 3", "--validator.steps must be a flag of the chosen component, "
+                                                 "got none of that name. Validator has it: --validator Validator."),
         ("extra", "Got 'extra' before any flag. Everything is given by a flag. Write --name extra."),
         ("--config", "Got 0 files for --config. It takes one. Write --config run.json."),
         ("--print-config x", "Got ['x'] after --print-config. It takes no value. Leave it out."),
@@ -313,9 +325,9 @@ def test_wrong_words_end_with_code_2_and_say_what_to_do(fails, words, message):
     assert fails(*words.replace("HERE", __name__).split()) == message.replace("HERE", __name__)
 
 
-def test_a_path_outside_the_allow_list_is_refused(fails):
-    assert "Got the import path os:system, which the allow-list does not hold" in fails("--optimizer", "os:system")
-    assert fails("--init", "os:system").startswith("--init: Got the import path os:system, which the allow-list")
+def test_a_path_on_the_command_line_that_is_no_component_and_no_function_of_that_module_is_refused(fails):
+    assert "The import path os:system must be" in fails("--optimizer", "os:system")
+    assert fails("--init", "os:system").startswith("--init: The import path os:system must be")
 
 
 def test_a_name_of_two_components_asks_for_the_path(fails):
@@ -371,7 +383,11 @@ def test_a_saved_run_is_the_start(tmp_path, fails):
     [
         ("{\n 1}", "run.json:2: Got text that is not JSON at column 2"),
         ('{"$type": "T:Trainer.Config", "nte": ""}', "run.json: Got the name nte. Trainer.Config has no such field."),
-        ('{"$type": "os:Trainer.Config"}', "run.json: Got the import path os:Trainer.Config, which the allow-list"),
+        (
+            '{"$type": "os:Trainer.Config"}',
+            "run.json: A class or function in a config file must be one that this program imports or that the command "
+            "line names, got os:Trainer.Config. If you trust its code, import its module in the recipe.",
+        ),
         ('{"$type": "T:Trainer.Config", "training": {"$type": "T:Training", "steps": 0}}', "training.steps: Got 0"),
     ],
 )
@@ -508,12 +524,21 @@ def big_config() -> Configurable.Config:
     return made("Big", {f"section_{i}": ("Section", section()) for i in range(11)})()
 
 
-def test_a_tree_of_231_fields_parses_in_less_than_0_4_seconds():
+def test_a_tree_of_231_fields_parses_in_calls_that_grow_with_it():
     config = big_config()
     words = [w for i in range(11) for w in (f"--section_{i}.a_field_0", "3", f"--section_{i}.b_field_3", "True")]
     import tyro  # noqa: F401  (its import is not part of parsing)
 
-    start = time.process_time()
-    result = cli(config, words)
-    assert time.process_time() - start < 0.4
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        result = cli(config, words)
+    finally:
+        sys.setprofile(None)
+    assert calls < 231 * 231, calls
     assert [getattr(result, f"section_{i}").a_field_0 for i in range(11)] == [3] * 11

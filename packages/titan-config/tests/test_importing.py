@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import titan_config.importing
 from titan_config import ConfigError, Configurable, from_dict, to_dict
+from titan_config.importing import DEFAULT_ALLOW
 
 
 class Part(Configurable):
@@ -121,7 +125,7 @@ def test_the_refusal_says_what_to_do(packages):
     ],
 )
 def test_what_is_not_what_its_path_says_is_refused(packages, data):
-    with pytest.raises(ConfigError, match=r"Got the (import path|module)"):
+    with pytest.raises(ConfigError, match=r"[Tt]he (import path|module)"):
         decode(data, "titan_")
 
 
@@ -129,12 +133,42 @@ def test_the_attack_would_work_without_the_check(packages, monkeypatch):
     monkeypatch.setattr(titan_config.importing, "_says", lambda found, path: True)
     import os
 
+    with pytest.raises(ConfigError, match="does not exist"):  # its module is not imported for a name it does not define
+        decode({"$function": "titan_x:os.system"}, "titan_")
+    decode({"$function": "titan_x:start"}, "titan_")
     assert decode({"$function": "titan_x:os.system"}, "titan_") is os.system
 
 
+def test_a_name_that_is_imported_says_where_it_is_defined(packages):
+    (packages / "pkg" / "__init__.py").write_text("from .sub import A as B, Color\nfrom pkg import sub")
+    message = r"path pkg:B must be that of .* got a name that is imported there, not defined\. Write pkg\.sub:A\.$"
+    with pytest.raises(ConfigError, match=message):
+        titan_config.importing.find_config("pkg:B", ("pkg",))
+    with pytest.raises(ConfigError, match=r"Write pkg\.sub:Color\.$"):
+        decode({"$enum": "pkg:Color", "name": "RED"}, "pkg")
+    assert "pkg" not in sys.modules
+    assert titan_config.importing.find_config("pkg.sub:A", ("pkg",)).__qualname__ == "A.Config"
+    with pytest.raises(ConfigError, match=r"got the class pkg\.sub:A\. Correct the path\.$"):
+        titan_config.importing.find_config("pkg:B", ("pkg",))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("pkg", b"class A(:\n"), ("pkg", b"\xff"), ("pkg", b"A = 1\0"), ("sub", b"class A(:\n")],
+)
+def test_a_module_that_is_no_python_is_one_sentence(packages, name, source):
+    (packages / "pkg" / f"{'__init__' if name == 'pkg' else name}.py").write_bytes(source)
+    (packages / "titan_x" / "__init__.py").write_text(f"import pkg.{name}\nclass A: pass")
+    for module in ("pkg" if name == "pkg" else f"pkg.{name}", "titan_x"):
+        if module == "titan_x" and source != b"class A(:\n":
+            continue
+        with pytest.raises(ConfigError, match=f"The module {module} must be valid Python, got "):
+            decode({"$type": f"{module}:A.Config"}, "pkg", "titan_x")
+
+
 def test_a_module_that_is_not_installed_says_so():
-    with pytest.raises(ConfigError, match=r"module titan_none, which cannot be imported: .* Install the package"):
-        from_dict({"$type": "titan_none:A.Config"})
+    with pytest.raises(ConfigError, match=r"module titan_config.none, which cannot be imported: .* Install"):
+        from_dict({"$type": "titan_config.none:A.Config"})
 
 
 def test_a_string_is_no_list():
@@ -142,11 +176,89 @@ def test_a_string_is_no_list():
         from_dict({"$type": "titan_x:A.Config"}, allow="titan_")
 
 
-def test_by_default_titan_packages_and_the_script_may_be_loaded(packages):
-    assert from_dict({"$type": "titan_x:A.Config"}).x == 1
+def test_by_default_the_seven_packages_and_the_script_may_be_loaded(packages):
+    assert decode({"$function": "titan_config.codec:encode"}, *DEFAULT_ALLOW) is titan_config.codec.encode
     with pytest.raises(ConfigError, match="does not hold"):
         from_dict(to_dict(Part.Config()))
     assert from_dict(to_dict(Part.Config()), allow=(HERE,)) == Part.Config()
+
+
+@pytest.mark.parametrize("name", ["titan_x:A.Config", "titan_x.sub:A.Config", "titan_models_x:A.Config", "titanic:A"])
+def test_a_name_that_begins_like_a_titan_package_is_not_one(packages, name):
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match="which the allow-list does not hold"):
+        from_dict({"$type": name})
+    assert set(sys.modules) - before == set()
+
+
+@pytest.mark.parametrize(
+    ("data", "allow"),
+    [
+        ({"$type": "pkg.sub:os.system"}, ("pkg",)),
+        ({"$type": "pkg.sub:nothing"}, ("pkg",)),
+        ({"$function": "pkg.sub:system"}, ("pkg.*",)),
+        ({"$function": "pkg.sub:math.sqrt"}, ("pkg.sub",)),
+        ({"$function": "titan_config.docs:ast.parse"}, DEFAULT_ALLOW),
+        ({"$type": "titan_config.__main__:A"}, DEFAULT_ALLOW),
+        ({"$type": "titan_config..docs:A"}, DEFAULT_ALLOW),
+        ({"$type": "titan_config.docs.:A"}, DEFAULT_ALLOW),
+        ({"$type": ".titan_config:A"}, DEFAULT_ALLOW),
+    ],
+)
+def test_a_module_that_does_not_define_the_name_is_not_imported(packages, monkeypatch, data, allow):
+    import_module = importlib.import_module
+    monkeypatch.delitem(sys.modules, "titan_config.docs", raising=False)
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imported {name}") or import_module(name))
+    with pytest.raises(ConfigError, match=r"[Tt]he import path"):
+        decode(data, *allow)
+
+
+SHADOWED = """
+import json, sys
+sys.path.insert(0, "")                      # as `python -m` has it
+from titan_config import ConfigError, from_dict
+for name in json.loads(sys.argv[1]):
+    try:
+        print(type(from_dict({"$type": name})))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path):
+    source = "from titan_config import Configurable\nprint('EXECUTED')\nclass A(Configurable): pass\n"
+    for file in ("titan_theirs.py", "titan_ft/__init__.py", "titan_data.py", "titan_parallel/sub.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(source)
+    names = ["titan_theirs:A.Config", "titan_ft:A.Config", "titan_data:A.Config", "titan_parallel.sub:A.Config"]
+    alone = tmp_path / "installed"  # the other packages are found in the current folder only
+    alone.mkdir()
+    (alone / "titan_config").symlink_to(Path(titan_config.__file__).parent)
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import sys; sys.path.append({str(alone)!r})" + SHADOWED,
+        json.dumps(names),
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert "titan_theirs:A.Config, which the allow-list does not hold" in lines[0]
+    for package, line in zip(("titan_ft", "titan_data", "titan_parallel"), lines[1:], strict=True):
+        assert line.startswith(f"{package} must be an installed package, got "), line
+        assert line.endswith("in the current folder. Run from another folder.")
+
+
+def test_a_package_of_the_current_folder_would_be_executed_without_the_check(tmp_path, monkeypatch):
+    (tmp_path / "titan_ft.py").write_text("from titan_config import Configurable\nclass A(Configurable): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.delitem(sys.modules, "titan_ft", raising=False)
+    with pytest.raises(ConfigError, match="must be an installed package"):
+        from_dict({"$type": "titan_ft:A.Config"})
+    monkeypatch.setattr(titan_config.importing, "DEFAULT_ALLOW", ())  # the packages that are checked
+    assert type(from_dict({"$type": "titan_ft:A.Config"})).__module__ == "titan_ft"
+    del sys.modules["titan_ft"]
 
 
 RECIPE = """

@@ -5,6 +5,7 @@ from titan_config.command_line import cli
 from titan_config.configurable import Configurable
 from titan_config.errors import ConfigError
 from titan_config.files import from_json, load, save, to_json
+from titan_config.local_path import require_local
 from titan_config.text import diff, to_text
 from titan_config.tree import replace, traverse
 
@@ -17,6 +18,7 @@ __all__ = [
     "from_json",
     "load",
     "replace",
+    "require_local",
     "save",
     "to_dict",
     "to_json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from titan_config.components import components_with
 from titan_config.errors import ConfigError, nearest
 from titan_config.flags import Flag
 
@@ -54,6 +55,13 @@ def find_flag(name: str, flags: dict[str, Flag]) -> Flag:
     if negated is not None and negated.is_switch:
         raise ConfigError(
             f"Got --{name}. A switch is turned off by its value. Write --{negated.path} False.",
+        )
+    owners = components_with(plain, flags)
+    if owners:
+        place, names = owners
+        has = f"{' and '.join(names)} have it" if len(names) > 1 else f"{names[0]} has it"
+        raise ConfigError(
+            f"--{name} must be a flag of the chosen component, got none of that name. {has}: --{place} {names[0]}."
         )
     same_name = [path for path in flags if path.rpartition(".")[2] == last]
     if same_name:

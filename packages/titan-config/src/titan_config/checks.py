@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
 from titan_config.errors import join, label
+from titan_config.local_path import plain, remote_advice, scheme_of
 from titan_config.tree import Node
 
 Check = Callable[[Any], Any]
@@ -25,6 +26,10 @@ class Mismatch(Exception):
     def __init__(self, value: Any, need: str, do: str, path: str = "") -> None:
         super().__init__(value, need, do, path)
         self.value, self.need, self.do, self.path = value, need, do, path
+
+
+class Unfit(Mismatch):
+    """A path that no field takes, whatever else it takes: it has a scheme."""
 
 
 def is_callable(annotation: Any) -> bool:
@@ -59,8 +64,13 @@ def describe(annotation: Any) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Return a value and its type on one short line."""
-    text = repr(value)
+    """Return a value and its type on one short line; a path with a scheme as it was written."""
+    if isinstance(value, os.PathLike) and scheme_of(value):
+        return plain(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = f"{value:#x}" if isinstance(value, int) else "..."
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if value is None or isinstance(value, type) else f"{text} ({label(type(value))})"
 
@@ -75,7 +85,10 @@ def compile_check(annotation: Any) -> Check:
     if origin is Literal:
         return _literal_check(annotation, args)
     if origin in (Union, types.UnionType):
-        return _union_check(annotation, [compile_check(arg) for arg in args])
+        takes_paths = any(isinstance(arg, type) and issubclass(arg, os.PathLike) for arg in args)
+        return _union_check(
+            annotation, [_path_check(_check_str) if arg is str and takes_paths else compile_check(arg) for arg in args]
+        )
     if is_callable(annotation):
         return _callable_check
     container = origin or annotation
@@ -89,7 +102,9 @@ def compile_check(annotation: Any) -> Check:
         raise TypeError(describe(annotation))
     if annotation in (bool, int, float, str):
         return {bool: _instance_check(bool), int: _check_int, float: _check_float, str: _check_str}[annotation]
-    if annotation is type(None) or issubclass(annotation, (enum.Enum, os.PathLike)) or is_dtype(annotation):
+    if issubclass(annotation, os.PathLike):
+        return _path_check(_instance_check(annotation))
+    if annotation is type(None) or issubclass(annotation, enum.Enum) or is_dtype(annotation):
         return _instance_check(annotation)
     if issubclass(annotation, Node):
         return _instance_check(annotation)
@@ -108,7 +123,10 @@ def _check_float(value: Any) -> float:
     if type(value) is float:
         return value
     if isinstance(value, (float, int)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise Mismatch(value, "float", "The largest is 1.8e308.") from None
     raise Mismatch(value, "float", _number_advice(value, float))
 
 
@@ -159,6 +177,17 @@ def _instance_advice(value: Any, kind: type) -> str:
     return f"Write {label(kind)}(...), or a config of a class derived from it."
 
 
+def _path_check(check_type: Check) -> Check:
+    def check(value: Any) -> Any:
+        path = check_type(value)
+        scheme = scheme_of(path)
+        if scheme:
+            raise Unfit(value, "a local path", remote_advice(scheme))
+        return path
+
+    return check
+
+
 def _literal_check(annotation: Any, choices: tuple[Any, ...]) -> Check:
     def check(value: Any) -> Any:
         for choice in choices:
@@ -176,6 +205,8 @@ def _union_check(annotation: Any, checks: list[Check]) -> Check:
         for member in checks:
             try:
                 result = member(value)
+            except Unfit:
+                raise
             except Mismatch as mismatch:
                 failures.append(mismatch)
                 continue

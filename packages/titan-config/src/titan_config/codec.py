@@ -24,12 +24,13 @@ from titan_config.checks import describe_value
 from titan_config.configurable import Config, check, fill_whole
 from titan_config.errors import ConfigError, join, label, nearest
 from titan_config.importing import DEFAULT_ALLOW, find_class, find_function, path_of
+from titan_config.json_text import require_shallow
 from titan_config.tree import children
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a config as plain JSON data, checked first (types and `validate` rules, over the whole tree)."""
-    check(config)
+    check(config, finite=False)
     return encode(config)
 
 
@@ -43,6 +44,7 @@ def from_dict(data: dict[str, Any], allow: Sequence[str] = DEFAULT_ALLOW) -> Any
             f"Got {describe_value(data)}. A config is an object that names its class. Give it a "
             '"$type": "package.module:Owner.Config".'
         )
+    require_shallow(data)
     return decode(data, allow)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from titan_config.checks import describe
 from titan_config.configurable import Config, check
-from titan_config.errors import ConfigError, join, label, nearest
+from titan_config.errors import ConfigError, NotAllowed, join, label, nearest
 from titan_config.files import load, read_json
 from titan_config.importing import DEFAULT_ALLOW
+from titan_config.named import import_components, paths_in, paths_of_program
 from titan_config.text import flatten
 from titan_config.tree import copied, replaced_at, traverse
+
+if TYPE_CHECKING:
+    from titan_config.arguments import Arguments
 
 C = TypeVar("C", bound=Config)
 
@@ -22,7 +26,8 @@ def cli(config: C | Callable[[], C], argv: Sequence[str] | None = None, allow: S
     """Return a copy of `config` (or of what it returns) with the flags of `argv` (the program's by default) applied.
 
     Ends the program: with code 2 and one short message where something is wrong, with 0 after --help and
-    --print-config. `allow` says what --config and the choice of a component may import, see `titan_config.importing`.
+    --print-config. What the words of the command line name by an import path may be imported. A file (--config) may use
+    that, what the program has imported, and what `allow` lists, see `titan_config.importing`.
     """
     try:
         return _run(config, list(sys.argv[1:] if argv is None else argv), allow)
@@ -41,8 +46,9 @@ def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
             f"Got a field {label(type(config))}.{taken[0]}. --{taken[0]} means something else. Rename the field."
         )
     arguments = sort_words(words)
+    allow = (*allow, *paths_in([word for _, values in arguments.settings for word in values]))
     if arguments.file is not None:
-        config = _loaded(arguments.file, type(config), allow)
+        config = _loaded(arguments, config, allow)
     start = copied(config)
     config, given = _apply(config, arguments.settings, allow, only_components=arguments.help is not None)
     if arguments.help is not None:
@@ -54,8 +60,21 @@ def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
     return config
 
 
-def _loaded(file: str, expected: type[Config], allow: Sequence[str]) -> Config:
-    config = load(file, allow)
+def _loaded(arguments: Arguments, recipe: Config, allow: Sequence[str]) -> Config:
+    from titan_config.flags import flags_of
+
+    file, expected = str(arguments.file), type(recipe)
+    import_components(arguments.settings, flags_of(recipe), allow)
+    try:
+        config = load(file, (*allow, *paths_of_program(recipe)))
+    except NotAllowed as error:
+        do = f"add --{error.path} {error.import_path}" if error.path else "import its module in the recipe"
+        raise NotAllowed(
+            "A class or function in a config file must be one that this program imports or that the command line "
+            f"names, got {error.import_path}. If you trust its code, {do}.",
+            error.path,
+            file,
+        ) from error
     if not (isinstance(config, expected) or issubclass(expected, type(config))):
         raise ConfigError(
             f"Got a {label(type(config))}. This program runs a {label(expected)}. Give it the saved config of one.",
@@ -98,11 +117,15 @@ def _with_value(config: Config, flag: Any, words: list[str], allow: Sequence[str
         raise ConfigError(error.message, f"--{flag.path}") from error
     except ValueError as error:
         spec = spec_of(flag.annotation, allow)
-        got = f"Got {' '.join(words)!r} for" if words else "Got no value for"
+        got = f"Got {_shortened(' '.join(words))!r} for" if words else "Got no value for"
         advice = f"Write --{flag.path} {spec.metavar}."
         if spec.choices and words:
             advice = nearest(words[0], spec.choices)
         raise ConfigError(f"{got} --{flag.path}. It must be {describe(flag.annotation)}. {advice}") from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_complete(config: Config) -> None:

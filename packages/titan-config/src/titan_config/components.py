@@ -27,6 +27,30 @@ def _with_subclasses(cls: type[Config]) -> Iterator[type[Config]]:
         yield from _with_subclasses(subclass)
 
 
+def components_with(path: str, flags: dict[str, Flag]) -> tuple[str, list[str]] | None:
+    """Return the flag that chooses a component with the flag `path`, and the names of those that have it."""
+    place = path
+    while "." in place:
+        place = place.rpartition(".")[0]
+        flag = flags.get(place)
+        types = (flag.component_types or flag.item_types) if flag else ()
+        if flag and types:
+            types = tuple(kind for annotated in types for kind in _related(annotated, flag.value))
+            rest = path[len(place) + 1 :].split(".")
+            field = rest[0] if flag.component_types or len(rest) == 1 else rest[1]
+            known = known_components(types)
+            names = [name for name, classes in known.items() if any(field in cls._fields for cls in classes)]
+            return (place, names[:3]) if names else None
+    return None
+
+
+def _related(annotated: type[Config], value: Any) -> list[type[Config]]:
+    """Return what stands for the annotated type: where that is any config, those with a base in common with `value`."""
+    if annotated is not Config:
+        return [annotated]
+    return [base for base in type(value).__mro__ if issubclass(base, Config) and base is not Config][-1:]
+
+
 def name_of(cls: type[Config]) -> str:
     """Return what a component is called on the command line: the name of the class its config builds."""
     return (cls._owner or cls).__name__

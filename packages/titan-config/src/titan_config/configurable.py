@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -208,8 +209,12 @@ def fill(config: Config, values: dict[str, Any]) -> list[str]:
     return missing
 
 
-def check(config: Config, path: str = "") -> None:
-    """Check names, types and the `validate` rules of a whole tree, parts first. Errors carry the path."""
+def check(config: Config, path: str = "", finite: bool = True) -> None:
+    """Check names, types and the `validate` rules of a whole tree, parts first. Errors carry the path.
+
+    With `finite`, numbers must be finite too, except in fields whose default is not, or whose `metadata` says so:
+    `dataclasses.field(default=1.0, metadata={"finite": False})`.
+    """
     for name, check_value in checks_of(type(config)).items():
         try:
             value = check_value(vars(config)[name])
@@ -220,9 +225,11 @@ def check(config: Config, path: str = "") -> None:
         if not config._frozen:
             vars(config)[name] = value
     for name, part in children(config):
-        _check_part(part, join(path, name))
+        _check_part(part, join(path, name), finite)
     try:
         config.validate()
+        if finite:
+            _check_finite(config)
     except ConfigError as error:
         error.add_parent(path)
         raise
@@ -230,9 +237,29 @@ def check(config: Config, path: str = "") -> None:
         raise ConfigError(str(error), path) from error
 
 
-def _check_part(value: Any, path: str) -> None:
+def _check_part(value: Any, path: str, finite: bool) -> None:
     if isinstance(value, Config):
-        check(value, path)
+        check(value, path, finite)
     else:
         for name, part in children(value):
-            _check_part(part, join(path, name))
+            _check_part(part, join(path, name), finite)
+
+
+def _check_finite(config: Config) -> None:
+    for name, field in config._fields.items():
+        declared = field.metadata.get("finite", True) and not _first_not_finite(field.default, name)
+        found = _first_not_finite(vars(config)[name], name) if declared else None
+        if found:
+            place, number = found
+            need = f"{label(type(config))}.{place} must be a finite number, got {number}."
+            raise ConfigError(f"{need} Give it a number such as 0.1.", place)
+
+
+def _first_not_finite(value: Any, place: str) -> tuple[str, float] | None:
+    """Return the first number in a value of a field that is not finite, and its place; configs inside are not asked."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (place, value)
+    if isinstance(value, Config):
+        return None
+    parts = (_first_not_finite(part, join(place, name)) for name, part in children(value))
+    return next((part for part in parts if part), None)

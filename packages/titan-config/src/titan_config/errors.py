@@ -30,6 +30,12 @@ class UnknownName(ConfigError, AttributeError):
     """A config was asked for, or given, a name that is none of its fields."""
 
 
+class NotAllowed(ConfigError):
+    """An `import_path` that the allow-list does not hold."""
+
+    import_path = ""
+
+
 def label(cls: type) -> str:
     """Return the qualified name of a class, without the functions that it is defined in."""
     return cls.__qualname__.rpartition("<locals>.")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from titan_config.codec import from_dict, to_dict
 from titan_config.configurable import Config
 from titan_config.errors import ConfigError
 from titan_config.importing import DEFAULT_ALLOW
+from titan_config.json_text import MAX_CHARACTERS, parse_json
+from titan_config.local_path import require_local
 
 
 def to_json(config: Config) -> str:
@@ -26,6 +29,7 @@ def from_json(text: str, allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Write a config to a JSON file, whole or not at all; folders that are missing are made."""
+    require_local(path, "A config file")
     text, path = to_json(config) + "\n", os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     partial = f"{path}.{os.getpid()}.tmp"
@@ -46,10 +50,13 @@ def load(path: str | os.PathLike[str], allow: Sequence[str] = DEFAULT_ALLOW) -> 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the JSON data in a file. Raises ConfigError with file and line."""
+    require_local(path, "A config file")
     name = os.fspath(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            return parse_json(file.read(), name)
+        with open(path, encoding="utf-8-sig", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("A config file must be a regular file, got a fifo or a device.", file=name)
+            return parse_json(file.read(MAX_CHARACTERS + 1), name)
     except OSError as error:
         raise ConfigError(
             f"Got no text from this file: {error.strerror}. A saved config is a JSON file. Give the path of one.",
@@ -62,32 +69,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def parse_json(text: str, name: str) -> Any:
-    """Return the data in JSON `text`; `name` is what an error calls it."""
-    import json
-
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        line = text[: error.pos].rpartition("\n")[2] + text[error.pos :].partition("\n")[0]
-        raise ConfigError(
-            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line.strip()[:80]!r}). A saved config "
-            "is one JSON object. Correct the line.",
-            file=f"{name}:{error.lineno}",
-        ) from error
-    except _Duplicate as error:
-        raise ConfigError(
-            f"Got the key {error} twice in one object. Each field has one value. Remove one of them.", file=name
-        ) from None
-
-
-class _Duplicate(Exception):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Duplicate(next(key for key in keys if keys.count(key) > 1))
-    return data
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a fifo that nobody writes to is opened at once."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

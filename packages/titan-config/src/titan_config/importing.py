@@ -9,17 +9,27 @@ import enum
 import sys
 import types
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from titan_config.configurable import Config, Configurable
-from titan_config.errors import ConfigError
+from titan_config.errors import ConfigError, NotAllowed
 
-DEFAULT_ALLOW: tuple[str, ...] = ("titan_", "torch.nn.init", "torch.nn.functional")
-"""What may be loaded unless a caller says otherwise. The script that runs as `__main__` may always be.
+DEFAULT_ALLOW: tuple[str, ...] = (
+    *("titan_ckpt.*", "titan_config.*", "titan_data.*", "titan_ft.*", "titan_models.*", "titan_parallel.*"),
+    *("titan_trainer.*", "torch.nn.init", "torch.nn.functional"),
+)
+"""What a file alone may name: Titan's seven packages and torch's functions, as installed.
+
+The packages of this list are never imported from the current folder. The script that runs as `__main__` may always be
+named. A caller adds entries:
 
 "pkg" allows the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (those of a
-submodule need it listed: "pkg.inits"). "family_" allows all of every package whose name begins so. "folder/recipe.py"
-allows that file, loaded by its path.
+submodule need it listed: "pkg.inits"). "pkg.*" allows the functions of submodules, too. "family_" allows all of every
+package whose name begins so: a file may then name any such module that Python finds. "folder/recipe.py" allows that
+file, loaded by its path. "pkg.losses:ZLoss" allows that one class with its config, or that one function.
+
+A module that was not imported before is imported only if its source defines the name that is asked for.
 """
 
 _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -70,24 +80,31 @@ def _find(path: str, allow: Sequence[str], allowed: bool) -> Any:
         )
     module, _, qualname = path.partition(":")
     plain = module.replace("-", "_")  # scripts and folders may have names with a dash
-    if not all(part.isidentifier() for part in [*plain.split("."), *qualname.split(".")]):
+    names = plain.split(".")
+    if not all(part.isidentifier() for part in [*names, *qualname.split(".")]) or "__main__" in names[1:]:
         raise ConfigError(
             f'Got the import path {path!r}. An import path is "module:name". Write it as "package.module:Class".'
         )
     if not allowed:
-        raise ConfigError(
+        error = NotAllowed(
             f"Got the import path {path}, which the allow-list does not hold. Only what is listed may be imported: "
             f'{", ".join(_listing(allow))}. If you trust that code, pass allow=(..., "{module}").'
         )
-    return _lookup(_import(module, allow), qualname)
+        error.import_path = path
+        raise error
+    return _lookup(_import(module, allow, qualname), qualname)
 
 
 def _matches(module: str, entry: str) -> bool:
+    if entry.endswith(".*"):
+        return f"{module}.".startswith(entry[:-1])
     return module.startswith(entry) if entry.endswith("_") else module == _module_of(entry)
 
 
 def _listed(path: str, allow: Sequence[str]) -> bool:
     module = path.partition(":")[0]
+    if path in allow or path.removesuffix(".Config") in allow:
+        return True
     return module == _script_name() or any(_matches(module, entry) for entry in allow)
 
 
@@ -97,7 +114,8 @@ def _allowed(path: str, allow: Sequence[str]) -> bool:
 
 
 def _listing(allow: Sequence[str]) -> list[str]:
-    return [f"{entry}*" if entry.endswith("_") else entry for entry in [*allow, _script_name()]]
+    modules = [entry for entry in allow if ":" not in entry]
+    return [f"{entry}*" if entry.endswith("_") else entry for entry in modules] + [_script_name()]
 
 
 def _module_of(entry: str) -> str:
@@ -112,7 +130,8 @@ def _script_name() -> str:
     return _stem(getattr(sys.modules["__main__"], "__file__", None) or "__main__")
 
 
-def _import(module: str, allow: Sequence[str]) -> types.ModuleType:
+def _import(module: str, allow: Sequence[str], qualname: str) -> types.ModuleType | None:
+    """The module, or None for one that would have to be imported and does not define the name."""
     import importlib.util
 
     if module == _script_name():
@@ -125,12 +144,82 @@ def _import(module: str, allow: Sequence[str]) -> types.ModuleType:
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
     try:
+        if module not in sys.modules:
+            _check_installed(module.partition(".")[0])
+            if not _defines(module, qualname.partition(".")[0]):
+                return None
         return importlib.import_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"The module {module} must be valid Python, got {error}.") from error
     except ImportError as error:
         raise ConfigError(
             f"Got the module {module}, which cannot be imported: {error}. Loading needs the code that the config was "
             "made with. Install the package, or run from where it can be found."
         ) from error
+
+
+def _check_installed(package: str) -> None:
+    """Raise ConfigError for a package of `DEFAULT_ALLOW` that Python would take from the current folder."""
+    import importlib.util
+    import os
+
+    defaults = {entry.partition(".")[0] for entry in DEFAULT_ALLOW}
+    spec = importlib.util.find_spec(package) if package in defaults and package not in sys.modules else None
+    if spec is None:
+        return
+    here, own = os.path.realpath(os.curdir), os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    folders = spec.submodule_search_locations or [os.path.splitext(spec.origin or "")[0]]
+    if here != own and any(os.path.dirname(os.path.realpath(folder)) == here for folder in folders):
+        raise ConfigError(
+            f"{package} must be an installed package, got {folders[0]} in the current folder. Run from another folder."
+        )
+
+
+def _defines(module: str, name: str) -> bool:
+    """Return whether the source of a module defines the name, and does not import it. True without a source to ask."""
+    import ast
+    import importlib.util
+
+    nodes = _nodes_of(importlib.util.find_spec(module))
+    return nodes is None or any(
+        (isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name)
+        for node in nodes
+    )
+
+
+def _imported_from(module: str, qualname: str) -> str | None:
+    """Return the import path from which the source of a module takes the name; None where it does not import it."""
+    import ast
+    import importlib.util
+
+    first, dot, rest = qualname.partition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+        nodes = _nodes_of(spec)
+    except (ImportError, ValueError, SyntaxError):
+        return None
+    for node in nodes or ():
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if spec is not None and (alias.asname or alias.name) == first:
+                package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+                source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                return f"{source}:{alias.name}{dot}{rest}"
+    return None
+
+
+def _nodes_of(spec: ModuleSpec | None) -> list[Any] | None:
+    """Return the syntax tree of a module's source as a list; None where there is no source. Raises SyntaxError."""
+    import ast
+    from importlib.abc import InspectLoader
+
+    if spec is None or not isinstance(spec.loader, InspectLoader):
+        return None
+    try:
+        source = spec.loader.get_source(spec.name)
+        return None if source is None else list(ast.walk(ast.parse(source)))
+    except ValueError as error:  # bytes that are no text, or are zero
+        raise SyntaxError(str(error)) from error
 
 
 def _lookup(root: Any, qualname: str) -> Any:
@@ -148,8 +237,12 @@ def _says(found: Any, path: str) -> bool:
 
 def _lie(path: str, found: Any, need: str) -> ConfigError:
     module, _, name = path.partition(":")
-    got = f"is {getattr(found, '__module__', '')}:{getattr(found, '__qualname__', type(found).__qualname__)}"
-    return ConfigError(
-        f"Got the import path {path}, which {'does not exist' if found is None else got}. It must be {need} that is "
-        f"defined in {module} under the name {name}. Correct the path."
-    )
+    must = f"The import path {path} must be that of {need} defined in {module}"
+    if found is not None:
+        kind = "class" if isinstance(found, type) else "function" if callable(found) else type(found).__qualname__
+        name = getattr(found, "__qualname__", type(found).__qualname__)
+        return ConfigError(f"{must}, got the {kind} {getattr(found, '__module__', '')}:{name}. Correct the path.")
+    home = _imported_from(module, name)
+    if home is not None:
+        return ConfigError(f"{must}, got a name that is imported there, not defined. Write {home}.")
+    return ConfigError(f"{must}, got a name that does not exist there. Correct the path.")

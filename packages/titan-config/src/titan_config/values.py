@@ -12,6 +12,7 @@ from titan_config.checks import is_callable, is_dtype
 from titan_config.codec import decode, find_dtype
 from titan_config.flags import members
 from titan_config.importing import find_function
+from titan_config.json_text import parse_strictly
 
 
 def spec_of(annotation: Any, allow: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
@@ -66,7 +67,7 @@ def _bool(text: str) -> bool:
 
 def _json(text: str, allow: Sequence[str]) -> Any:
     try:
-        return decode(json.loads(text), allow)
+        return decode(parse_strictly(text), allow)
     except json.JSONDecodeError:
         return text
 
