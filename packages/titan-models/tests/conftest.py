@@ -11,8 +11,6 @@ import pytest
 import torch
 from titan_models import Attention, Decoder, FeedForward, MultiHeadLatentAttention, Yarn
 from titan_models.moe import ClampedGating, MoE
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
@@ -86,25 +84,9 @@ def made() -> Callable[..., Decoder]:
     return _made
 
 
-class _InDouble(TorchFunctionMode):
-    """Compute in fp64 what the reference insists on computing in fp32: norms, rope, softmax."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.float:
-            function = torch.Tensor.double
-        args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-@pytest.fixture(scope="session")
-def in_double() -> type[TorchFunctionMode]:
-    """`with in_double():` what the reference insists on computing in fp32 is computed in fp64."""
-    return _InDouble
-
-
 @pytest.fixture
-def reference(tmp_path: Path) -> Callable[..., Any]:
-    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is."""
+def reference(tmp_path: Path, fp64_model: Any) -> Callable[..., Any]:
+    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is; wholly fp64 if asked for."""
     import transformers
     from safetensors.torch import save_file
 
@@ -122,9 +104,26 @@ def reference(tmp_path: Path) -> Callable[..., Any]:
         )
         assert not any(loading.values())
         assert [type(theirs).__name__] == theirs.config.architectures == adapter.hf_config()["architectures"]
+        if dtype is torch.float64:
+            theirs = fp64_model(theirs, state)
         return theirs.train()
 
     return load
+
+
+def _within_rounding(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
+    unit = torch.finfo(got.dtype).eps / 2
+    got, plain, exact = got.detach().double(), plain.detach().double(), exact.detach()
+    return bool((got - exact).norm() <= 10 * ((plain - exact).norm() + unit * exact.norm()))
+
+
+@pytest.fixture(scope="session")
+def within_rounding() -> Callable[..., bool]:
+    """`within_rounding(got, plain, exact)`: `got` is as near to fp64 as another way to compute it, ten times over.
+
+    `plain` is that other way, in the dtype of `got`; distances are 2-norms.
+    """
+    return _within_rounding
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,10 @@ def sees(mask: Mask, row: int, query: int, key: int) -> bool:
     return all(rules[type(limit)](limit) for limit in mask.limits)
 
 
+FP32 = 2e-5
+"""Of outputs below 4: scores below 4 are sums of 16 products, and outputs of 40, in units of 6e-8."""
+
+
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sinks: Tensor | None = None) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
@@ -83,7 +87,7 @@ def test_a_core_equals_naive_attention_under_every_mask(core: Any, masks: dict[s
     for name, mask in masks.items():
         output = attention(q, k, v, attention.realise(mask), 0.3)
         expected = naive(q, k, v, mask, 0.3)
-        assert (output - expected).abs().max() < 2e-6, name
+        assert (output - expected).abs().max() < FP32, name
 
 
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
@@ -96,7 +100,7 @@ def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tens
     masks = [Mask(line[:, mine], line), Mask(positions[:, mine], positions, documents[:, mine], documents)]
     for mask in masks:
         output = attention(q[:, mine], k, v, attention.realise(mask), 0.3)
-        assert (output - naive(q[:, mine], k, v, mask, 0.3)).abs().max() < 2e-6
+        assert (output - naive(q[:, mine], k, v, mask, 0.3)).abs().max() < FP32
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -105,7 +109,7 @@ def test_key_value_heads_serve_groups_of_query_heads(core: Any, num_kv_heads: in
     attention, (q, k, v) = core.build(), tensors(num_kv_heads=num_kv_heads)
     mask = masks["documents"]
     output = attention(q, k, v, attention.realise(mask), 0.25)
-    assert (output - naive(q, k, v, mask, 0.25)).abs().max() < 2e-6
+    assert (output - naive(q, k, v, mask, 0.25)).abs().max() < FP32
 
 
 def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None:

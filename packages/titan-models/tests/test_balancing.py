@@ -33,7 +33,7 @@ def stream(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int) -> None:
+def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int, fp64_model: Any, in_fp64: Any) -> None:
     groups = ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two")
     ours = router(renormalise=True, scale=2.5, groups=groups)
     theirs = DeepseekV3TopkRouter(
@@ -47,8 +47,9 @@ def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int) -> None:
             norm_topk_prob=True,
         )
     )
-    x, bias = stream(200, DIM), 0.3 * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
+    ours, theirs = ours.double(), fp64_model(theirs)
+    x, bias = stream(200, DIM).double(), 0.3 * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad(), in_fp64():
         unbiased, _ = ours(x)
         ours.balancing.bias.copy_(bias)
         theirs.weight.copy_(ours.weight)
@@ -58,7 +59,7 @@ def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int) -> None:
     (chosen, order), (their_chosen, their_order) = chosen.sort(), their_chosen.sort()
     assert torch.equal(chosen, their_chosen)
     assert not torch.equal(chosen, unbiased.sort().values)
-    torch.testing.assert_close(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-10, atol=1e-13)
 
 
 def test_the_bias_moves_against_the_load() -> None:
@@ -88,10 +89,10 @@ def test_the_bias_is_state_in_fp32_whatever_the_dtype_and_the_device() -> None:
     assert made.balancing.bias.tolist() == [0] * EXPERTS
 
 
-def test_a_bias_in_the_weights_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bias_in_the_weights_is_noticed(monkeypatch: pytest.MonkeyPatch, fp64_model: Any, in_fp64: Any) -> None:
     monkeypatch.setattr(BalancingBias, "forward", lambda self, scores: scores.add_(self.bias))  # in place
     with pytest.raises(AssertionError):
-        test_experts_chosen_by_a_bias_are_those_of_deepseek(0)
+        test_experts_chosen_by_a_bias_are_those_of_deepseek(0, fp64_model, in_fp64)
 
 
 def small(shrunk: Any, made: Any, **router: Any) -> Decoder:

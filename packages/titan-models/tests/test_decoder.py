@@ -41,27 +41,27 @@ def test_packed_documents_equal_the_documents_one_by_one(
     config = shrunk(flavor)
     for block in config.blocks():
         block.attention.core = core
-    model = made(config)
+    model = made(config, torch.float64)
     with torch.no_grad():
         logits = model(**packed)
         for row, ids in enumerate(packed["document_ids"]):
             for document in ids.unique():
                 where = ids == document
                 alone = model(packed["tokens"][row, where][None], packed["positions"][row, where][None])
-                torch.testing.assert_close(logits[row, where], alone[0], rtol=0, atol=1e-6)
+                torch.testing.assert_close(logits[row, where], alone[0], rtol=0, atol=1e-10)
 
 
 def test_documents_that_see_each_other_are_noticed(
     shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(shrunk(llama3_8b))
+    model = made(shrunk(llama3_8b), torch.float64)
     with torch.no_grad():
         logits = model(**packed)
         causal = Mask.causal
         monkeypatch.setattr(Mask, "causal", staticmethod(lambda positions, documents, limits: causal(positions)))
         difference = (model(**packed) - logits).abs().amax(-1)
     first = packed["document_ids"] == packed["document_ids"][:, :1]
-    assert difference[first].max() < 1e-6
+    assert difference[first].max() < 1e-10
     assert difference[~first].max() > 1e-4
 
 
@@ -75,9 +75,9 @@ def test_positions_shifted_in_part_of_a_document_are_noticed(shrunk: Any, made: 
 def test_sdpa_and_flex_give_the_same_logits(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
     config = shrunk(llama3_8b)
     with torch.no_grad():
-        logits = made(config)(**packed)
+        logits = made(config, torch.float64)(**packed)
         config.block.attention.core = Flex.Config(block_size=16)
-        torch.testing.assert_close(made(config)(**packed), logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(made(config, torch.float64)(**packed), logits, rtol=0, atol=1e-10)
 
 
 def test_gradients_through_flex_equal_those_through_sdpa(
@@ -135,7 +135,7 @@ def test_identical_blocks_compile_once_whatever_the_documents(
 ) -> None:
     config = shrunk(llama3_8b)
     config.block.attention.core = core
-    model = made(config)
+    model = made(config, torch.float64)
     other = packed | {"document_ids": packed["document_ids"] // 10, "positions": torch.arange(40).repeat(2, 1)}
     compiled = []
 
@@ -149,7 +149,7 @@ def test_identical_blocks_compile_once_whatever_the_documents(
         for layer in model.layers:
             layer.compile(backend=count, fullgraph=True)
         for batch, logits in zip((packed, other), expected, strict=True):
-            torch.testing.assert_close(model(**batch), logits, rtol=0, atol=1e-6)
+            torch.testing.assert_close(model(**batch), logits, rtol=0, atol=1e-10)
     assert len(compiled) == 1
 
 
@@ -324,8 +324,9 @@ def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, gpt_oss_20b])
 def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, made: Any) -> None:
     """Half of the heads each, by weights alone: the two outputs add up to the whole, as under tensor parallelism."""
-    model = made(shrunk(flavor))
-    x, positions = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0)), torch.arange(10).expand(2, 10)
+    model = made(shrunk(flavor), torch.float64)
+    x = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    positions = torch.arange(10).expand(2, 10)
     whole = model.layers[0].attention
     inputs = (x, Places(positions, *model.rope(positions, x.dtype)), whole.core.realise(Mask.causal(positions)))
     halves = []
@@ -339,7 +340,7 @@ def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, 
         if part.sinks is not None:
             part.sinks = nn.Parameter(part.sinks.chunk(2)[half])
         halves.append(part(*inputs))
-    torch.testing.assert_close(halves[0] + halves[1], whole(*inputs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(halves[0] + halves[1], whole(*inputs), rtol=0, atol=1e-10)
 
 
 def test_positions_come_with_the_batch_and_are_made_nowhere(

@@ -44,6 +44,10 @@ MODELS: dict[str, dict[str, bytes]] = {
     "old/OnlyPickles": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
     "half/Missing": {name: data for name, data in QWEN.items() if not name.endswith("2-of-00002.safetensors")},
     "shaky/Breaks": QWEN,
+    "two/Sets": QWEN | {"model.safetensors": save({"weight.1": torch.zeros(30)})},
+    "odd/Escapes": QWEN | {"model.safetensors.index.json": b'{"weight_map": {"weight.1": "../../x.safetensors"}}'},
+    "odd/Numbers": QWEN | {"model.safetensors.index.json": b'{"weight_map": {"weight.1": [1]}}'},
+    "odd/Deep": QWEN | {"model.safetensors.index.json": b"[" * 100_000},
 }
 
 
@@ -157,6 +161,10 @@ def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint
         ("a/b/c", "e", "", "Got 'a/b/c' for a model. The hub names them OWNER/MODEL"),
         ("Qwen/Qwen3-tiny", "full", "", "which is there already"),
         ("Qwen/Qwen3-tiny", "qwen", "", "which is there already"),
+        ("two/Sets", "two", "", None),
+        ("odd/Escapes", "f", "", "index.json must name files such as model-00001-of-00002.safetensors, got '../../x."),
+        ("odd/Numbers", "g", "", "index.json must be JSON whose weight_map names files, got TypeError"),
+        ("odd/Deep", "h", "", "index.json must be JSON whose weight_map names files, got RecursionError"),
         ("shaky/Breaks", "shaky", "", "Got no answer from the hub about shaky/Breaks, or not all of it"),
         ("shaky/Breaks", "shaky", "", None),
     ]
@@ -168,12 +176,25 @@ def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint
     for folder in (tmp_path / "qwen", tmp_path / "gated", tmp_path / "shaky"):
         found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert found == {name: data for name, data in QWEN.items() if name not in unwanted}
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.safetensors*")) == ["model.safetensors"]
     assert not any((tmp_path / folder).exists() for folder in "ace")
 
 
 def test_without_a_network_it_says_so(tmp_path: Path) -> None:
     ((code, error),) = download("http://127.0.0.1:9", tmp_path, ("Qwen/Qwen3-tiny", "qwen", ""))
     assert (code, "Got no answer from the hub about Qwen/Qwen3-tiny" in error) == (1, True)
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/qwen", "gs://b", "hf://Qwen/x", "file:///tmp/x", "S3:/bucket"])
+def test_a_remote_folder_is_refused_and_nothing_is_made(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from titan_models.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["download", "Qwen/Qwen3-tiny", "--to", folder]) == 1
+    assert "The folder to download to must be a local path, got " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_its_extra_the_command_says_what_to_install(

@@ -61,37 +61,56 @@ def as_released(state: dict[str, Tensor], files: Collection[str]) -> dict[str, T
     return released
 
 
-@pytest.mark.parametrize(
-    ("dtype", "seed", "atol", "relative"),
-    [(torch.float32, 1, 1e-5, 1e-5), (torch.float64, 1, 1e-9, 1e-10), (torch.float64, 2, 1e-9, 1e-10)],
-)
+def of_ours(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and gradients by the names of the files."""
+    logits, gradients = logits_and_gradients(model, model(**batch), batch["tokens"])
+    return logits, model.config.hf_adapter().to_hf(gradients)
+
+
+def of_theirs(model: nn.Module, batch: dict[str, Tensor], context: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    with context:
+        logits = model(batch["tokens"]).logits
+    return logits_and_gradients(model, logits, batch["tokens"])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_logits_and_gradients_are_equal(
-    flavor: Any,
-    dtype: torch.dtype,
-    seed: int,
-    atol: float,
-    relative: float,
-    shrunk: Any,
-    made: Any,
-    reference: Any,
-    batch: dict[str, Tensor],
-    in_double: Any,
+    flavor: Any, seed: int, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], in_fp64: Any
 ) -> None:
-    model = made(shrunk(flavor), dtype, seed)
-    theirs = reference(model, dtype)
-    with in_double() if dtype is torch.float64 else nullcontext():
-        their_logits = theirs(batch["tokens"]).logits
-    logits, own_gradients = logits_and_gradients(model, model(**batch), batch["tokens"])
-    expected_logits, expected = logits_and_gradients(theirs, their_logits, batch["tokens"])
-    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=atol)
-    gradients = model.config.hf_adapter().to_hf(own_gradients)
+    model = made(shrunk(flavor), torch.float64, seed)
+    expected_logits, expected = of_theirs(reference(model, torch.float64), batch, in_fp64())
+    logits, gradients = of_ours(model, batch)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-9)
     expected = as_released(expected, gradients.keys())
     assert gradients.keys() == expected.keys()
     norm_of_all = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in gradients.items():
         error = (gradient - expected[name]).norm()
-        assert error <= relative * expected[name].norm() + 1e-3 * relative * norm_of_all, name
+        assert error <= 1e-10 * expected[name].norm() + 1e-13 * norm_of_all, name
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
+    flavor: Any,
+    shrunk: Any,
+    made: Any,
+    reference: Any,
+    fp64_model: Any,
+    batch: dict[str, Tensor],
+    in_fp64: Any,
+    within_rounding: Any,
+) -> None:
+    model = made(shrunk(flavor))
+    theirs = reference(model)
+    plain_logits, plain = of_theirs(theirs, batch, nullcontext())
+    theirs.zero_grad()
+    exact_logits, exact = of_theirs(fp64_model(theirs), batch, in_fp64())
+    logits, gradients = of_ours(model, batch)
+    plain, exact = as_released(plain, gradients.keys()), as_released(exact, gradients.keys())
+    assert within_rounding(logits, plain_logits, exact_logits)
+    assert gradients.keys() == exact.keys()
+    assert [name for name, found in gradients.items() if not within_rounding(found, plain[name], exact[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -139,13 +158,13 @@ def test_a_model_without_a_part_is_noticed(
     made: Any,
     reference: Any,
     batch: dict[str, Tensor],
-    in_double: Any,
+    in_fp64: Any,
 ) -> None:
     """The reference is loaded with what our model then lacks, or has another value of."""
     config = shrunk(flavor)
     model = made(config, torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), in_double():
+    with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
     without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
     without |= {"limits": [], "weighted": "output", "rotation": "halves"}
@@ -167,13 +186,13 @@ def test_logits_equal_without_scaling_and_with_other_theta(
     made: Any,
     reference: Any,
     batch: dict[str, Tensor],
-    in_double: Any,
+    in_fp64: Any,
 ) -> None:
     config = shrunk(flavor)
     config.rope = Rope.Config(dim=8, theta=20_000.0)
     model = made(config, torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), in_double():
+    with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
 
@@ -185,12 +204,12 @@ def test_logits_equal_far_from_the_start(
     made: Any,
     reference: Any,
     batch: dict[str, Tensor],
-    in_double: Any,
+    in_fp64: Any,
 ) -> None:
     model = made(shrunk(flavor), torch.float64)
     batch["positions"] = batch["positions"] + 900
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), in_double():
+    with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"], position_ids=batch["positions"]).logits
     torch.testing.assert_close(model(**batch), theirs, rtol=0, atol=1e-9)
 
@@ -202,7 +221,7 @@ def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
     made: Any,
     reference: Any,
     packed: dict[str, Tensor],
-    in_double: Any,
+    in_fp64: Any,
 ) -> None:
     model = made(shrunk(flavor), torch.float64)
     their_model = reference(model, torch.float64)
@@ -210,7 +229,7 @@ def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
         logits = model(**packed)
         for row, ids in enumerate(packed["document_ids"]):
             for where in (ids == document for document in ids.unique()):
-                with in_double():
+                with in_fp64():
                     alone = their_model(packed["tokens"][row, where][None]).logits[0]
                 torch.testing.assert_close(logits[row, where], alone, rtol=0, atol=1e-9)
 
@@ -221,12 +240,12 @@ def test_positions_shifted_for_keys_alone_are_noticed(
     reference: Any,
     batch: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
-    in_double: Any,
+    in_fp64: Any,
 ) -> None:
     """Rope is relative: shifting queries and keys changes nothing, shifting one of them must."""
     model = made(shrunk(llama3_8b), torch.float64)
     their_model = reference(model, torch.float64)
-    with torch.no_grad(), in_double():
+    with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
     forward = Rope.forward
     monkeypatch.setattr(Rope, "forward", lambda self, positions, dtype: forward(self, positions + 1, dtype))
@@ -251,7 +270,9 @@ def test_a_swapped_rotation_is_noticed(
 
 
 @pytest.mark.parametrize("flavor", TIED_AND_NOT)
-def test_weights_come_in_from_transformers(flavor: Any, shrunk: Any, batch: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_come_in_from_transformers(
+    flavor: Any, shrunk: Any, batch: dict[str, Tensor], tmp_path: Path, fp64_model: Any, in_fp64: Any
+) -> None:
     """From the files that transformers writes."""
     from safetensors.torch import load_file
 
@@ -259,13 +280,14 @@ def test_weights_come_in_from_transformers(flavor: Any, shrunk: Any, batch: dict
     adapter = config.hf_adapter()
     hf_config = adapter.hf_config()
     theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config)
+        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config), experts_implementation="eager"
     )
     theirs.save_pretrained(tmp_path)
     model = config.build()
     model.load_state_dict(adapter.from_hf(load_file(tmp_path / "model.safetensors")))
-    with torch.no_grad():
-        torch.testing.assert_close(model(**batch), theirs(batch["tokens"]).logits, rtol=0, atol=1e-5)
+    model, theirs = model.double(), fp64_model(theirs)
+    with torch.no_grad(), in_fp64():
+        torch.testing.assert_close(model(**batch), theirs(batch["tokens"]).logits, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)

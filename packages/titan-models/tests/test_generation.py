@@ -51,6 +51,19 @@ def model(shrunk: Any, made: Any) -> Decoder:
     return lively(made(shrunk(llama3_8b), torch.float64))
 
 
+def test_generating_leaves_each_module_in_its_own_mode_also_after_an_error(model):
+    model.train()
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    generate(model, [PROMPT], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+    model.head.weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, [PROMPT], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+    assert set(before) == {True, False}
+
+
 CORES = [(flavor, Sdpa.Config()) for flavor in FAMILIES]
 CORES += [pytest.param(llama4_scout, Flex.Config(block_size=16), marks=pytest.mark.full)]
 CORES += [(llama3_1b, Flex.Config(block_size=16))]

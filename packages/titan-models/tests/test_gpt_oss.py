@@ -42,7 +42,9 @@ def test_weights_go_there_and_back(shrunk: Any, made: Any) -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_reading(shrunk: Any, made: Any) -> None:
+def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_reading(
+    shrunk: Any, made: Any, fp64_model: Any, in_fp64: Any
+) -> None:
     config = shrunk(gpt_oss_20b)
     config.dim = 64
     for block in (config.block, *config.exceptions.values()):
@@ -60,13 +62,15 @@ def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_r
     model = config.build()
     model.load_state_dict(adapter.from_hf(released))
     hf_config = adapter.hf_config()
-    theirs = transformers.GptOssForCausalLM(transformers.GptOssConfig(**hf_config))
-    theirs.set_attn_implementation("eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.GptOssConfig(**hf_config), attn_implementation="eager", experts_implementation="eager"
+    )
     theirs.load_state_dict(widened)
     tokens = torch.randint(97, (2, 40), generator=generator)
-    with torch.no_grad():
+    model, theirs = model.double(), fp64_model(theirs)
+    with torch.no_grad(), in_fp64():
         logits = model(tokens, torch.arange(40).expand(2, 40))
-        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-9)
 
 
 def test_in_bf16_our_router_chooses_as_in_fp32_and_that_of_transformers_does_not(shrunk: Any, made: Any) -> None:

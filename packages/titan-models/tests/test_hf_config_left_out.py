@@ -99,6 +99,11 @@ def test_settings_that_follow_from_others_are_those_of_transformers(flavor: Any,
         {"rope_parameters": {**YARN, "rope_theta": 7e4}, "original_max_position_embeddings": 128},
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 256},
         {"rope_parameters": {**YARN, "truncate": None}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {}},
+        {"rope_parameters": {}, "rope_scaling": {}, "rope_theta": 2e4},
+        {"rope_scaling": {**YARN, "beta_fast": None, "mscale": None, "attention_factor": None}},
+        {"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}},
     ],
 )
 def test_ropes_are_read_as_transformers_reads_them(rope: dict[str, Any], adapter: Any) -> None:
@@ -109,6 +114,23 @@ def test_ropes_are_read_as_transformers_reads_them(rope: dict[str, Any], adapter
         judge["truncate"] = False  # not None to transformers' `if truncate`
     usual = {"beta_fast": 32.0, "beta_slow": 1.0}
     assert usual | read_rope(stated, adapter._left_out) == usual | judge
+
+
+def test_other_names_for_what_the_model_has_are_taken(adapter: Any) -> None:
+    """Judged by transformers: `swish` is the function `silu` there, and these settings change no layer."""
+    activations = pytest.importorskip("transformers.activations", reason="the judge of this test")
+    x = torch.linspace(-9, 9, 1001)
+    assert torch.equal(activations.ACT2FN["swish"](x), activations.ACT2FN["silu"](x))
+    own = adapter.hf_config()
+    said_otherwise = {
+        **{"hidden_act": "swish", "quantization_config": {}, "torch_dtype": "bfloat16", "rope_scaling": {}},
+        **{"_name_or_path": "x", "id2label": {"0": "a"}, "pretraining_tp": 1, "auto_map": {}, "dtype": "float16"},
+    }
+    check_config({**own, **said_otherwise}, own, adapter._left_out)
+    check_config({**own, "quantization_config": None, "rope_scaling": None}, own, adapter._left_out)
+    for name in ("gelu", "silu_and_mul", None):
+        with pytest.raises(ValueError, match=f"hidden_act {name!r} instead of 'silu'"):
+            check_config({**own, "hidden_act": name}, own, adapter._left_out)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +145,9 @@ def test_ropes_are_read_as_transformers_reads_them(rope: dict[str, Any], adapter
         (llama3_debug, {"quantization_config": ["fp8"]}, "quantization_config is .*. It is an object"),
         (llama3_debug, {"quantization_config": {"quant_method": ["fp8"]}}, "quantised by"),
         (llama3_debug, {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size"),
-        (llama3_debug, {"hidden_size": "wide", "head_dim": None}, "hidden_size is 'wide'. It is a whole number"),
+        (llama3_debug, {"hidden_size": "wide", "head_dim": None}, "hidden_size of .* whole number .* got 'wide'"),
+        (gpt_oss_debug, {"num_hidden_layers": 10**4000, "layer_types": None}, "got one of 13288 bits"),
+        (llama3_debug, {"model_type": ["llama"]}, r"model_type \['llama'\]"),
         (llama4_debug, {"text_config": [1]}, "text_config is .*. It is an object"),
         (deepseek_v3_debug, {"norm_topk_prob": None}, "norm_topk_prob None instead of True"),
         (deepseek_v3_debug, {"rope_interleave": None}, "rope_interleave None instead of True"),

@@ -18,9 +18,11 @@ def theirs_like(model: Llama4, **changes: Any) -> Any:
     adapter = model.config.hf_adapter()
     hf_config = {**adapter.hf_config(), **changes}
     theirs = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config), attn_implementation="eager"
+        transformers.AutoConfig.for_model(hf_config.pop("model_type"), **hf_config),
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
-    theirs.load_state_dict(adapter.to_hf(model.state_dict()))
+    theirs.double().load_state_dict(adapter.to_hf(model.state_dict()))
     return theirs
 
 
@@ -85,7 +87,7 @@ def test_models_that_transformers_cannot_have_are_refused(shrunk: Any) -> None:
 
 
 @pytest.mark.parametrize("flavor", [llama4_debug, llama4_maverick])
-def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, made: Any) -> None:
+def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, made: Any, in_fp64: Any) -> None:
     """Rotating blocks that see everything, still ones in chunks, several experts for each token, no temperature."""
     config = shrunk(flavor)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -94,28 +96,30 @@ def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, m
         if isinstance(block.feed_forward, type(config.exceptions["1::4"].feed_forward)):
             block.feed_forward.router.top_k = 3
     config.exceptions["3::4"].attention.limits, config.block.attention.limits = config.block.attention.limits, []
-    model = made(config)
-    with torch.no_grad():
+    model = made(config, torch.float64)
+    with torch.no_grad(), in_fp64():
         logits = model(tokens, torch.arange(50).expand(2, 50))
-        torch.testing.assert_close(logits, theirs_like(model)(tokens).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, theirs_like(model)(tokens).logits, rtol=0, atol=1e-9)
 
 
-def test_positions_count_where_transformers_counts_places(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+def test_positions_count_where_transformers_counts_places(
+    shrunk: Any, made: Any, packed: dict[str, Tensor], in_fp64: Any
+) -> None:
     """In rows of several documents, and far from the start, transformers takes the temperature of a place in the row.
 
     Here it goes by the position in a document, as rotation and chunks do: a document is the same wherever it stands.
     """
-    model = made(shrunk(llama4_debug))
+    model = made(shrunk(llama4_debug), torch.float64)
     row = {name: tensor[:1] for name, tensor in packed.items()}  # transformers takes no more
 
     def difference(theirs: Any) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), in_fp64():
             expected = theirs(row["tokens"], position_ids=row["positions"], use_cache=False).logits
             return (model(**row) - expected)[0].abs().amax(-1)
 
     first = row["document_ids"][0] == row["document_ids"][0, 0]
     found = difference(theirs_like(model))
-    assert found[first].max() < 1e-6
+    assert found[first].max() < 1e-9
     assert found[~first].max() > 1e-5
     model.layers[3].attention.temperature = None
-    assert difference(theirs_like(model, attn_temperature_tuning=False)).max() < 1e-6
+    assert difference(theirs_like(model, attn_temperature_tuning=False)).max() < 1e-9

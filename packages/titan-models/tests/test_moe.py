@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -120,17 +121,20 @@ ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_availab
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("counts", [[5, 0, 7, 1, 0, 3, 20, 4], [0] * 7 + [40], [40] + [0] * 7, [5] * 8, [0] * 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype, device: str) -> None:
+def test_grouped_products_are_those_of_the_loop_but_for_rounding(
+    counts: list[int], dtype: torch.dtype, device: str, within_rounding: Any
+) -> None:
     """Forward and backward, with experts without tokens and rows that belong to nobody."""
     experts = made(SwiGLUExperts.Config(hidden_dim=HIDDEN), dtype, num_experts=EXPERTS, top_k=3).to(device)
-    x, weight = stream(dtype, 43, DIM).to(device).requires_grad_(), experts.gate_proj.weight
     results = []
-    for kernel in (GroupedMM.Config().build(), Loop.Config().build()):
-        output = kernel(x, weight, torch.tensor(counts, device=device))[: sum(counts)]
-        x_gradient, weight_gradient = torch.autograd.grad(output.float().square().sum(), [x, weight])
+    for kernel, wide in ((GroupedMM, dtype), (Loop, dtype), (Loop, torch.float64)):
+        x, weight = (each.detach().to(device, wide) for each in (stream(dtype, 43, DIM), experts.gate_proj.weight))
+        output = kernel.Config().build()(x.requires_grad_(), weight.requires_grad_(), torch.tensor(counts).to(device))
+        output = output[: sum(counts)]
+        total = output.to(torch.promote_types(wide, torch.float32)).square().sum()
+        x_gradient, weight_gradient = torch.autograd.grad(total, [x, weight])
         results.append((output, x_gradient[: sum(counts)], weight_gradient))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=1e-4)
+    assert all(within_rounding(*each) for each in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 32), (torch.float32, 33), (torch.bfloat16, 36)])
@@ -142,7 +146,9 @@ def test_operands_that_the_grouped_kernel_does_not_take_go_through_the_loop(dtyp
 
 @pytest.mark.parametrize("options", [{}, LIKE_GPT_OSS], ids=["plain", "clamped, biases"])
 @pytest.mark.parametrize("kernel", [GroupedMM.Config(), Loop.Config()], ids=["grouped", "loop"])
-def test_rows_of_nobody_reach_no_result_and_no_gradient(kernel: Any, options: dict[str, Any]) -> None:
+def test_rows_of_nobody_reach_no_result_and_no_gradient(
+    kernel: Any, options: dict[str, Any], within_rounding: Any
+) -> None:
     """Whatever is in them: NaN in the input, NaN in the gradient that comes back."""
     config = SwiGLUExperts.Config(hidden_dim=HIDDEN, kernel=kernel, **options)
     experts = made(config, torch.float32, num_experts=4, top_k=1)
@@ -151,16 +157,20 @@ def test_rows_of_nobody_reach_no_result_and_no_gradient(kernel: Any, options: di
     clean = x[:num_owned].clone().requires_grad_()
     expected = experts(clean, counts)
     expected_gradients = gradients(experts, clean, expected)
+    config.kernel = Loop.Config()
+    exact, of_exact = made(config, torch.float64, num_experts=4, top_k=1), clean.detach().double().requires_grad_()
+    exact_output = exact(of_exact, counts)
+    exact_gradients = gradients(exact, of_exact, exact_output)
     x[num_owned:] = torch.nan
     x.requires_grad_()
     output = experts(x, counts)
     assert torch.equal(output[num_owned:], torch.zeros(5, DIM))
-    torch.testing.assert_close(output[:num_owned], expected)
+    assert within_rounding(output[:num_owned], expected, exact_output)
     incoming = torch.cat([2 * expected.detach(), torch.full((5, DIM), torch.nan)])
     found = torch.autograd.grad(output, [x, *experts.parameters()], incoming)
     assert torch.equal(found[0][num_owned:], torch.zeros(5, DIM))
-    for one, other in zip((found[0][:num_owned], *found[1:]), expected_gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for each in zip((found[0][:num_owned], *found[1:]), expected_gradients, exact_gradients, strict=True):
+        assert within_rounding(*each)
 
 
 def test_experts_that_get_the_wrong_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +233,10 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("family", ROUTERS)
-def test_choices_and_weights_are_those_of_transformers(family: str) -> None:
+def test_choices_and_weights_are_those_of_transformers(family: str, fp64_model: Any, in_fp64: Any) -> None:
     config, make = ROUTERS[family]
-    router, theirs, x = made(moe(**config).router, torch.float32), make(), stream(torch.float32, 200, DIM)
-    with torch.no_grad():
+    router, theirs, x = made(moe(**config).router), fp64_model(make()), stream(torch.float64, 200, DIM)
+    with torch.no_grad(), in_fp64():
         theirs.weight.copy_(router.weight)
         if router.bias is not None:
             theirs.bias.copy_(router.bias)
@@ -234,7 +244,7 @@ def test_choices_and_weights_are_those_of_transformers(family: str) -> None:
         _, their_weights, their_chosen = theirs(x)
     (chosen, order), (their_chosen, their_order) = chosen.sort(), their_chosen.sort()
     assert torch.equal(chosen, their_chosen)
-    torch.testing.assert_close(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights.gather(1, order), their_weights.gather(1, their_order), rtol=1e-10, atol=1e-13)
 
 
 class Everywhere(Router):
@@ -301,12 +311,14 @@ def test_mixtures_that_cannot_be_built_say_why() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_mixture_gives_the_same_in_one_graph(dtype: torch.dtype, backend: str) -> None:
+def test_a_compiled_mixture_gives_the_same_in_one_graph(dtype: torch.dtype, backend: str, within_rounding: Any) -> None:
     layer, x = made(moe(), dtype), stream(dtype)
     torch.compiler.reset()
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     x.requires_grad_()
-    output, expected = compiled(x), layer(x)
-    torch.testing.assert_close(output, expected)
-    for one, other in zip(gradients(layer, x, output), gradients(layer, x, expected), strict=True):
-        torch.testing.assert_close(one, other)
+    exact, of_exact = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    output, expected, exact_output = compiled(x), layer(x), exact(of_exact)
+    assert within_rounding(output, expected, exact_output)
+    found = (gradients(layer, x, each) for each in (output, expected))
+    for each in zip(*found, gradients(exact, of_exact, exact_output), strict=True):
+        assert within_rounding(*each)

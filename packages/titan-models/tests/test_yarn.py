@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 GPT_OSS: dict[str, Any] = {"factor": 32.0, "truncate": False}
 DEEPSEEK_V3: dict[str, Any] = {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 DEEPSEEK_V2_LITE: dict[str, Any] = {"factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707}
+KIMI_K2: dict[str, Any] = {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,15 @@ DEEPSEEK_V2_LITE: dict[str, Any] = {"factor": 40.0, "mscale": 0.707, "mscale_all
         (8, 1e4, {"factor": 8.0, "original_max_seq_len": 4}),  # no pair turns once: a step in front of the first
         (8, 20.0, {"factor": 8.0, "original_max_seq_len": 10**9}),  # all turn often: the ramp ends behind the last
         (16, 1e4, {"factor": 1.0}),
+        (64, 50_000.0, KIMI_K2 | {"factor": 32.0}),
+        (64, 50_000.0, KIMI_K2 | {"factor": 64.0}),
+        (64, 50_000.0, KIMI_K2 | {"factor": 64.0, "truncate": False}),
+        (64, 10_000.0, {"factor": 4.0, "beta_fast": 2.0, "beta_slow": 2.0}),
+        (
+            6,
+            2.0**3,
+            {"factor": 4.0, "beta_fast": 1.0, "truncate": False, "original_max_seq_len": 25},
+        ),  # a step on a pair
     ],
 )
 def test_frequencies_and_factor_are_those_of_transformers(dim: int, theta: float, fields: dict[str, Any]) -> None:
@@ -61,8 +71,9 @@ def test_the_softmax_factor_is_deepseeks() -> None:
     ("field", "value", "message"),
     [
         ("factor", 0.5, "factor 0.5"),
-        ("beta_fast", 1.0, "beta_slow 1.0 and beta_fast 1.0"),
-        ("beta_slow", 0.0, "beta_slow 0.0 and beta_fast 32.0"),
+        ("beta_fast", 0.5, r"at most beta_fast \(0.5\), got 1.0"),
+        ("beta_slow", 0.0, r"beta_slow must be above 0 and at most beta_fast \(32.0\), got 0.0"),
+        ("beta_slow", float("nan"), "got nan"),
         ("original_max_seq_len", 0, "original_max_seq_len 0"),
         ("mscale", 0.0, "mscale 0.0"),
         ("mscale_all_dim", -1.0, "mscale_all_dim -1.0"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from titan_models.decoder import Decoder
 from titan_models.kv_cache import KVCache
+from titan_models.modes import in_eval_mode
 
 _PADDING = 1
 """The document of what stands before shorter prompts; prompts are document 0."""
@@ -30,7 +30,7 @@ def generate(
 
     A `temperature` divides the logits before a token is drawn (None: the likeliest is taken), among the likeliest whose
     probabilities add up to `top_p`. The same `seed` draws the same. Prompts may have different lengths: each is
-    continued as it would be alone. The model is in eval mode meanwhile.
+    continued as it would be alone. The model is in eval mode meanwhile; each module's own mode is restored.
 
     Raises ValueError for what cannot be continued so.
     """
@@ -44,7 +44,7 @@ def generate(
     stops = torch.tensor([*stop], dtype=torch.int64, device=device)
     chosen = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for _ in range(max_new_tokens):
             logits = cache.extend(tokens, positions, documents)[:, -1]
             tokens = _choose(logits, temperature, top_p, generator).unsqueeze(1)
@@ -86,16 +86,6 @@ def _choose(logits_BV: Tensor, temperature: float | None, top_p: float, generato
 def _up_to(stop: Collection[int], tokens: list[int]) -> list[int]:
     ends = [place + 1 for place, token in enumerate(tokens) if token in stop]
     return tokens[: ends[0]] if ends else tokens
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _device_of(model: nn.Module) -> torch.device:

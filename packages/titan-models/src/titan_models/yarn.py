@@ -15,8 +15,9 @@ class Yarn(RopeScaling):
     """Slow frequencies are divided by `factor`, fast ones stay, and attention gets sharper (Peng et al., 2023).
 
     Between the pairs of features that turn `beta_fast` and `beta_slow` times in the original length, frequencies go
-    over linearly in the number of the pair. How much sharper, `m(mscale) = 0.1 mscale ln(factor) + 1` says: rotated
-    features are multiplied by `attention_factor()`, and DeepSeek's attention its softmax scale by `softmax_factor()`.
+    over linearly in the number of the pair; where both are equal, there is a step. How much sharper, `m(mscale) = 0.1
+    mscale ln(factor) + 1` says: rotated features are multiplied by `attention_factor()`, and DeepSeek's attention its
+    softmax scale by `softmax_factor()`.
     """
 
     class Config(RopeScaling.Config):
@@ -47,10 +48,10 @@ class Yarn(RopeScaling):
         def validate(self) -> None:
             if not self.factor >= 1:  # nan is not
                 raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
-            if not 0 < self.beta_slow < self.beta_fast:
+            if not 0 < self.beta_slow <= self.beta_fast:
                 raise ValueError(
-                    f"Got beta_slow {self.beta_slow} and beta_fast {self.beta_fast}. The frequencies between them are "
-                    "blended. Set them to 0 < slow < fast, such as 1 and 32."
+                    f"beta_slow must be above 0 and at most beta_fast ({self.beta_fast}), got {self.beta_slow}. Most "
+                    "models have 1 and 32, Kimi K2 has 1 and 1."
                 )
             if self.original_max_seq_len < 1:
                 raise ValueError(
@@ -71,9 +72,10 @@ class Yarn(RopeScaling):
         if c.truncate:
             first_slower, last_faster = math.floor(first_slower), math.ceil(last_faster)
         first_slower, last_faster = max(first_slower, 0), min(last_faster, 2 * len(exponents) - 1)
-        width = last_faster - first_slower or 0.001  # a step, where both are the same pair
+        if first_slower == last_faster:  # a step, as transformers computes it
+            last_faster += 0.001
         pairs = torch.arange(len(exponents), dtype=exponents.dtype, device=exponents.device)
-        fast = 1 - ((pairs - first_slower) / width).clamp(0, 1)
+        fast = 1 - ((pairs - first_slower) / (last_faster - first_slower)).clamp(0, 1)
         periods = theta**exponents
         return 1.0 / (c.factor * periods) * (1 - fast) + 1.0 / periods * fast
 

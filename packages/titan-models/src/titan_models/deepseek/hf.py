@@ -49,8 +49,6 @@ _V3_LEFT_OUT = {
     **{**LEFT_OUT, **heads_left_out(128, 128), "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
     **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
 }
-_SPECIAL_IDS = {102_400: (100_000, 100_001), 129_280: (0, 1)}
-"""By the size of the vocabulary, where its sentences begin and end."""
 
 
 def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
@@ -66,14 +64,11 @@ def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
         )
     attention = same_in_all("attention", [_attention_fields(block.attention) for block in config.blocks()])
     moe = same_in_all("mixtures of experts", [_moe_fields(part) for part in moes])
-    bos, eos = _SPECIAL_IDS.get(config.vocab_size, (None, None))
     hf_config = {
         **attention,
         **moe,
         "first_k_dense_replace": num_dense,
         "intermediate_size": dense_hidden_dim(feed_forwards[:num_dense]) if num_dense else moe["moe_intermediate_size"],
-        "bos_token_id": bos,
-        "eos_token_id": eos,
     }
     rules = _ATTENTION_RULES | (_Q_RULES if attention["q_lora_rank"] is None else _LOW_RANK_Q_RULES)
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})

@@ -53,13 +53,11 @@ _LEFT_OUT = {
         **{"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
     },
 }
-_GPT_OSS_VOCABULARY = 201_088  # in which <|endoftext|> is 199999 and <|return|> 200002
 
 
 def hf_adapter(config: GptOss.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `GptOssForCausalLM` cannot be."""
     blocks = config.blocks()
-    known = config.vocab_size == _GPT_OSS_VOCABULARY
     hf_config = {
         **grouped_query_fields(config),
         **_window_fields([block.attention for block in blocks]),
@@ -67,8 +65,6 @@ def hf_adapter(config: GptOss.Config) -> HfAdapter:
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "attention_bias": True,
-        "pad_token_id": 199_999 if known else None,
-        "eos_token_id": 200_002 if known else None,
     }
     return decoder_adapter(config, hf_config, rules=_ATTENTION_RULES | _MOE_RULES, left_out=_LEFT_OUT)
 

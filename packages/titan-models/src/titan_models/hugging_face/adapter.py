@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_models.hugging_face.checks import check_dtypes, check_same, check_shapes
+from titan_models.hugging_face.checks import check_dtypes, check_floats, check_same, check_shapes
 from titan_models.hugging_face.config_check import block_sizes, check_config
 from titan_models.hugging_face.config_reading import LeftOut, mapping_in
 from titan_models.hugging_face.fp8 import Fp8Blocks
@@ -20,6 +20,9 @@ from titan_models.hugging_face.rules import Rules, pieces_of
 from titan_models.hugging_face.sources import sources_in
 from titan_models.moe.router_losses import RouterLoss
 from titan_models.weights import init_weights
+
+_ROTARY_BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
+"""What old files hold besides weights; transformers computes it from the config."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ class HfAdapter:
     `inside` says how a larger model's checkpoint holds this one. `config` is the whole `config.json`, but for its
     dtype; `left_out` what transformers takes for settings that somebody else's leaves out.
 
-    Parameters share one floating dtype; buffers have theirs. A checkpoint may hold weights quantised, as FP8 blocks
-    (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and `NAME_scales`): they come in as fp32. What losses of
-    routers remember is no weight: it needs no rule, is not exported, and begins anew with weights that come in.
+    A model's parameters share one floating dtype; buffers have theirs. In a checkpoint each weight has its own dtype. A
+    checkpoint may hold weights quantised, as FP8 blocks (`NAME` and `NAME_scale_inv`) or MXFP4 (`NAME_blocks` and
+    `NAME_scales`): they come in as fp32. Buffers of rotary embeddings, which old files hold, are passed over. What
+    losses of routers remember is no weight: it needs no rule, is not exported, and begins anew with weights that come
+    in.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class HfAdapter:
         """Where the model's weights are in a checkpoint of these tensors; only shapes and dtypes are looked at.
 
         `config` is its `config.json`, if it has one. Raises ValueError, naming them, for settings of another model, and
-        for tensors that are missing, unexpected, of another shape, or of another dtype than their neighbours.
+        for tensors that are missing, unexpected, of another shape, or no floating-point numbers.
         """
         if config is not None:
             text = None if self._inside is None else mapping_in(config, self._inside.config_key)
@@ -115,7 +120,7 @@ class HfAdapter:
         theirs = {hf_name: source for hf_name, source in sources.items() if hf_name not in self._repeats}
         check_shapes({hf_name: source.shape for hf_name, source in theirs.items()}, self._hf_shapes, "A checkpoint")
         plain = [name for name, source in theirs.items() if source.is_plain and name not in self._hf_buffers]
-        check_dtypes({hf_name: stored[theirs[hf_name].names[0]].dtype for hf_name in plain})
+        check_floats({hf_name: stored[theirs[hf_name].names[0]].dtype for hf_name in plain})
         pieces = [Piece((), tuple(ignored))] if ignored else []
         pieces += self._beginnings()
         for hf_name, original in self._repeats.items():
@@ -160,8 +165,14 @@ class HfAdapter:
         if self._inside is not None and any(name.startswith(self._inside.prefix) for name in stored):
             prefix = self._inside.prefix
             ignored = (*self._inside.others, *(prefix + name for name in ignored))
-        known = {name.removeprefix(prefix): name for name in stored if not name.startswith(ignored)}
-        return known, [name for name in stored if name.startswith(ignored)]
+        known, without = {}, []
+        for name in stored:
+            own = name.removeprefix(prefix)
+            if name.startswith(ignored) or (name.endswith(_ROTARY_BUFFERS) and own not in self._hf_shapes):
+                without.append(name)
+            else:
+                known[own] = name
+        return known, without
 
 
 def _to_hf(piece: Piece, state: Mapping[str, Tensor]) -> Tensor:

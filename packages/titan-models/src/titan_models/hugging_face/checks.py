@@ -11,6 +11,8 @@ from torch import Tensor
 from titan_models.hugging_face.rules import listed
 from titan_models.shards import local_part
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
     """Raise ValueError, naming keys, unless there are exactly these names and shapes."""
@@ -36,6 +38,16 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
             raise ValueError(f"Got weights of {common}. They are floating-point numbers. Dequantise them before.")
 
 
+def check_floats(dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise ValueError, naming keys, unless each holds floating-point numbers that need no factors."""
+    other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
+    if other:
+        raise ValueError(
+            f"Weights of a checkpoint must be of {', '.join(map(str, _FLOATS))}, or quantised with factors beside "
+            f"them, got {listed(other)}."
+        )
+
+
 def check_same(names: Sequence[str], repeat: Tensor, original: Tensor) -> Tensor:
     """The values that both have. Raises ValueError where they differ, as far as this rank has them.
 
@@ -50,9 +62,10 @@ def check_same(names: Sequence[str], repeat: Tensor, original: Tensor) -> Tensor
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
+    if first.shape != second.shape:
         return False
     if first.is_meta or second.is_meta:
         return True
     first, second = local_part(first)[0], local_part(second)[0]
-    return first is second or torch.equal(first, second)
+    wider = torch.promote_types(first.dtype, second.dtype)
+    return first is second or torch.equal(first.to(wider), second.to(wider))

@@ -16,6 +16,9 @@ _NO_MATTER = {
 }
 """What a checkpoint may say otherwise without being another function of its tokens."""
 
+_SAME_MODELS = [("kimi_k2", "deepseek_v3")]
+"""Names under which models were released, and those that transformers has for them."""
+
 _ROPE_TYPES = ("default", "llama3", "yarn")
 _ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "partial_rotary_factor": 1.0}
 _QUANTISED = {"fp8": "e4m3 in blocks with factors", "mxfp4": "blocks of 32 with exponents"}
@@ -27,9 +30,10 @@ def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any], left_out: Le
     What it leaves out is what `left_out` says that transformers takes then. Other settings that only one of them has
     are left to the shapes of the weights.
     """
-    if theirs.get("model_type") != own["model_type"]:
+    model_type = theirs.get("model_type")
+    if model_type != own["model_type"] and (model_type, own["model_type"]) not in _SAME_MODELS:
         raise ValueError(
-            f"Got a config.json of model_type {theirs.get('model_type')!r}. The model here is {own['model_type']!r} to "
+            f"Got a config.json of model_type {model_type!r}. The model here is {own['model_type']!r} to "
             "transformers. Take the family and flavor that the weights belong to."
         )
     _check_quantisation(mapping_in(theirs, "quantization_config"))
@@ -59,7 +63,7 @@ def _differ(theirs: Any, own: Any) -> bool:
 
 
 def _check_quantisation(quantisation: Mapping[str, Any] | None) -> None:
-    if quantisation is None:
+    if not quantisation:
         return
     method = quantisation.get("quant_method")
     if method not in (*_QUANTISED,):

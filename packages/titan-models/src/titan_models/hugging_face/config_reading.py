@@ -26,6 +26,8 @@ def read_config(stated: Settings, left_out: LeftOut, sizes: Settings) -> dict[st
             read[key] = default(read)
         else:
             read.setdefault(key, default)
+    if read.get("hidden_act") == "swish":  # transformers' other name for the same function
+        read["hidden_act"] = "silu"
     return read
 
 
@@ -60,12 +62,11 @@ def mapping_in(config: Settings, key: str) -> Settings | None:
 
 
 def count_in(config: Settings, key: str, default: int | None = None) -> int:
-    """The number under `key`. Raises ValueError unless it is a whole one from 1 on."""
+    """The number under `key`. Raises ValueError unless it is a whole one from 1 to a million."""
     value = config.get(key, default)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"Got a config.json whose {key} is {value!r}. It is a whole number from 1 on. Download it again."
-        )
+    if not isinstance(value, int) or not 1 <= value <= 1_000_000:
+        shown = f"one of {value.bit_length()} bits" if isinstance(value, int) and value > 1 else repr(value)
+        raise ValueError(f"{key} of config.json must be a whole number from 1 to a million, got {shown}.")
     return value
 
 

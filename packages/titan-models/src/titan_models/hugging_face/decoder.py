@@ -189,5 +189,7 @@ def _hf_config(config: Decoder.Config) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
+        "bos_token_id": None,  # of a tokenizer, which a model does not know; what exports it says which
+        "eos_token_id": None,
         "pad_token_id": None,
     }

@@ -16,13 +16,11 @@ from titan_models.hugging_face.decoder import (
 from titan_models.llama3.model import Llama3
 
 _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32)}
-_LLAMA3_VOCABULARY = 128_256  # in which <|begin_of_text|> is 128000 and <|end_of_text|> 128001
 
 
 def hf_adapter(config: Llama3.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `LlamaForCausalLM` cannot be."""
     refuse_limits(config)
-    known = config.vocab_size == _LLAMA3_VOCABULARY
     heads = grouped_query_fields(config)
     refuse_uneven_heads(config, heads["num_attention_heads"])
     hf_config = {
@@ -31,7 +29,5 @@ def hf_adapter(config: Llama3.Config) -> HfAdapter:
         "model_type": "llama",
         "intermediate_size": dense_hidden_dim([block.feed_forward for block in config.blocks()]),
         "mlp_bias": False,
-        "bos_token_id": 128_000 if known else None,
-        "eos_token_id": 128_001 if known else None,
     }
     return decoder_adapter(config, hf_config, rules=GROUPED_QUERY_RULES | DENSE_RULES, left_out=_LEFT_OUT)

@@ -40,7 +40,6 @@ _MOE_RULES: Rules = {
     ),
     **_SHARED_RULES,
 }
-_LLAMA4_VOCABULARY = 202_048  # in which <|begin_of_text|> is 200000 and <|end_of_text|> 200001
 
 
 def hf_adapter(config: Llama4.Config) -> HfAdapter:
@@ -48,14 +47,11 @@ def hf_adapter(config: Llama4.Config) -> HfAdapter:
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
     moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
     dense = [part for layer, part in feed_forwards.items() if layer not in moes]
-    known = config.vocab_size == _LLAMA4_VOCABULARY
     hf_config: dict[str, Any] = {
         **_attention_fields(config),
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
         "moe_layers": [*moes],
-        "bos_token_id": 200_000 if known else None,
-        "eos_token_id": 200_001 if known else None,
     }
     if moes:
         hf_config |= same_in_all("mixtures of experts", [_moe_fields(moe) for moe in moes.values()])

@@ -25,7 +25,6 @@ _HEAD_NORMS: Rules = {
     "layers.*.attention.k_norm.weight": "model.layers.*.self_attn.k_norm.weight",
 }
 _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32, 32, 128), "use_sliding_window": False}
-_QWEN3_VOCABULARY = 151_936  # in which <|endoftext|> is 151643
 
 
 def hf_adapter(config: Qwen3.Config) -> HfAdapter:
@@ -34,12 +33,9 @@ def hf_adapter(config: Qwen3.Config) -> HfAdapter:
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
     moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
     dense = {layer: part for layer, part in feed_forwards.items() if layer not in moes}
-    known = config.vocab_size == _QWEN3_VOCABULARY
     hf_config: dict[str, Any] = {
         **grouped_query_fields(config),
         "use_sliding_window": False,
-        "bos_token_id": 151_643 if known else None,
-        "eos_token_id": 151_643 if known else None,
     }
     if not moes:
         hf_config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}

@@ -1,0 +1,97 @@
+"""Files as they were released: of several dtypes, with buffers of rotary embeddings, of models under another name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from titan_models.deepseek import deepseek_v3_debug
+from titan_models.gpt_oss import gpt_oss_20b
+from titan_models.llama3 import llama3_1b, llama3_8b
+from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b
+from titan_models.yarn import Yarn
+from torch import Tensor
+
+FP32 = ("norm.weight", "lm_head.weight", "mlp.gate.weight", "mlp.router.weight", "sinks", "layernorm.weight")
+"""Endings of what is fp32 among bf16 in DeepSeek-V3.1-Terminus and others."""
+
+
+def mixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.contiguous() if name.endswith(FP32) else tensor.bfloat16().contiguous()
+        for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, qwen3_30b_a3b, gpt_oss_20b, deepseek_v3_debug])
+def test_each_weight_is_widened_and_none_is_rounded(flavor: Any, shrunk: Any, made: Any, tmp_path: Path) -> None:
+    """Judged by transformers, which is asked for fp32."""
+    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+    config = flavor() if flavor is deepseek_v3_debug else shrunk(flavor)
+    adapter = config.hf_adapter()
+    stored = mixed(adapter.to_hf(made(config).state_dict()))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.bfloat16}
+    model = config.build()
+    model.load_state_dict(adapter.from_hf(stored))
+    found = adapter.to_hf(model.state_dict())
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in stored.items())
+
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(adapter.hf_config()))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = model(tokens, torch.arange(20).expand(2, 20))
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=2e-5)
+
+
+def test_a_tied_head_of_another_dtype_repeats_the_same_numbers(shrunk: Any, made: Any) -> None:
+    adapter = shrunk(llama3_1b).hf_adapter()
+    stored = mixed(adapter.to_hf(made(shrunk(llama3_1b)).state_dict()))
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].float()
+    assert adapter.from_hf(stored)["embedding.weight"].dtype == torch.bfloat16
+    stored["lm_head.weight"] = stored["lm_head.weight"] * (1 + 2**-20)
+    with pytest.raises(ValueError, match="with other values than"):
+        adapter.from_hf(stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_numbers_that_need_factors_are_named(dtype: torch.dtype, shrunk: Any, made: Any) -> None:
+    adapter = shrunk(llama3_8b).hf_adapter()
+    stored = adapter.to_hf(made(shrunk(llama3_8b)).state_dict())
+    stored["model.norm.weight"] = stored["model.norm.weight"].to(dtype)
+    with pytest.raises(ValueError, match=rf"quantised with factors beside them, got model\.norm\.weight \({dtype}\)"):
+        adapter.from_hf(stored)
+
+
+@pytest.mark.parametrize("buffer", ["inv_freq", "original_inv_freq", "cos_cached", "sin_cached"])
+def test_buffers_of_rotary_embeddings_are_passed_over(buffer: str, shrunk: Any, made: Any) -> None:
+    adapter: Any = shrunk(llama3_8b).hf_adapter()
+    stored = adapter.to_hf(made(shrunk(llama3_8b)).state_dict())
+    expected = adapter.from_hf(stored)
+    stored[f"model.layers.1.self_attn.rotary_emb.{buffer}"] = torch.full((4,), torch.nan)
+    stored[f"model.rotary_emb.{buffer}"] = torch.arange(4)
+    found = adapter.from_hf(stored)
+    assert all(found[name] is expected[name] for name in expected)
+    with pytest.raises(ValueError, match=r"has model\.layers\.1\.self_attn\.rotary_emb\.weight besides"):
+        adapter.from_hf(stored | {"model.layers.1.self_attn.rotary_emb.weight": torch.zeros(4)})
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name(made: Callable[..., Any]) -> None:
+    config = deepseek_v3_debug()
+    yarn = {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config.rope.scaling = Yarn.Config(original_max_seq_len=4096, **yarn)
+    adapter = config.hf_adapter()
+    released = {key: value for key, value in adapter.hf_config().items() if key != "rope_parameters"}
+    released |= {"model_type": "kimi_k2", "rope_theta": config.rope.theta}
+    released["rope_scaling"] = {**yarn, "type": "yarn", "original_max_position_embeddings": 4096}
+    weights = adapter.to_hf(config.on_meta().state_dict())
+    assert adapter.find(weights, released)
+    released["rope_scaling"]["beta_fast"] = 32.0
+    with pytest.raises(ValueError, match=r"beta_fast 32\.0 instead of 1\.0"):
+        adapter.find(weights, released)
