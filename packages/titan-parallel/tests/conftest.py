@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch._dynamo  # these two take a second: once here, and not in every forked rank
 import torch.distributed.fsdp
-from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize
+from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize, per_token
+from titan_parallel.equality import compare, norm_of
+from titan_parallel.testing import check_same_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -143,6 +145,11 @@ class TextBatch:
         parts = ({name: tensor[start:stop] for name, tensor in part.items()} for part in (self.inputs, self.targets))
         return TextBatch(*parts)
 
+    def turned(self, count: int) -> TextBatch:
+        """With its first rows last: what sums over rows adds them in another order."""
+        inputs, targets = ({n: t.roll(-count, 0) for n, t in part.items()} for part in (self.inputs, self.targets))
+        return TextBatch(inputs, targets, self.sequence_dims)
+
 
 def make_batch(rows: int = 8, length: int = 12, vocab: int = 64, seed: int = 1) -> TextBatch:
     """Random tokens; each row has another number of valid labels."""
@@ -193,6 +200,47 @@ def plain_step(model: nn.Module, batch: TextBatch) -> tuple[Tensor, dict[str, Te
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, count
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A step of the plain loop in fp64, and its rounding in another dtype: what other orders of rows give in it."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    count: int
+    rounded: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+
+    @property
+    def norm(self) -> Tensor:
+        return norm_of(self.gradients.values())
+
+    def check_gradients(self, found: dict[str, Tensor], scale: float = 1.0) -> None:
+        """`found` may have a part of them; they are `scale` times the reference."""
+        runs = [gradients for _, gradients in self.rounded]
+        expected, *plain = ({name: scale * run[name] for name in found} for run in (self.gradients, *runs))
+        check_same_gradients(found, expected, plain)
+
+    def check_loss(self, found: Tensor) -> None:
+        self._check(found, self.loss, [loss for loss, _ in self.rounded])
+
+    def check_norm(self, found: Tensor) -> None:
+        self._check(found, self.norm, [norm_of(gradients.values()) for _, gradients in self.rounded])
+
+    def _check(self, found: Tensor, expected: Tensor, rounded: list[Tensor]) -> None:
+        rounding = max((float((each.double() - expected).abs()) for each in rounded), default=None)
+        compared = compare(found.to(rounded[0].dtype if rounded else torch.float64), expected, expected.abs(), rounding)
+        assert compared.same, f"{found} is not {expected}: {compared}"
+
+
+def refer(model: nn.Module, batch: TextBatch, dtype: torch.dtype = torch.float64) -> Reference:
+    """What a step of the model gives in fp64, with its rounding in `dtype`; the model may be in a wider one."""
+    reference = Reference(*plain_step(copy.deepcopy(model).double(), batch))
+    if dtype is not torch.float64:
+        turned = (batch.turned(count) for count in (0, 1, len(batch.targets["labels"]) // 2))
+        reference.rounded.extend(plain_step(copy.deepcopy(model).to(dtype), each)[:2] for each in turned)
+    return reference
+
+
+@per_token
 def chunked_loss(head, hidden: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits in two chunks, each made again in the backward."""
 
@@ -205,9 +253,10 @@ def chunked_loss(head, hidden: Tensor, targets: dict[str, Tensor]) -> tuple[Tens
 
 
 @pytest.fixture(scope="session")
-def small() -> SimpleNamespace:
+def small(in_fp64) -> SimpleNamespace:
     """The small transformer and all that belongs to it."""
     return SimpleNamespace(
+        in_fp64=in_fp64,
         Shape=Shape,
         Transformer=Transformer,
         FeedForward=FeedForward,
@@ -220,6 +269,7 @@ def small() -> SimpleNamespace:
         put_on=put_on,
         micro_batches=micro_batches,
         plain_step=plain_step,
+        refer=refer,
         chunked_loss=chunked_loss,
     )
 

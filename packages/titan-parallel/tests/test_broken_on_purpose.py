@@ -127,6 +127,21 @@ def test_a_broken_engine_is_noticed_and_what_differs_is_named(small, monkeypatch
     assert finding.ratio > 1000
 
 
+@pytest.mark.parametrize(
+    ("mesh", "sabotage", "name", "words"),
+    [
+        ("tp2_sp", drop_partial_gradient_sum, "layers.0.attention.out.bias", "x0: nothing arrives"),
+        ("fsdp2", average_over_data_ranks, "embedding.weight", "x0.5: 1 / the data degree"),
+    ],
+)
+def test_it_is_noticed_in_fp32_too(small, monkeypatch, mesh, sabotage, name, words):
+    sabotage(monkeypatch)
+    finding = first_finding(small, mesh, dtype=torch.float32)
+    assert (finding.kind, finding.name) == ("gradients", name)
+    assert words in finding.words
+    assert finding.ratio > 100
+
+
 def test_only_the_rank_that_is_wrong_is_named(small, monkeypatch):
     right = parallel_model.ParallelModel.clip_grad_norm_
     wrong_on_1 = lambda self, max_norm: right(self, max_norm) * (1 + self.dims.data_rank)  # noqa: E731
@@ -207,10 +222,29 @@ def test_factors_are_told_by_what_they_mean():
 
 def test_the_rule_names_the_parameter_and_the_factor():
     expected = {"a": torch.ones(3), "b": torch.ones(3), "zero": torch.zeros(3)}
-    check_same_gradients({**expected, "zero": torch.full((3,), 1e-9)}, expected)
+    expected = {name: tensor.double() for name, tensor in expected.items()}
+    check_same_gradients({**expected, "zero": torch.full((3,), 1e-13, dtype=torch.float64)}, expected)
     with pytest.raises(AssertionError, match=r"gradient of b .*x2,"):
-        check_same_gradients({**expected, "b": 2 * torch.ones(3)}, expected)
+        check_same_gradients({**expected, "b": 2 * expected["b"]}, expected)
     with pytest.raises(AssertionError, match=r"gradient of a "):
-        check_same_gradients({**expected, "a": torch.full((3,), float("nan"))}, expected)
+        check_same_gradients({**expected, "a": float("nan") * expected["a"]}, expected)
     with pytest.raises(AssertionError, match="Only one side has b"):
         check_same_gradients({"a": expected["a"], "zero": expected["zero"]}, expected)
+
+
+def test_in_fp32_the_rule_is_ten_times_the_rounding_of_the_plain_process():
+    expected = {"a": torch.ones(4, dtype=torch.float64), "zero": torch.zeros(4, dtype=torch.float64)}
+    plain = [
+        {"a": torch.ones(4), "zero": torch.full((4,), 3e-8)},
+        {"a": torch.ones(4) + 1e-5, "zero": torch.full((4,), -1e-8)},
+    ]
+    check_same_gradients({"a": torch.ones(4) + 9e-5, "zero": torch.full((4,), 2.9e-7)}, expected, plain)
+    for name, value in (("a", 1.2e-4), ("zero", 3.1e-7)):
+        with pytest.raises(AssertionError, match=f"gradient of {name} .* times what the rule allows"):
+            check_same_gradients({**plain[0], name: expected[name].float() + value}, expected, plain)
+    exact = [{name: tensor.float() for name, tensor in expected.items()}]
+    check_same_gradients({**exact[0], "a": torch.ones(4) + 5e-7}, expected, exact)  # the unit roundoff is allowed
+    with pytest.raises(AssertionError, match="gradient of a "):
+        check_same_gradients({**exact[0], "a": torch.ones(4) + 1e-6}, expected, exact)
+    with pytest.raises(ValueError, match=r"expected must be in float64, got torch.float32 for a\."):
+        check_same_gradients(plain[0], plain[0])

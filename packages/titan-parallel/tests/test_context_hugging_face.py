@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, check_parallel, hugging_face_attention, parallelize
+from titan_parallel import FullRecompute, ParallelDims, check_parallel, hugging_face_attention, parallelize, per_token
 
 transformers = pytest.importorskip("transformers")
 
@@ -148,7 +148,7 @@ def refusal(make, method: str = "gather") -> str:
     dims = parallelism()[method].build(world_size=2, device_type="cpu")
     try:
         parallel = parallelize(make(), {}, dims, output=lambda output: output.logits)
-        parallel.forward_backward([make_batch()], lambda head, hidden, targets: (hidden.sum(), hidden.sum()), 1)
+        parallel.forward_backward([make_batch()], per_token(lambda head, hidden, _: (hidden.sum(), hidden.sum())), 1)
     except (ConfigError, ValueError) as error:
         return str(error)
     return ""
@@ -175,7 +175,7 @@ def test_the_models_own_attention_is_back_after_a_step(run_ranks):
         ids = make_batch().inputs["input_ids"]
         expected = model(ids).logits
         parallel = parallelize(model, {}, parallelism()["ring"].build(world_size=2, device_type="cpu"))
-        parallel.evaluate([make_batch()], lambda head, output, targets: (output.logits.sum(), output.logits.sum()))
+        parallel.evaluate([make_batch()], per_token(lambda head, output, _: (output.logits.sum(), output.logits.sum())))
         torch.testing.assert_close(model(ids).logits, expected)
         assert model.config._attn_implementation == "sdpa"
 

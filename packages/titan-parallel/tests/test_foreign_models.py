@@ -9,6 +9,7 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import FullRecompute, ParallelDims, parallelize
+from titan_parallel.lift import computing_in
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 
@@ -70,7 +71,9 @@ def plain(model, batch, logits_of):
 
 def judged(small, make, roles, degrees, batch, output=None, **options):
     """None; raises where gradients differ from those of the plain model."""
-    expected, count = plain(seeded(make), batch, output or (lambda logits: logits))
+    model = seeded(make)
+    with small.in_fp64():
+        expected, count = plain(model, batch, output or (lambda logits: logits))
     world_size = torch.distributed.get_world_size()
     dims = ParallelDims.Config(**degrees).build(world_size=world_size, device_type="cpu")
     model = seeded(make)
@@ -82,7 +85,8 @@ def judged(small, make, roles, degrees, batch, output=None, **options):
         targets={name: tensor[part] for name, tensor in batch.targets.items()},
         sequence_dims=batch.sequence_dims,
     )
-    parallel.forward_backward([mine], small.chunked_loss, count)
+    with computing_in(torch.float64):  # in what is recomputed too
+        parallel.forward_backward([mine], small.chunked_loss, count)
     check_same_gradients(full_gradients(model), expected)
 
 

@@ -537,7 +537,7 @@ in_child(lambda: in_child(forever))
     innermost = int(planning.stdout.readline())
     planning.kill()
     try:
-        planning.communicate(timeout=30)
+        planning.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.kill(innermost, signal.SIGKILL)
         raise

@@ -57,7 +57,8 @@ def test_recomputation_and_compilation_need_blocks(on_one_rank, small):
 
 def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
     def complaints():
-        dims = small.make_dims("tp2_both")
+        degrees = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=True)
+        dims = degrees.build(world_size=2, device_type="cpu")
         said = []
         for shape, change, gone in (
             (
@@ -81,7 +82,7 @@ def test_what_tensor_parallel_cannot_split_is_said(run_ranks, small):
         "degree divides their number or is a multiple of it. Set tensor_parallel_degree to 1, 3 or 6.",
         "Got 45 features of layers.0.feed_forward.up over tensor_parallel_degree 2. Each rank takes as many, so the "
         "degree divides their number. Set tensor_parallel_degree to 1, 3, 5, 9, 15 or 45.",
-        "Got sequence_parallel and roles without an embedding, a block or a head.",
+        "sequence_parallel must be false without an embedding, a head and one stack of blocks, got true.",
         "Got tensor_parallel_degree 2 and roles without a region.",
         "Got a vocabulary of 1 in embedding over tensor_parallel_degree 2.",
         "Got a weight of shape [32] in the embedding part layers.0.attention_norm.",
@@ -138,7 +139,6 @@ class Pairs(nn.Module):
 @pytest.mark.parametrize(
     ("roles", "says"),
     [
-        ({"lower.*": "block", "upper.*": "block"}, r"Got blocks in lower and in upper\. Blocks are one stack"),
         (
             {"lower.0": "block", "lower.2": "block"},
             r"Got blocks in lower with 1 between 0 and 2\..* to 1 too",
@@ -148,6 +148,19 @@ class Pairs(nn.Module):
 def test_blocks_that_are_not_a_stack_are_refused(roles, says):
     with pytest.raises(ConfigError, match=says):
         Roles(Pairs(), roles)
+
+
+def test_a_pipeline_follows_one_stack(run_ranks):
+    def said():
+        dims = ParallelDims.Config(pipeline_parallel_degree=2).build(world_size=2, device_type="cpu")
+        with pytest.raises(ConfigError) as caught:
+            parallelize(Pairs(), {"lower.*": "block", "upper.*": "block"}, dims)
+        return str(caught.value)
+
+    for message in run_ranks(2, said):
+        assert message.startswith(
+            "pipeline_parallel_degree must be 1 for several stacks of blocks, got 2 with blocks in"
+        )
 
 
 class Fused(nn.Module):

@@ -6,6 +6,10 @@ from titan_parallel.check import CheckReport, check_parallel
 from titan_parallel.compile import Compile
 from titan_parallel.cross_entropy import cross_entropy
 from titan_parallel.dims import ParallelDims
+from titan_parallel.fsdp_roles import fsdp_roles
+from titan_parallel.launchers import adopt_launcher
+from titan_parallel.loss_unit import per_sequence, per_token, sum_over_sequence
+from titan_parallel.memory import to_empty
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
@@ -27,11 +31,17 @@ __all__ = [
     "ParallelModel",
     "Plan",
     "SelectiveRecompute",
+    "adopt_launcher",
     "check_parallel",
     "cross_entropy",
+    "fsdp_roles",
     "init_distributed",
     "parallelize",
+    "per_sequence",
+    "per_token",
     "plan",
     "set_collective_timeout",
     "set_determinism",
+    "sum_over_sequence",
+    "to_empty",
 ]

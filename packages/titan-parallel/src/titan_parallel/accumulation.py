@@ -24,6 +24,12 @@ class Schedule(Protocol):
     def check(self, batches: Sequence[Batch]) -> None:
         """Raise ValueError for batches that cannot be the micro-batches of a step; before any rank waits for others."""
 
+    def must_probe(self, batches: Sequence[Batch]) -> bool:
+        """Return whether `probe_shapes` must be called before a step with these batches; on every rank, if on any."""
+
+    def probe_shapes(self, batches: Sequence[Batch]) -> None:
+        """Learn what a step needs to know of batches of these shapes; every rank calls it with as many."""
+
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Add the gradients of loss sum / `denominator`, summed over data and context ranks; the loss sum."""
 
@@ -46,6 +52,12 @@ class Accumulation:
 
     def check(self, batches: Sequence[Batch]) -> None:
         """Any batches can follow each other."""
+
+    def must_probe(self, batches: Sequence[Batch]) -> bool:
+        return False
+
+    def probe_shapes(self, batches: Sequence[Batch]) -> None:
+        """Nothing is to be learned."""
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         sums = []

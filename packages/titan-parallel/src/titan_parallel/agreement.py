@@ -1,8 +1,8 @@
 """Agreement of ranks: what one rank cannot do, or would do otherwise than the others, is an error on every rank.
 
 A rank that raises alone leaves the others waiting in their next collective, and ranks that go different ways meet in
-collectives that do not belong together. So ranks agree beforehand. That is one sum of two integers over all ranks; only
-where it says that something is wrong do they tell each other what.
+collectives that do not belong together. So ranks agree beforehand. That is one sum of three integers over all ranks;
+only where it says that something is wrong do they tell each other what.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ class Agreement:
     Inside, `agreement.on(name, text)` says what must be alike. On leaving, each rank that failed raises its own error,
     and all others a ConfigError that says which rank said what; where texts differ, every rank raises a ConfigError
     naming the item, and who has which. Inside, no rank may wait for another. Does nothing where a rank is alone.
+
+    `agreement.ask(True)` asks all ranks to do something that they do together: `asked` says on leaving if any did.
     """
+
+    asked = False
 
     def __init__(self, doing: str, device_type: str) -> None:
         """`doing` is a verb, for errors; the sum runs on a device of this type, which the default group knows."""
@@ -55,6 +59,10 @@ class Agreement:
     def on(self, name: str, text: str, ranks: Sequence[int] | None = None) -> None:
         """`text` must be the same on these ranks (None: all), which this rank is one of. All give the same names."""
         self._items.append(Item(name, text, range(self._num_ranks) if ranks is None else ranks))
+
+    def ask(self, needs: bool) -> None:
+        """Let `asked` be true on every rank, after the block, if `needs` is on any."""
+        self.asked = needs
 
     def __enter__(self) -> Agreement:
         return self
@@ -70,7 +78,7 @@ class Agreement:
             self._raise_difference([of_rank["digests"] for of_rank in said])
 
     def _something_is_wrong(self, error: BaseException | None) -> bool:
-        """Whether any rank failed, or any item differs. The one collective of ranks that agree.
+        """Return whether any rank failed, or any item differs, and set `asked`: the one collective of ranks that agree.
 
         The first of the n ranks that share an item gives its digest times 1 - n, each other gives its digest: the sum
         is zero, modulo 2^64, if all digests are the same.
@@ -78,9 +86,13 @@ class Agreement:
         rank = dist.get_rank()
         total = sum(item.digest * (1 - len(item.ranks) if rank == item.ranks[0] else 1) for item in self._items)
         signed = (total + 2**63) % 2**64 - 2**63
-        sums = torch.tensor([error is not None, signed], dtype=torch.int64, device=self._device_type)
+        sums = torch.tensor([error is not None, signed, self.asked], dtype=torch.int64, device=self._device_type)
         dist.all_reduce(sums)
-        return dist.get_backend() != "fake" and sums.tolist() != [0, 0]  # in a plan nobody else is there
+        if dist.get_backend() == "fake":  # in a plan nobody else is there
+            return False
+        *wrong, num_asking = sums.tolist()
+        self.asked = num_asking > 0
+        return wrong != [0, 0]
 
     def _tell_what(self, error: BaseException | None) -> list[dict[str, Any]]:
         """What went wrong on each rank, and the digests of its items: who shares it, and what it says."""

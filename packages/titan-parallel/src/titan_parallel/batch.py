@@ -31,7 +31,10 @@ class Batch(Protocol):
 
 
 class Loss(Protocol):
-    """Turns hidden states into a sum over valid targets and their count; calls `head` as often as it likes."""
+    """Turns hidden states into a sum over valid targets and their count; calls `head` as often as it likes.
+
+    Under context parallel it states what it is a sum of: `per_token` or `per_sequence`.
+    """
 
     def __call__(self, head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return `(sum, count)`, both scalars."""

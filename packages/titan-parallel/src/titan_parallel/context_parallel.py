@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from titan_config import ConfigError
 from torch import Tensor, nn
 
+from titan_parallel._torch import has_no_memory
+from titan_parallel.agreement import Agreement
 from titan_parallel.attention_kernel import AttentionKernel, MaskDescription, Realise
-from titan_parallel.batch import Batch
+from titan_parallel.batch import Batch, Loss
 from titan_parallel.collectives import Axis
 from titan_parallel.context_gather import Gather
 from titan_parallel.context_ring import Ring
@@ -20,6 +24,9 @@ from titan_parallel.context_shards import ContextShards
 from titan_parallel.context_ulysses import Ulysses, check_heads_divide
 from titan_parallel.dims import ParallelDims
 from titan_parallel.hugging_face_attention import HuggingFaceAttention, is_of_transformers
+from titan_parallel.loss_unit import sequences_over, unit_of
+from titan_parallel.probe.checks import ContextCheck
+from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.roles import Roles
 
 
@@ -39,7 +46,8 @@ class ContextParallel:
     Cores share a sequence only while the engine runs a step (`sharing`): called directly, a model gets whole sequences.
     """
 
-    def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
+    def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims, probe: TokenProbe) -> None:
+        """`probe` holds the model as it was. Raises ConfigError for a model whose tokens meet elsewhere too."""
         self._dims = dims
         self.shards, self.method = _shards_and_method(dims)
         self.is_sharing = False
@@ -55,6 +63,7 @@ class ContextParallel:
             )
         if isinstance(self.method, Ulysses):
             _check_heads(roles, dims)
+        self._check = ContextCheck(probe, dims)
         self._realise, self._forward = _realise_with(self), _attend_with(self)
         for name in cores:
             self._share(name, model.get_submodule(name))
@@ -69,9 +78,33 @@ class ContextParallel:
         """What runs herein sees this rank's part of each sequence."""
         self._turn(on=True)
         try:
-            yield
+            with sequences_over(self.shards.axis):
+                yield
         finally:
             self._turn(on=False)
+
+    def own_part(self, loss: Loss, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What this rank adds to the loss's sum and count: of sequences, which all ranks counted, its share."""
+        if unit_of(loss) == "token":
+            return loss_sum, count
+        axis = self.shards.axis
+        return loss_sum / axis.size, count if axis.rank == 0 else torch.zeros_like(count)
+
+    def check_shared(self, total: Tensor, loss: Loss) -> None:
+        """Raise ValueError, on every rank of the mesh, where ranks that share sequences made different sums of them."""
+        if unit_of(loss) == "token" or has_no_memory(total):
+            return
+        ends = torch.stack([total, -total])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._dims.cp_mesh.get_group())
+        highest, lowest = float(ends[0]), -float(ends[1])
+        with Agreement("take the loss", self._dims.device_type):
+            if highest - lowest > 1e-5 * max(abs(highest), abs(lowest)):
+                size = self.shards.axis.size
+                raise ValueError(
+                    "A loss per sequence must be the same on all ranks that share the sequence, got "
+                    f"{lowest * size:.6g} and {highest * size:.6g}. Sum what it makes of tokens with "
+                    "titan_parallel.sum_over_sequence before anything that is not linear."
+                )
 
     def local_inputs(self, inputs: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
         """What the model is called with on this rank."""
@@ -84,10 +117,11 @@ class ContextParallel:
             for name, tensor in tensors.items()
         }
 
-    def check(self, batch: Batch) -> None:
-        """Raise ValueError, alike on every rank, for a batch whose sequences cannot be split."""
+    def check(self, batch: Batch, loss: Loss) -> None:
+        """Raise ValueError, alike on every rank, for a batch whose sequences cannot be split, or a loss over them."""
+        of_sequences = unit_of(loss) == "sequence"
         for kind, tensors in (("inputs", batch.inputs), ("targets", batch.targets)):
-            if not any(name in batch.sequence_dims for name in tensors):
+            if not (of_sequences and kind == "targets") and not any(name in batch.sequence_dims for name in tensors):
                 raise ValueError(
                     f"Got a batch whose sequence_dims name none of its {kind} ({', '.join(tensors)}). Context parallel "
                     "gives each rank its tokens of them. Name those that have a sequence, with the dim that is it."
@@ -95,6 +129,7 @@ class ContextParallel:
             for name, tensor in tensors.items():
                 if name in batch.sequence_dims:
                     self._check_length(tensor.size(batch.sequence_dims[name]))
+        self._check.check_batch(batch)
 
     def _turn(self, on: bool) -> None:
         self.is_sharing = on

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from titan_parallel.dims import ParallelDims
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.roles import Roles
+from titan_parallel.units import blocks_of, modules_of_several_blocks
 
 
 def shard_over_data_ranks(
@@ -30,11 +31,14 @@ def shard_over_data_ranks(
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision.policy()
     ends = [name for role in ("embedding", "head") for name in roles.named(role)]
-    blocks = [name for name in roles.named("block") if any(True for _ in model.get_submodule(name).parameters())]
-    units = [*blocks, *_without_shared_parameters(model, ends)]
-    for name in units:
-        fully_shard(model.get_submodule(name), reshard_after_forward=_frees_weights(name, roles, dims), **options)
-    fully_shard(root, reshard_after_forward=_frees_weights("", roles, dims), **options)
+    for module in (*modules_of_several_blocks(model, roles), *blocks_of(model, roles)):
+        if any(True for _ in module.parameters()):
+            fully_shard(module, reshard_after_forward=_frees_weights(dims), **options)
+    for name in _without_shared_parameters(model, ends):
+        fully_shard(
+            model.get_submodule(name), reshard_after_forward=_frees_weights(dims, early=name == roles.head), **options
+        )
+    fully_shard(root, reshard_after_forward=_frees_weights(dims, early=True), **options)
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
@@ -55,20 +59,24 @@ def _placement_over(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     return place
 
 
-def _frees_weights(unit: str, roles: Roles, dims: ParallelDims) -> bool:
-    """Whether a unit ("" is the root) frees its gathered weights after the forward.
+def _frees_weights(dims: ParallelDims, *, early: bool = False) -> bool:
+    """Return whether a unit frees its gathered weights after the forward; `early` ones are the first in the backward.
 
-    The backward begins at the head. A pipeline goes to and fro: freed weights would be gathered for each micro-batch.
+    A pipeline goes to and fro: freed weights would be gathered for each micro-batch.
     """
     choice = dims.config.fsdp_reshard_after_forward
     if dims.num_shard * dims.num_context == 1 or choice == "never":
         return False
-    return choice == "always" or (dims.num_pipeline == 1 and unit not in ("", roles.head))
+    return choice == "always" or (dims.num_pipeline == 1 and not early)
 
 
 def _without_shared_parameters(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the modules that own all of their parameters alone: tied weights belong to the root."""
+    """Those of the modules that own all of their parameters alone: tied weights belong to the root.
+
+    So do those of a module that lies in several, such as a block that several layers call.
+    """
     owners = Counter(
         parameter for module in model.modules() for parameter in module._parameters.values() if parameter is not None
     )
-    return [name for name in names if all(owners[p] == 1 for p in model.get_submodule(name).parameters())]
+    users = Counter(parameter for name in names for parameter in model.get_submodule(name).parameters())
+    return [name for name in names if all(owners[p] == users[p] == 1 for p in model.get_submodule(name).parameters())]

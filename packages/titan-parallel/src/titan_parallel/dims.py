@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from titan_config import ConfigError, Configurable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_parallel._torch import concatenate, default_group, flatten
+from titan_parallel._torch import backend_of_axes, concatenate, default_group, flatten
 from titan_parallel.agreement import Agreement, host_device_type
 
 # The order of the axes, slowest first: ranks next to each other exchange most. (Experts will be a second view of the
@@ -60,8 +61,8 @@ class ParallelDims(Configurable):
         """How their queries meet all keys: keys are gathered, tokens exchanged for heads, or keys sent round a ring."""
         context_parallel_load_balance: bool = True
         """Give each context rank an early and a late part of a sequence: equal work under causal masks."""
-        sequence_parallel: bool = True
-        """Under tensor parallel, split the residual stream over the sequence between regions."""
+        sequence_parallel: bool | None = None
+        """Under tensor parallel, split the residual stream over the sequence between regions. None: where it can be."""
         loss_parallel: bool = True
         """Under tensor parallel, take the loss on logits that stay split over the vocabulary."""
         fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
@@ -86,7 +87,8 @@ class ParallelDims(Configurable):
         self.num_replicate = config.data_parallel_replicate_degree
         self.num_context = config.context_parallel_degree
         self.num_tensor = config.tensor_parallel_degree
-        self.sequence_parallel = config.sequence_parallel and self.num_tensor > 1
+        self.sequence_parallel = config.sequence_parallel is not False and self.num_tensor > 1
+        """Whether it is on; `parallelize` decides where the config says None."""
         self.loss_parallel = config.loss_parallel and self.num_tensor > 1
         self.mesh: DeviceMesh = _mesh(
             default_group(),
@@ -95,6 +97,13 @@ class ParallelDims(Configurable):
         )
         self.data_group: dist.ProcessGroup = _along(self.mesh, "dp_replicate", "dp_shard").get_group()
         """The ranks that see other samples, and are alike in all else; never None, also for a rank alone."""
+
+    def without_sequence_parallel(self) -> ParallelDims:
+        """Return the same mesh for a model whose stream is not split over the sequence."""
+        _ = self.fsdp_mesh  # made once, for both
+        dims = copy.copy(self)
+        dims.sequence_parallel = False
+        return dims
 
     @property
     def num_data_ranks(self) -> int:
@@ -148,8 +157,15 @@ class ParallelDims(Configurable):
 
 @functools.cache
 def _mesh(world: dist.ProcessGroup, device_type: str, degrees: tuple[int, ...]) -> DeviceMesh:
-    """One mesh for all who ask for its shape: each of its groups has threads of its own."""
-    return init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
+    """One mesh for all who ask for its shape: each of its groups has threads of its own.
+
+    On CPU an axis of all ranks has another group than the default one; see `backend_of_axes`.
+    """
+    backend = backend_of_axes(device_type)
+    backends: dict[int | str, Any] = {
+        axis: backend for axis, size in zip(AXES, degrees, strict=True) if backend and size > 1
+    }
+    return init_device_mesh(device_type, degrees, mesh_dim_names=AXES, backend_override=backends)
 
 
 def _along(mesh: DeviceMesh, outer: str, inner: str) -> DeviceMesh:

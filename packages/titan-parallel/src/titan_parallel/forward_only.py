@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_parallel.stage_runner import Shape, StageRunner
+from titan_parallel.stage_probe import Shape
+from titan_parallel.stage_runner import StageRunner
 
 if TYPE_CHECKING:
     from titan_parallel.stages import Stages

@@ -11,7 +11,10 @@ from typing import Any
 from titan_config import ConfigError
 from torch import nn
 
-from titan_parallel.roles import RoleTable
+from titan_parallel.fsdp_roles import fsdp_roles
+from titan_parallel.hugging_face_attention import is_of_transformers
+from titan_parallel.probe.token_probe import TokenProbe
+from titan_parallel.roles import Roles, RoleTable
 
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -63,16 +66,6 @@ ROLE_OF_WORD = {
 }
 """Words of plans that are roles. Others name what may stay whole, and what belongs to experts."""
 
-AFTER_HEAD = (
-    "final_logit_softcapping",
-    "logits_scaling",
-    "logit_scale",
-    "logits_soft_cap",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Settings of configs that change logits after the head has made them."""
-
 SIZES = {
     "num_heads": "num_heads",
     "num_attention_heads": "num_heads",
@@ -84,11 +77,17 @@ SIZES = {
 
 
 def roles_of(model: nn.Module) -> RoleTable:
-    """The table of roles of a causal language model of `transformers`: a plain dictionary, to print and to change.
+    """Return the table of roles of a language model of `transformers`: a plain dictionary, to print and to change.
 
     Experts are left whole on tensor ranks. Raises ConfigError for a model that declares no plan and is not in `PLANS`,
-    naming the lines to write, and for one that cannot be split, with the reason.
+    naming the lines to write, and for one that cannot be split, with the reason. `titan_parallel.fsdp_roles` is for any
+    model that is only sharded over data ranks.
     """
+    if not is_of_transformers(model):
+        raise ConfigError(
+            f"roles_of must be given a model of transformers, got a {type(model).__name__}. Use "
+            "titan_parallel.fsdp_roles(model) to shard it over data ranks, or write its table: docs/parallel.md."
+        )
     return _Table(model).roles()
 
 
@@ -107,8 +106,9 @@ class _Table:
         plan = self._plan()
         stack = next(iter(plan)).partition(".*")[0] + ".*"
         table: dict[str, Any] = {}
-        for module, role in ((self._model.get_input_embeddings(), "embedding"), (stack, "block")):
-            table[module if isinstance(module, str) else self._names[module]] = role
+        for module, role in ((self._end("input"), "embedding"), (stack, "block")):
+            if module is not None:
+                table[module if isinstance(module, str) else self._names[module]] = role
         for pattern, word in plan.items():
             parent = pattern.rpartition(".")[0]
             if parent != stack and self._beside(parent, plan)[0] == pattern:
@@ -118,10 +118,21 @@ class _Table:
             if parent == stack:
                 options["border"] = True
             table[pattern] = (role, options) if options else role
-        if (head := self._model.get_output_embeddings()) is not None:
-            followed = any(getattr(self._config, name, None) is not None for name in AFTER_HEAD)
-            table[self._names[head]] = ("head", {"takes_loss": False}) if followed else "head"
+        if (head := self._end("output")) is not None:
+            table[self._names[head]] = "head" if self._ends_with(head) else ("head", {"takes_loss": False})
         return table
+
+    def _end(self, which: str) -> nn.Module | None:
+        """The table of tokens ("input") or the head ("output"), where the model has one and says which."""
+        try:
+            module: nn.Module | None = getattr(self._model, f"get_{which}_embeddings")()
+        except (NotImplementedError, AttributeError):  # of models for images and sounds
+            return None
+        return module if module in self._names else None
+
+    def _ends_with(self, head: nn.Module) -> bool:
+        """Return whether the logits are what the head returns: nothing scales, caps or slices them afterwards."""
+        return TokenProbe(self._model, Roles(self._model, {})).ends_with(self._names[head])
 
     def _plan(self) -> dict[str, str]:
         """The projections inside blocks and what the plan calls them."""
@@ -133,10 +144,12 @@ class _Table:
             for pattern, word in (known or getattr(self._model, "_tp_plan", None) or {}).items()
             if word in ROLE_OF_WORD and "*" in pattern and pattern in self._modules and "experts." not in pattern
         }
+        plan = {pattern: word for pattern, word in plan.items() if self._is_paired(pattern, plan)}
         if kind in REFUSED:
             raise ConfigError(
                 f"Got a {type(self._model).__name__}, which {REFUSED[kind]}. Tensor ranks have some of the heads each, "
-                f"so it cannot be split over them. Shard it over data ranks, with the roles {self._skeleton()}."
+                f"so it cannot be split over them. Shard it over data ranks, with fsdp_roles(model): "
+                f"{fsdp_roles(self._model)}."
             )
         if not plan:
             raise ConfigError(
@@ -145,18 +158,27 @@ class _Table:
             )
         return plan
 
+    def _is_paired(self, pattern: str, plan: dict[str, str]) -> bool:
+        """Return whether features that a plan splits beside a projection are summed there too; others stay whole."""
+        roles = {ROLE_OF_WORD[plan[name]] for name in self._beside(pattern.rpartition(".")[0], plan)}
+        return roles == {"colwise", "rowwise"}
+
     def _parents(self, pattern: str) -> list[str]:
         """The parents of a projection as one pattern, or by name where layers differ (some have experts there)."""
         parent = pattern.rpartition(".")[0]
         alike = [name for name in self._names.values() if _starred(name) == parent]
-        with_it = [name.rpartition(".")[0] for name in self._names.values() if _starred(name) == pattern]
-        return [parent] if alike == with_it else with_it
+        return [parent] if alike == self._owners(pattern) else self._owners(pattern)
+
+    def _owners(self, pattern: str) -> list[str]:
+        """The names of the modules that have such a projection."""
+        return [name.rpartition(".")[0] for name in self._names.values() if _starred(name) == pattern]
 
     def _region(self, region: str, plan: dict[str, str]) -> Any:
         """Attention keeps sizes as attributes; one that does not may read them from the config that all share."""
         if not self._is_attention(region):
             return "region"
-        own = vars(self._modules[region])
+        owner = self._owners(self._beside(region, plan)[0])[0]  # layers may have other attention in the same place
+        own = vars(self._model.get_submodule(owner))
         sizes = {name: what for name, what in SIZES.items() if type(own.get(name)) is int}
         packed = any(self._is_packed(name, plan) for name in self._beside(region, plan))
         if packed and "num_heads" not in sizes.values():
@@ -202,7 +224,7 @@ class _Table:
         return norms
 
     def _is_packed(self, pattern: str, plan: dict[str, str]) -> bool:
-        """Whether several projections lie side by side in one: then a plan gathers more features than are taken."""
+        """Return whether several projections lie side by side: then a plan gathers more features than are taken."""
         gathered = plan[pattern] in ("packed_colwise", "colwise_gather_output")
         return gathered and self._num_features(pattern) > self._taken(pattern, plan)
 
@@ -227,29 +249,17 @@ class _Table:
     def _beside(self, region: str, plan: dict[str, str]) -> list[str]:
         return [pattern for pattern in plan if pattern.rpartition(".")[0] == region]
 
-    def _skeleton(self) -> dict[str, str]:
-        """The roles that need no knowledge of what is in a block."""
-        lists = [
-            name for name, module in self._names_of(nn.ModuleList) if len(module) == self._config.num_hidden_layers
-        ]
-        head = self._model.get_output_embeddings()
-        return {
-            self._names[self._model.get_input_embeddings()]: "embedding",
-            **{f"{name}.*": "block" for name in lists[:1]},
-            **({self._names[head]: "head"} if head is not None else {}),
-        }
-
     def _names_of(self, kind: type[nn.Module]) -> list[tuple[str, Any]]:
         return [(name, module) for name, module in self._model.named_modules() if isinstance(module, kind)]
 
     def _advice(self) -> str:
-        skeleton = self._skeleton()
-        block = next((name for name, role in skeleton.items() if role == "block"), "")
+        table = fsdp_roles(self._model)
         linear = dict.fromkeys(_starred(name) for name, _ in self._names_of(nn.Linear))
-        inside = [name for name in linear if block and name.startswith(block)]
+        within = [name for name in linear if any(name.startswith(block + ".") for block in table)]
         return (
-            f"Write {skeleton} to shard it over data ranks; for tensor ranks add the role region for the parents of "
-            f"its projections, and colwise or rowwise for these: {', '.join(inside) or 'none was found'}."
+            f"To shard it over data ranks, use titan_parallel.fsdp_roles(model): {table}. For tensor ranks add to it "
+            f"the role region for the parents of projections, and colwise or rowwise for these: "
+            f"{', '.join(within) or 'none was found'}."
         )
 
 

@@ -45,6 +45,7 @@ class HuggingFaceAttention:
     def __init__(self, model: nn.Module, context: ContextParallel) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
+        _require_one_sequence_of_tokens(model)
         self._context = context
         self._positions: Tensor | None = None
         self._name = f"titan_parallel_{next(_numbers)}"
@@ -221,6 +222,15 @@ def _attention(
 def _documents(positions_BT: Tensor) -> Tensor:
     """Which document of its row each token is in: one begins where a position does not follow the one before."""
     return (positions_BT.diff(dim=1, prepend=positions_BT[:, :1] - 1) != 1).cumsum(1)
+
+
+def _require_one_sequence_of_tokens(model: Any) -> None:
+    if model.config.is_encoder_decoder or model.main_input_name not in ("input_ids", "inputs_embeds"):
+        what = "an encoder and a decoder" if model.config.is_encoder_decoder else f"the input {model.main_input_name}"
+        raise ConfigError(
+            f"context_parallel_degree must be 1 for a model of transformers with {what}, got {type(model).__name__}. "
+            "Context parallel shares one sequence of token ids. Set context_parallel_degree to 1."
+        )
 
 
 def _configs_that_take(model: nn.Module, name: str) -> list[tuple[Any, str]]:

@@ -46,7 +46,11 @@ class LossForward:
         return self._on_device(inputs), self._on_device(targets)
 
     def of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
-        """The loss's (sum, count) for what `local` returned."""
+        """The loss's (sum, count) for what `local` returned; of what context ranks share, this rank's part."""
+        loss_sum, count = self._of(inputs, targets, loss)
+        return (loss_sum, count) if self._context is None else self._context.own_part(loss, loss_sum, count)
+
+    def _of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
         if self._head is None:
             return loss(lambda logits: logits, self._output(self.model(**inputs)), targets)
         with self._head.taking(loss, targets) as taken:
@@ -69,5 +73,5 @@ class LossForward:
 
 
 def _same_memory(output: Tensor, loss_sum: Tensor) -> bool:
-    """Whether `output` is `loss_sum`, or a view that a hook of somebody's (a profiler, a counter) made of it."""
+    """Return whether `output` is `loss_sum`, or a view that a hook of somebody's (a profiler, a counter) made of it."""
     return output.untyped_storage()._cdata == loss_sum.untyped_storage()._cdata

@@ -17,6 +17,8 @@ from titan_parallel.batch import Batch, Loss, described
 from titan_parallel.collectives import sequence_error
 from titan_parallel.dims import ParallelDims
 from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
+from titan_parallel.memory import to_empty
+from titan_parallel.modes import in_eval_mode
 from titan_parallel.own_losses import OwnLosses
 from titan_parallel.partial_gradients import PartialGradients
 from titan_parallel.tallies import Tallies
@@ -59,6 +61,10 @@ class ParallelModel:
         self._ranks_of_data_rank = dims.ranks_of_data_rank
         self._context = context
 
+    def to_empty(self, device: torch.device | str) -> None:
+        """Give a model on the meta device uninitialized memory on `device`; tied parameters and buffers stay tied."""
+        to_empty(self.model, device)
+
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         """Set all gradients to those of loss sum / `denominator`, and return the loss sum.
 
@@ -66,7 +72,7 @@ class ParallelModel:
         number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
         mesh, never averaged. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
-        self._agree_on(batches, "forward_backward", self._schedule.check)
+        self._agree_on(batches, loss, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
         self._tallies.forget()
         weighed = denominator / self._num_averaged
@@ -76,6 +82,8 @@ class ParallelModel:
             self._own_losses.divided_by(weighed),
         ):
             total = self._schedule.forward_backward(batches, loss, weighed)
+        if self._context is not None:
+            self._context.check_shared(total, loss)
         return self._sum_with_tallies(total)
 
     def after_step(self) -> dict[str, float]:
@@ -91,16 +99,14 @@ class ParallelModel:
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[Tensor, Tensor]:
         """Return loss sum (fp64) and count (int64) of these batches over the whole mesh, with the model in eval mode.
 
-        Every data rank gives as many batches.
+        Every data rank gives as many batches. Each module is in the mode that it was in afterwards.
         """
-        self._agree_on(batches, "evaluate", lambda _: None)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with in_eval_mode(self.model):
+            self._agree_on(batches, loss, "evaluate", lambda _: None)
             with self._sharing_sequences():
                 totals = self._schedule.evaluate(batches, loss)
-        finally:
-            self.model.train(was_training)
+        if self._context is not None:
+            self._context.check_shared(totals[0], loss)
         totals = self._sum_over_mesh(totals)
         return totals[0], totals[1].to(torch.int64)
 
@@ -125,6 +131,11 @@ class ParallelModel:
         """
         self._gradient_hook = hook
         self._schedule.set_gradient_hook(hook)
+
+    def _probe_shapes(self, batches: Sequence[Batch]) -> None:
+        """Learn what steps need to know of batches of these shapes, in the modes in which modules are."""
+        with self._sharing_sequences():
+            self._schedule.probe_shapes(batches)
 
     def _sharing_sequences(self) -> AbstractContextManager[None]:
         return nullcontext() if self._context is None else self._context.sharing()
@@ -169,24 +180,29 @@ class ParallelModel:
             nullcontext() if self._partial_gradients is None else self._partial_gradients.summed_at_the_end(self.model)
         )
 
-    def _agree_on(self, batches: Sequence[Batch], doing: str, check: Callable[[Sequence[Batch]], None]) -> None:
+    def _agree_on(
+        self, batches: Sequence[Batch], loss: Loss, doing: str, check: Callable[[Sequence[Batch]], None]
+    ) -> None:
         """A step that one rank cannot do, or would do otherwise, is an error on every rank."""
         with Agreement(doing, self.dims.device_type) as agreement:
-            self._check(batches)
+            self._check(batches, loss)
             check(batches)
             agreement.on("numbers of batches", str(len(batches)))
             if len(self._ranks_of_data_rank) > 1:
                 lines = (f"number {index}: {described(batch)}" for index, batch in enumerate(batches))
                 agreement.on("batches", "\n".join(lines), self._ranks_of_data_rank)
+            agreement.ask(self._schedule.must_probe(batches))
+        if agreement.asked:
+            self._probe_shapes(batches)
 
-    def _check(self, batches: Sequence[Batch]) -> None:
+    def _check(self, batches: Sequence[Batch], loss: Loss) -> None:
         if not batches:
             raise ValueError(
                 "Got no batches. A step has at least one on every rank. Give each data rank as many as the others."
             )
         if self._context is not None:
             for batch in batches:
-                self._context.check(batch)
+                self._context.check(batch, loss)
         elif self.dims.sequence_parallel:
             self._check_divides(batches)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from titan_config import ConfigError
 from torch import Tensor, nn
 
@@ -18,13 +20,16 @@ from titan_parallel.loss_forward import LossForward
 from titan_parallel.mixed_precision import MixedPrecision
 from titan_parallel.own_losses import OwnLosses
 from titan_parallel.parallel_model import ParallelModel
+from titan_parallel.probe.checks import probe_for, settle_tensor_parallel
 from titan_parallel.roles import Roles, RoleTable
 from titan_parallel.tallies import Tallies
+from titan_parallel.units import blocks_of, check_weights_of_blocks, with_role_errors
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from titan_parallel.context_parallel import ContextParallel
+    from titan_parallel.probe.token_probe import TokenProbe
     from titan_parallel.stages import Stages
     from titan_parallel.tensor_parallel import TensorParallel
 
@@ -41,75 +46,126 @@ def parallelize(
 ) -> ParallelModel:
     """Put `model` on the mesh of `dims`, in place, by what its parts are.
 
-    The model is on meta (then call `parallel.model.to_empty(device=...)` and initialise it) or on its device, with the
-    same weights on every rank. `output` finds the logits in what the model returns where that is more than a tensor:
+    The model is on meta (then call `to_empty(device)` of what is returned, and initialize it) or on its device, with
+    the same weights on every rank. `output` finds the logits in what the model returns where that is no tensor:
     `operator.attrgetter("logits")`. No parameter changes its name. Raises ConfigError for roles that do not fit the
     model, and for a model that does not fit the mesh.
     """
     with Agreement("parallelize", host_device_type(dims.device_type)) as agreement:  # what fails, fails on every rank
         matched = Roles(model, roles)
-        recomputation = activation_checkpoint.build() if activation_checkpoint is not None else None
-        compiler = compile.build() if compile is not None else None
-        precision = mixed_precision.build() if mixed_precision is not None else None
-        agreement.on("degrees", repr(dims.config))
-        agreement.on("roles", str(matched))
-        agreement.on("parameters", _described(model))
-        agreement.on("weights", _first_values(model))
-        agreement.on("activation_checkpoint", repr(activation_checkpoint))
-        agreement.on("compile", repr(compile))
-        agreement.on("mixed_precision", repr(mixed_precision))
+        _agree_on(agreement, model, matched, dims, (activation_checkpoint, compile, mixed_precision))
+        options = _Options.of(activation_checkpoint, compile, mixed_precision, output)
+        probe = probe_for(model, matched, dims)  # of the whole model, before any part of it is changed
+        dims = settle_tensor_parallel(model, matched, dims, probe)
+        agreement.on("sequence_parallel", str(dims.sequence_parallel))
+        transformed = _transformed(model, matched, dims, options, probe)
+        agreement.on("stages", "" if transformed.stages is None else repr(transformed.stages.schedule))
+    return _joined(model, matched, dims, options, transformed)
 
-        # The order: context, stages, tensor and sequence parallel, recomputation, compilation, data parallel.
-        _check_tensor_parallel(model, matched, dims)
-        context = _share_sequences(model, matched, dims)
-        tallies = Tallies(model, matched, dims)
-        stages = _cut_into_stages(model, matched, dims, recomputation, compiler, precision)
-        agreement.on("stages", "" if stages is None else repr(stages.schedule))
-        held = matched if stages is None else matched.held(stages.held)
-        tensor_parallel = _split_over_tensor_ranks(model, held, dims)
-        partial = tensor_parallel.partial_gradients if tensor_parallel is not None else None
-        _wrap_blocks(model, matched, tensor_parallel, recomputation, compiler)
-        head = _let_head_take_loss(model, held, tensor_parallel)
-        if tensor_parallel is not None:
-            model.forward = tensor_parallel.local_view("")(model.forward)
-    forward = LossForward(model, dims.device_type, head=head, output=output, context=context)
+
+@dataclass(frozen=True)
+class _Options:
+    recomputation: ActivationCheckpoint | None
+    compiler: Compile | None
+    precision: MixedPrecision | None
+    output: Callable[[Any], Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        recomputation: ActivationCheckpoint.Config | None,
+        compile: Compile.Config | None,
+        precision: MixedPrecision.Config | None,
+        output: Callable[[Any], Tensor] | None,
+    ) -> _Options:
+        return cls(
+            None if recomputation is None else recomputation.build(),
+            None if compile is None else compile.build(),
+            None if precision is None else precision.build(),
+            output,
+        )
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """What was applied to a model; `held` are the roles of what this rank holds."""
+
+    held: Roles
+    context: ContextParallel | None
+    tallies: Tallies
+    stages: Stages | None
+    tensor_parallel: TensorParallel | None
+    head: HeadForward | None
+
+
+def _agree_on(agreement: Agreement, model: nn.Module, roles: Roles, dims: ParallelDims, configs: Sequence[Any]) -> None:
+    agreement.on("degrees", repr(dims.config))
+    agreement.on("roles", str(roles))
+    agreement.on("parameters", _described(model))
+    agreement.on("weights", _first_values(model))
+    for name, config in zip(("activation_checkpoint", "compile", "mixed_precision"), configs, strict=True):
+        agreement.on(name, repr(config))
+
+
+def _transformed(
+    model: nn.Module, roles: Roles, dims: ParallelDims, options: _Options, probe: TokenProbe | None
+) -> _Transformed:
+    """In this order: context, stages, tensor and sequence parallel, recomputation, compilation; then data parallel."""
+    recomputation, compiler = options.recomputation, options.compiler
+    if dims.world_size > 1:
+        check_weights_of_blocks(model, roles)
+    context = _share_sequences(model, roles, dims, probe)
+    tallies = Tallies(model, roles, dims)
+    stages = _cut_into_stages(model, roles, dims, recomputation, compiler, options.precision)
+    held = roles if stages is None else roles.without(stages.taken_out)
+    tensor_parallel = _split_over_tensor_ranks(model, held, dims)
+    _wrap_blocks(model, roles, tensor_parallel, recomputation, compiler)
+    head = _let_head_take_loss(model, held, tensor_parallel)
+    if tensor_parallel is not None:
+        model.forward = tensor_parallel.local_view("")(model.forward)
+    if dims.world_size > 1:
+        model.forward = with_role_errors(model.forward, roles)
+    return _Transformed(held, context, tallies, stages, tensor_parallel, head)
+
+
+def _joined(
+    model: nn.Module, roles: Roles, dims: ParallelDims, options: _Options, transformed: _Transformed
+) -> ParallelModel:
+    """Shard over data ranks, which wait for each other, and join the parts."""
+    stages, tensor_parallel = transformed.stages, transformed.tensor_parallel
+    forward = LossForward(
+        model, dims.device_type, head=transformed.head, output=options.output, context=transformed.context
+    )
     root = model if stages is None else stages.around(forward)
-    units = _shard_over_data_ranks(model, held, dims, precision, root)
-
+    units = _shard_over_data_ranks(model, transformed.held, dims, options.precision, root)
     return ParallelModel(
         model,
         dims,
         schedule=Accumulation(forward, units, reduces_each=_reduces_each(dims))
         if stages is None
         else stages.pipeline(units),
-        partial_gradients=partial,
-        tallies=tallies,
-        own_losses=OwnLosses(model, matched, num_tensor=dims.num_tensor, device_type=dims.device_type),
-        context=context,
+        partial_gradients=tensor_parallel.partial_gradients if tensor_parallel is not None else None,
+        tallies=transformed.tallies,
+        own_losses=OwnLosses(model, roles, num_tensor=dims.num_tensor, device_type=dims.device_type),
+        context=transformed.context,
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,
     )
 
 
-def _check_tensor_parallel(model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
-    """On every rank, for all parts of the model, while it is whole."""
-    if dims.num_tensor > 1:
-        from titan_parallel.tensor_parallel_checks import check_can_be_split
-
-        check_can_be_split(model, roles, dims)
-
-
 def _reduces_each(dims: ParallelDims) -> bool:
-    """Whether each micro-batch's gradients are brought to the ranks that own them: where ranks own parts."""
+    """Return whether each micro-batch's gradients are brought to the ranks that own them: where ranks own parts."""
     return dims.config.fsdp_reduce_gradients == "always" and dims.num_shard * dims.num_context > 1
 
 
-def _share_sequences(model: nn.Module, roles: Roles, dims: ParallelDims) -> ContextParallel | None:
-    if dims.num_context == 1:
+def _share_sequences(
+    model: nn.Module, roles: Roles, dims: ParallelDims, probe: TokenProbe | None
+) -> ContextParallel | None:
+    if dims.num_context == 1 or probe is None:
         return None
     from titan_parallel.context_parallel import ContextParallel
 
-    return ContextParallel(model, roles, dims)
+    return ContextParallel(model, roles, dims, probe)
 
 
 def _cut_into_stages(
@@ -126,6 +182,12 @@ def _cut_into_stages(
     from titan_parallel.pipeline_schedules import schedule_of
     from titan_parallel.stages import Stages
 
+    if len(roles.stacks) > 1:
+        raise ConfigError(
+            f"pipeline_parallel_degree must be 1 for several stacks of blocks, got {dims.num_pipeline} with blocks in "
+            f"{' and in '.join(parent or 'the model' for parent in roles.stacks)}. Give the role block to one list of "
+            "layers, or set pipeline_parallel_degree to 1."
+        )
     schedule = schedule_of(dims)
     if compiler is not None and schedule.splits_backward:
         raise ConfigError(
@@ -174,8 +236,8 @@ def _wrap_blocks(
             "Got recomputation or compilation for roles without a block. Both work block by block. Give the role block "
             "to the layers of the model, or turn them off."
         )
-    for index, name in enumerate(blocks):
-        block = model.get_submodule(name)
+    for index, block in enumerate(blocks_of(model, roles)):
+        name = next(name for name in blocks if model.get_submodule(name) is block)
         view = tensor_parallel.local_view(name) if tensor_parallel is not None else None
         if view is not None:
             block.forward = view(block.forward)
@@ -200,6 +262,8 @@ def _shard_over_data_ranks(
     model: nn.Module, roles: Roles, dims: ParallelDims, precision: MixedPrecision | None, root: nn.Module
 ) -> list[FSDPModule]:
     """One rank that computes in the dtype it stores needs no units: it runs as fast as the plain model."""
+    if precision is not None and (precision.param_dtype is not torch.float32 or precision.changes(model)):
+        precision.cast_inputs(model, blocks_of(model, roles))
     if dims.world_size == 1 and (precision is None or not precision.changes(model)):
         return []
     from titan_parallel.data_parallel import shard_over_data_ranks

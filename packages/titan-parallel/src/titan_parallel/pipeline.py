@@ -14,8 +14,9 @@ from titan_parallel._pipelining import Action, NumberedStage, reduce_gradients
 from titan_parallel.accumulation import GradientHook
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.forward_only import forward_only
-from titan_parallel.stage_runner import Shape, StageRunner, loss_dtype
-from titan_parallel.tied_weights import sum_over_ends
+from titan_parallel.shared_weights import sum_over_holders
+from titan_parallel.stage_probe import Shape
+from titan_parallel.stage_runner import StageRunner, loss_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -41,6 +42,12 @@ class Pipeline:
         _check_alike(batches)
         self._schedule.check_micro_batches(len(batches))
 
+    def must_probe(self, batches: Sequence[Batch]) -> bool:
+        return self._runner.must_probe(batches)
+
+    def probe_shapes(self, batches: Sequence[Batch]) -> None:
+        self._runner.probe_shapes(batches)
+
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         self._denominator = denominator
         shape = self._runner.begin(batches, loss)[0]
@@ -50,7 +57,7 @@ class Pipeline:
         numbers = torch.arange(len(batches))
         self._torch_schedule(len(batches), shape).step(target=numbers, return_outputs=False)
         reduce_gradients(self._root)
-        sum_over_ends(self._runner.model, self._stages)
+        sum_over_holders(self._runner.model, self._stages)
         return self._runner.end()[0]
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:

@@ -73,7 +73,7 @@ class Roles:
             name: self._roles[name] for name in names + parameters if name in self._roles
         }  # in the model's order
         self._check_nesting()
-        self._check_stack()
+        self._check_stacks()
 
     def __str__(self) -> str:
         """A line for each module that has a role."""
@@ -94,12 +94,17 @@ class Roles:
         """The name of the head, if the table names one."""
         return next(iter(self.named("head")), None)
 
+    @property
+    def stacks(self) -> list[str]:
+        """The names of the modules that hold blocks. Pipelines and sequence parallel follow the stream of one."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.named("block")))
+
     def region_of(self, name: str) -> str | None:
         """The region that a module or parameter lies in."""
         return next((region for region in self.named("region") if inside(name, region)), None)
 
-    def held(self, names: Collection[str]) -> Roles:
-        """The roles of parts of the modules `names`, which a rank holds.
+    def without(self, names: Collection[str]) -> Roles:
+        """The roles of what is not in the modules `names`, which a rank does not hold.
 
         Blocks and attention cores keep theirs, whoever holds them: the place of a block in the stack counts on every
         rank, and models ask the core of one block for the mask of all.
@@ -108,21 +113,15 @@ class Roles:
         roles._roles = {
             name: role
             for name, role in self._roles.items()
-            if role.name in ("block", "attention") or any(inside(name, held) for held in names)
+            if role.name in ("block", "attention") or not any(inside(name, taken) for taken in names)
         }
         return roles
 
-    def _check_stack(self) -> None:
-        """Blocks are neighbours in one list: what runs before them and after them is not theirs."""
-        blocks = self.named("block")
-        parents = dict.fromkeys(name.rpartition(".")[0] for name in blocks)
-        if len(parents) > 1:
-            raise ConfigError(
-                f"Got blocks in {' and in '.join(parent or 'the model' for parent in parents)}. Blocks are one stack: "
-                "the stream passes through them one after the other. Give the role block to one list of layers."
-            )
-        for parent in parents:
-            children = [name for name, _ in self._model.get_submodule(parent).named_children()]
+    def _check_stacks(self) -> None:
+        """Blocks of one list are neighbours: what runs before them and after them is not theirs."""
+        for parent in self.stacks:
+            children = list(self._model.get_submodule(parent)._modules)  # by all names: one may stand in several places
+            blocks = [name for name in self.named("block") if name.rpartition(".")[0] == parent]
             indices = sorted(children.index(name.rpartition(".")[2]) for name in blocks)
             for index, before in zip(indices[1:], indices, strict=False):
                 if index != before + 1:

@@ -11,14 +11,17 @@ import torch.distributed as dist
 
 from titan_parallel import _torch
 from titan_parallel.dims import ParallelDims
+from titan_parallel.launchers import adopt_launcher
 
 
 def init_distributed(device_type: str | None = None, timeout_s: float = 300) -> torch.device:
-    """Join the ranks that torchrun started, or be the only one, and return this rank's device.
+    """Join the ranks that torchrun, srun or mpirun started, or be the only one, and return this rank's device.
 
     `device_type`: None takes CUDA where there is one. `timeout_s` bounds the wait in every collective. Does nothing
-    but return the device where `torch.distributed` is set up already.
+    but return the device where `torch.distributed` is set up already. Raises TimeoutError where ranks do not come.
     """
+    if not dist.is_initialized():
+        adopt_launcher()
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device_type)
@@ -29,17 +32,32 @@ def init_distributed(device_type: str | None = None, timeout_s: float = 300) -> 
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            _join(backend, timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=_torch.HashStore(), rank=0, world_size=1)
     return device
 
 
+def _join(backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        rank, size, address, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        raise TimeoutError(
+            f"All {size} ranks must join at {address}:{port} within {timeout.total_seconds():.0f} s, and rank {rank} "
+            f"could not: {str(error).splitlines()[0]} Look at what the others say. MASTER_ADDR and MASTER_PORT set the "
+            "place; for one process alone set RANK=0, WORLD_SIZE=1."
+        ) from error
+
+
 def set_determinism(seed: int, *, deterministic: bool = False, warn_only: bool = False) -> None:
     """Seed Python's and torch's generators, alike on every rank; `deterministic` also takes bitwise repeatable kernels.
 
-    Where there is no such kernel PyTorch raises, or only warns with `warn_only`.
+    Where there is no such kernel PyTorch raises, or only warns with `warn_only`. Raises ValueError for a seed that
+    torch does not take.
     """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"The seed must be from 0 to 2**64 - 1, got {repr(seed)[:40]}.")
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:

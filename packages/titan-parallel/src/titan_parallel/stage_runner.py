@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from titan_parallel.agreement import Agreement
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.loss_forward import LossForward
 from titan_parallel.stage_forward import StageForward
-
-Shape = tuple[torch.Size, torch.dtype]
+from titan_parallel.stage_probe import Shape, StageProbe
 
 
 def loss_dtype(stream: Shape) -> torch.dtype:
@@ -27,11 +27,18 @@ class StageRunner(nn.Module):
     """
 
     def __init__(
-        self, forward: LossForward, stages: Mapping[int, StageForward], probe: StageForward, num_token_parts: int
+        self,
+        forward: LossForward,
+        stages: Mapping[int, StageForward],
+        probe: StageProbe,
+        *,
+        num_token_parts: int,
+        dtype: torch.dtype | None,
     ) -> None:
-        """`stages` by number; `probe` stops before the first block and returns what that would get.
+        """`stages` by number; `probe` finds the streams of micro-batches of a new shape.
 
-        `num_token_parts`: among how many ranks the first block splits the tokens of the stream.
+        `num_token_parts`: among how many ranks the first block splits the tokens of the stream. `dtype` is what blocks
+        cast it to (None: they do not).
         """
         super().__init__()
         self.model = forward.model
@@ -40,24 +47,49 @@ class StageRunner(nn.Module):
         self._stages = stages
         self._probe = probe
         self._num_token_parts = num_token_parts
+        self._dtype = dtype
         self._running = False
         self._loss: Loss | None = None
-        self._micro_batches: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self._micro_batches: list[tuple[dict[str, Tensor], dict[str, Tensor], Shape]] = []
         self._targets: dict[str, Tensor] = {}
-        self._shapes: dict[Any, Shape] = {}
+        self._shapes: dict[Hashable, Shape] = {}
         self.totals: list[Tensor] = []
         """[loss sum, count] of each micro-batch that this rank finished, fp64."""
 
     def begin(self, batches: Sequence[Batch], loss: Loss) -> list[Shape]:
         """Take the micro-batches of a step; the shape and dtype of the stream of each, as it goes between stages."""
+        shapes = [self._shapes[self._layout(batch)] for batch in batches]
+        local = map(self._loss_forward.local, batches)
+        self._micro_batches = [(*tensors, shape) for tensors, shape in zip(local, shapes, strict=True)]
         self._loss, self.totals = loss, []
-        self._micro_batches = [self._loss_forward.local(batch) for batch in batches]
-        return [self._stream_shape(inputs) for inputs, _ in self._micro_batches]
+        return shapes
+
+    def must_probe(self, batches: Sequence[Batch]) -> bool:
+        """Return whether the shape of any of these streams is not known yet."""
+        return any(self._layout(batch) not in self._shapes for batch in batches)
+
+    def probe_shapes(self, batches: Sequence[Batch]) -> None:
+        """Find the shapes of streams; every rank calls it, also one that knows its own.
+
+        Raises ConfigError on every rank for a model that cannot be cut.
+        """
+
+        def probe() -> None:
+            with Agreement("cut the model into stages", self._loss_forward.device_type):
+                for batch in batches:
+                    if self._layout(batch) not in self._shapes:
+                        self._shapes[self._layout(batch)] = self._stream_shape(batch)
+
+        try:
+            with torch.no_grad():
+                self(probe)  # weights of the root are gathered by all ranks before any can fail
+        finally:
+            self._free_weights()
 
     def run(self, stage: int, micro_batch: int, received: Tensor | None) -> Tensor:
         """The stage's forward: the stream for the next stage, or the loss sum on the last."""
-        inputs, self._targets = self._micro_batches[micro_batch]
-        output: Tensor = self(stage, received, inputs)
+        inputs, self._targets, shape = self._micro_batches[micro_batch]
+        output: Tensor = self(lambda: self._run(stage, received, inputs, shape))
         return output
 
     def end(self) -> Tensor:
@@ -68,42 +100,49 @@ class StageRunner(nn.Module):
             return torch.zeros(2, dtype=torch.float64, device=self._loss_forward.device_type)
         return torch.stack(totals).sum(0)
 
-    def forward(self, stage: int, received: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
-        if received is not None:
-            received = _ContiguousGradient.apply(received)
-        result = self._cut_short(self._stages[stage], received, inputs)
-        if isinstance(result, Tensor):
-            shape = self._stream_shape(inputs)
-            if (result.shape, result.dtype) != shape:
-                raise RuntimeError(
-                    f"Got a stream of shape {list(result.shape)} and {result.dtype} from a block, where the first "
-                    f"block gets {list(shape[0])} and {shape[1]}. Stages of a pipeline exchange streams of one shape. "
-                    "Set pipeline_parallel_degree to 1."
-                )
-            return result.contiguous()
-        self.totals.append(torch.stack([total.detach().to(torch.float64) for total in result]))
-        return result[0].to(loss_dtype(self._stream_shape(inputs)))
-
-    def _cut_short(
-        self, stage: StageForward, received: Tensor | None, inputs: dict[str, Tensor]
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        loss = self._loss
-        assert loss is not None
+    def forward(self, work: Callable[[], Any]) -> Any:
+        """Run the model by `work`, with the weights of the root gathered."""
         self._running = True
         try:
-            return stage(lambda: self._loss_forward.of(inputs, self._targets, loss), received)
+            return work()
         finally:
             self._running = False
 
-    @torch.no_grad()
-    def _stream_shape(self, inputs: dict[str, Tensor]) -> Shape:
-        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
-        if key not in self._shapes:
-            stream = self._cut_short(self._probe, None, inputs)
-            assert isinstance(stream, Tensor)
-            num_tokens = stream.size(-2) // self._num_token_parts
-            self._shapes[key] = (torch.Size([*stream.shape[:-2], num_tokens, stream.size(-1)]), stream.dtype)
-        return self._shapes[key]
+    def _run(self, stage: int, received: Tensor | None, inputs: dict[str, Tensor], shape: Shape) -> Tensor:
+        loss, targets = self._loss, self._targets
+        assert loss is not None
+        if received is not None:
+            received = _ContiguousGradient.apply(received)
+        result = self._stages[stage](lambda: self._loss_forward.of(inputs, targets, loss), received)
+        if isinstance(result, Tensor):
+            if (result.shape, result.dtype) != shape:
+                raise RuntimeError(
+                    f"Blocks of a pipeline must return what they get in shape, {list(shape[0])} of {shape[1]}, got "
+                    f"{list(result.shape)} of {result.dtype}. Set pipeline_parallel_degree to 1."
+                )
+            return result.contiguous()
+        self.totals.append(torch.stack([total.detach().to(torch.float64) for total in result]))
+        return result[0].to(loss_dtype(shape))
+
+    def _stream_shape(self, batch: Batch) -> Shape:
+        """As it goes between stages, of one data rank's micro-batch."""
+        inputs, targets = self._loss_forward.local(batch)
+        size, dtype = self._probe.shape_of_stream(lambda: self._loss_forward.of(inputs, targets, self._probe.loss))
+        tokens = size[-2] // self._num_token_parts
+        as_cast = dtype if self._dtype is None or not dtype.is_floating_point else self._dtype
+        return torch.Size([*size[:-2], tokens, size[-1]]), as_cast
+
+    def _layout(self, batch: Batch) -> Hashable:
+        """What the shape of a stream depends on; a model may do other things when it evaluates."""
+        inputs = ((name, tensor.shape, tensor.dtype) for name, tensor in batch.inputs.items())
+        return (self.model.training, *inputs)
+
+    def _free_weights(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for unit in self.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def _check_running(self, *_: Any) -> None:
         if not self._running:

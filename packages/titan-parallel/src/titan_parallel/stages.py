@@ -1,10 +1,8 @@
-"""The stages of a model: which part of it is whose, and what a rank does not hold is taken out."""
+"""Cut a model into stages, and take out of it what a rank does not hold."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,30 +13,24 @@ from titan_parallel.dims import ParallelDims
 from titan_parallel.loss_forward import LossForward
 from titan_parallel.pipeline import Pipeline
 from titan_parallel.pipeline_schedules import PipelineSchedule
-from titan_parallel.roles import Roles, inside
+from titan_parallel.roles import Roles
 from titan_parallel.stage_cut import cut_by_cost, cut_by_name
-from titan_parallel.stage_forward import StageForward
+from titan_parallel.stage_forward import StageForward, StageModel
+from titan_parallel.stage_pieces import StageModules, skeleton
+from titan_parallel.stage_probe import StageProbe
 from titan_parallel.stage_runner import StageRunner
+from titan_parallel.stand_in import Call, StreamArgument, zeros_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A block, or a largest module with parameters and without a block; `stage` holds it."""
-
-    name: str
-    module: nn.Module
-    stage: int
-
-
 class Stages:
     """A model cut into the stages of a schedule, by its blocks; of the model a rank keeps what its stages hold.
 
-    What is defined before the first block belongs to the first stage, as embeddings do, what comes after the last
-    block to the last, as the head does; modules without parameters belong to all. Weights that first and last stage
-    share are held by both, under all their names.
+    Embeddings belong to the first stage, what is defined after the last block to the last, as the head does. All else
+    is held by all stages: what is computed before the blocks may be read by every block. Weights that several ranks
+    hold have one gradient, the sum of theirs.
     """
 
     def __init__(
@@ -54,34 +46,33 @@ class Stages:
         """`dtype` is what weights compute in (None: what they are stored in)."""
         self.schedule = schedule
         self.dims = dims
+        self.dtype = dtype
         self.rank = dims.mesh.get_local_rank("pp")
         self.mine = [stage for stage, rank in enumerate(schedule.ranks) if rank == self.rank]
-        # Splitting the backward would recompute twice, and find weights freed after the forward.
-        self.splits_backward = not recomputes and dims.config.fsdp_reshard_after_forward != "always"
-        self._names = roles.named("block")
-        self._blocks = [model.get_submodule(name) for name in self._names]
-        before, after = _around(model, roles, self._blocks)
-        self._ranges = self._cut(_size(module for _, module in after))
-        last = schedule.num_stages - 1
-        stage_of = {block: stage for stage, own in enumerate(self._ranges) for block in own}
-        self._pieces = [
-            *(Piece(name, module, 0) for name, module in before),
-            *(Piece(self._names[i], block, stage_of[i]) for i, block in enumerate(self._blocks)),
-            *(Piece(name, module, last) for name, module in after),
-        ]
-        self._before = {module: _skeleton(module, dtype) for _, module in before}
-        self._after = [module for _, module in after]
-        tied = self._find_tied()
-        names = [name for name, parameter in model.named_parameters() if parameter in tied]
-        self.tied_over_ranks = names if schedule.ranks[0] != schedule.ranks[-1] else []
-        """Weights of which the first and the last rank of the pipeline hold one each."""
+        self._model = model
+        pieces = StageModules.of(model, roles, dims.num_pipeline)
+        self._ranges = self._cut(pieces)
+        self._parts = _parts(model, roles, pieces, dtype)
+        owners = self._owners(pieces)
+        holders = self._holders(owners)
+        self._holders_by_name = {
+            name: holders[parameter]
+            for name, parameter in model.named_parameters()
+            if len(holders[parameter]) > 1 and self.rank in holders[parameter]
+        }
         whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._strip()
+        self.splits_backward = not (
+            recomputes  # which it would do twice
+            or dims.config.fsdp_reshard_after_forward == "always"  # weights would be gone
+            or self._trains_what_all_hold(owners)  # several blocks' gradients go back through one graph
+        )
+        self._strip(owners, holders)
         here = dict(model.named_parameters())
         self.names_elsewhere = [name for name in whole if name not in here]
         """The parameters that other ranks train, and this one does not have."""
-        self.held = [piece.name for piece in self._pieces if any(True for _ in piece.module.parameters())]
-        """The names of the pieces of which this rank has parameters."""
+        named = {**pieces.embeddings, **pieces.blocks, **pieces.after}
+        self.taken_out = [name for name, module in named.items() if not any(True for _ in module.parameters())]
+        """The names of the pieces of which this rank has no parameters."""
 
     def blocks_of_ranks(self) -> list[list[range]]:
         """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
@@ -91,136 +82,111 @@ class Stages:
         ]
 
     @property
+    def held_by_all(self) -> list[str]:
+        """The names of the weights that every rank of the pipeline holds."""
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) == self.dims.num_pipeline]
+
+    @property
+    def held_by_ends(self) -> list[str]:
+        """The names of the weights that this rank and the other end of the pipeline hold, and no other rank."""
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) < self.dims.num_pipeline]
+
+    @property
     def counted_elsewhere(self) -> list[str]:
-        """Weights whose gradients the first rank of the pipeline counts, not this one."""
-        return self.tied_over_ranks if self.rank == self.schedule.ranks[-1] else []
+        """Weights whose gradients another rank of the pipeline counts: the first of those that hold them."""
+        return [name for name, ranks in self._holders_by_name.items() if min(ranks) != self.rank]
 
     def around(self, forward: LossForward) -> StageRunner:
         """What runs this rank's stages."""
-
-        def stage(own: range) -> StageForward:
-            return StageForward(
-                forward.model,
-                blocks=self._blocks,
-                own=own,
-                shapes={} if own.start == 0 and own else self._before,
-                after=[] if own.stop == len(self._blocks) else self._after,
-            )
-
         tokens = self.dims.num_tensor if self.dims.sequence_parallel else 1
-        self._runner = StageRunner(forward, {i: stage(self._ranges[i]) for i in self.mine}, stage(range(0)), tokens)
+        self._runner = StageRunner(
+            forward,
+            {stage: StageForward(self._parts, self._ranges[stage]) for stage in self.mine},
+            StageProbe(self._parts, has_end=self.schedule.num_stages - 1 in self.mine),
+            num_token_parts=tokens,
+            dtype=self.dtype,
+        )
         return self._runner
 
     def pipeline(self, units: Sequence[FSDPModule]) -> Pipeline:
         """The schedule, once `around` was made the root of the `units`."""
         return Pipeline(self._runner, self, units)
 
-    def _strip(self) -> None:
+    def _owners(self, pieces: StageModules) -> dict[nn.Module, set[int]]:
+        """For each module in a piece, the ranks whose stages it is in."""
+        ranks, owners = self.schedule.ranks, dict[nn.Module, set[int]]()
+        stages = [(0, list(pieces.embeddings.values())), (len(ranks) - 1, list(pieces.after.values()))]
+        blocks = list(pieces.blocks.values())
+        stages += [(stage, blocks[own.start : own.stop]) for stage, own in enumerate(self._ranges)]
+        for stage, modules in stages:
+            for module in (inner for piece in modules for inner in piece.modules()):
+                owners.setdefault(module, set()).add(ranks[stage])
+        return owners
+
+    def _holders(self, owners: dict[nn.Module, set[int]]) -> dict[nn.Parameter, set[int]]:
+        """The ranks of the pipeline that hold each parameter. Raises ConfigError for ranks that cannot share one."""
+        everyone, ends = set(range(self.dims.num_pipeline)), {self.schedule.ranks[0], self.schedule.ranks[-1]}
+        holders: dict[nn.Parameter, set[int]] = {}
+        for module in self._model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    held = holders.setdefault(parameter, set())
+                    held |= owners.get(module, everyone)
+        for name, parameter in self._model.named_parameters():
+            held = holders[parameter]
+            if len(held) > 1 and held not in (everyone, ends):
+                raise ConfigError(
+                    f"A weight of a pipeline must be on one rank, on both ends or on all, got {name} on ranks "
+                    f"{sorted(held)}. Use pipeline_parallel_splits."
+                )
+        return holders
+
+    def _trains_what_all_hold(self, owners: dict[nn.Module, set[int]]) -> bool:
+        others = (module for module in self._model.modules() if module not in owners)
+        return any(p is not None and p.requires_grad for module in others for p in module._parameters.values())
+
+    def _strip(self, owners: dict[nn.Module, set[int]], holders: dict[nn.Parameter, set[int]]) -> None:
         """Put None in the place of all parameters and buffers that this rank does not hold; names stay."""
-        mine = [piece for piece in self._pieces if piece.stage in self.mine]
-        held = {parameter for piece in mine for parameter in piece.module.parameters()}
-        for piece in self._pieces:
-            if piece.stage in self.mine:
-                continue
-            for module in piece.module.modules():
+        for module, ranks in owners.items():
+            if self.rank not in ranks:
                 for name, parameter in module._parameters.items():
-                    module._parameters[name] = parameter if parameter in held else None
+                    if parameter is not None and self.rank not in holders[parameter]:
+                        module._parameters[name] = None
                 module._buffers.update(dict.fromkeys(module._buffers))
 
-    def _cut(self, after: int) -> list[range]:
+    def _cut(self, pieces: StageModules) -> list[range]:
         splits, num_stages = self.dims.config.pipeline_parallel_splits, self.schedule.num_stages
         if splits:
-            return cut_by_name(self._names, splits, num_stages)
-        if len(self._blocks) < num_stages:
+            return cut_by_name(list(pieces.blocks), splits, num_stages)
+        if len(pieces.blocks) < num_stages:
             raise ConfigError(
-                f"Got {len(self._blocks)} blocks for {num_stages} stages ({self.dims.num_pipeline} ranks, schedule "
-                f"{self.schedule.name}). Each stage has one block or more. Lower pipeline_parallel_degree or "
-                "pipeline_parallel_stages_per_rank, or take a schedule with fewer stages."
+                f"A pipeline must have a block for each stage, got {len(pieces.blocks)} blocks for {num_stages} "
+                "stages. Lower pipeline_parallel_degree or pipeline_parallel_stages_per_rank."
             )
-        return cut_by_cost([_size([block]) for block in self._blocks], num_stages, last=after)
-
-    def _find_tied(self) -> set[nn.Parameter]:
-        """Weights of first and last stage. Raises ConfigError where stages share others."""
-        owners: dict[nn.Parameter, set[int]] = {}
-        for piece in self._pieces:
-            for parameter in piece.module.parameters():
-                owners.setdefault(parameter, set()).add(piece.stage)
-        tied = {parameter for parameter, stages in owners.items() if stages == {0, self.schedule.num_stages - 1}}
-        for piece in self._pieces:
-            for name, parameter in piece.module.named_parameters():
-                if len(owners[parameter]) > 1 and parameter not in tied:
-                    raise ConfigError(
-                        f"Got {piece.name}.{name}, a weight that stages {sorted(owners[parameter])} share. The first "
-                        "and the last stage can share weights, others not. Cut the stack elsewhere with "
-                        "pipeline_parallel_splits, or set pipeline_parallel_degree to 1."
-                    )
-        return tied
+        costs = [_size([block]) for block in pieces.blocks.values()]
+        return cut_by_cost(costs, num_stages, last=_size(pieces.after.values()))
 
 
-def _around(
-    model: nn.Module, roles: Roles, blocks: list[nn.Module]
-) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
-    """The pieces with parameters before the first block and after the last, in the order of definition.
-
-    An embedding is before, unless it is looked up between blocks, and the head after, wherever they are defined.
-    """
-    if not blocks:
-        raise ConfigError(
-            "Got pipeline_parallel_degree above 1 and roles without a block. A pipeline is cut between blocks. Give "
-            "the role block to the layers of the model, or set pipeline_parallel_degree to 1."
-        )
-    embeddings = [name for name in roles.named("embedding") if not roles.options(name).get("between_blocks")]
-    before: list[tuple[str, nn.Module]] = []
-    after: list[tuple[str, nn.Module]] = []
-    num_blocks = 0
-    for name, module in _walk("", model, frozenset(blocks), set()):
-        if module in blocks:
-            num_blocks += 1
-        elif not any(True for _ in module.parameters()):
-            continue
-        elif roles.head is not None and inside(roles.head, name):
-            after.append((name, module))
-        elif num_blocks == 0 or any(inside(embedding, name) for embedding in embeddings):
-            before.append((name, module))
-        elif num_blocks == len(blocks):
-            after.append((name, module))
-        else:
-            raise ConfigError(
-                f"Got {name} between two blocks. A stage holds blocks; what else has parameters is before or after all "
-                "of them. Make it a part of a block, or set pipeline_parallel_degree to 1."
-            )
-    return before, after
+def _parts(model: nn.Module, roles: Roles, pieces: StageModules, dtype: torch.dtype | None) -> StageModel:
+    between = [pieces.after[name] for name in roles.named("embedding") if name in pieces.after]
+    return StageModel(
+        model,
+        blocks=list(pieces.blocks.values()),
+        block_names=list(pieces.blocks),
+        embeddings={module: name for name, module in pieces.embeddings.items()},
+        shapes={module: skeleton(module, dtype) for module in (*pieces.embeddings.values(), *between)},
+        after=list(pieces.after.values()),
+        head={} if roles.head is None else _without_weights(model.get_submodule(roles.head), roles, dtype),
+        streams=[StreamArgument(block) for block in pieces.blocks.values()],
+    )
 
 
-def _walk(
-    prefix: str, module: nn.Module, blocks: frozenset[nn.Module], seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks, and the largest modules without a block, once each. Raises ConfigError for parameters above blocks."""
-    if bare := [name for name, parameter in module._parameters.items() if parameter is not None]:
-        raise ConfigError(
-            f"Got the parameter {prefix}{bare[0]} in a module that holds blocks. Nothing says which stage of a "
-            "pipeline it belongs to. Put it into a module of its own before or after the blocks, or set "
-            "pipeline_parallel_degree to 1."
-        )
-    for name, child in module.named_children():
-        if child in blocks or blocks.isdisjoint(child.modules()):
-            if child not in seen:
-                seen.add(child)
-                yield prefix + name, child
-        else:
-            yield from _walk(f"{prefix}{name}.", child, blocks, seen)
+def _without_weights(head: nn.Module, roles: Roles, dtype: torch.dtype | None) -> dict[nn.Module, Call]:
+    """The head as a call that needs no weight: it takes the loss, or makes zeros."""
+    if roles.head is not None and roles.options(roles.head).get("takes_loss", True):
+        return {head: lambda *args, **kwargs: head.forward(*args, **kwargs)}  # which is replaced later
+    return {head: zeros_of(skeleton(head, dtype))}
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def _skeleton(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy on the meta device."""
-    memo: dict[int, object] = {}
-    for parameter in module.parameters():
-        own = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta", dtype=own), requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)

@@ -1,4 +1,4 @@
-"""Whether a model's parts can be split over the tensor axis."""
+"""Return whether a model's parts can be split over the tensor axis."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
             f"Got tensor_parallel_degree {size} and roles without a region. Tensor parallel splits the work of "
             "regions. Name the model's regions and their colwise and rowwise parts, or set tensor_parallel_degree to 1."
         )
-    if dims.sequence_parallel and not all(roles.named(role) for role in ("embedding", "block", "head")):
+    if dims.sequence_parallel and not has_ends(roles):
         raise ConfigError(
-            "Got sequence_parallel and roles without an embedding, a block or a head. The stream is split between "
-            "the first block and the last, and gradients by parts of the vocabulary enter it from the head. Name all "
-            "three, or set sequence_parallel to false."
+            "sequence_parallel must be false without an embedding, a head and one stack of blocks, got true."
         )
     for name in roles.named("region"):
         _check_region(model.get_submodule(name), name)
@@ -54,6 +52,11 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
                     f"Got a vocabulary of {rows} in {name} over tensor_parallel_degree {size}. Each rank holds at "
                     "least one row. Lower tensor_parallel_degree."
                 )
+
+
+def has_ends(roles: Roles) -> bool:
+    """Return whether the roles say where a stream that is split over the sequence begins and ends."""
+    return len(roles.stacks) == 1 and all(roles.named(role) for role in ("embedding", "head"))
 
 
 def features_dim(role: str, options: Mapping[str, Any]) -> int:

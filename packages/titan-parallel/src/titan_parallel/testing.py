@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from titan_parallel._torch import is_dtensor
-from titan_parallel.equality import TOLERANCES, compare, norm_of
+from titan_parallel.equality import compare, norm_of, roundings
 
-__all__ = ["TOLERANCES", "check_same_gradients", "full_gradients", "whole"]
+__all__ = ["check_same_gradients", "full_gradients", "whole"]
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -24,23 +25,31 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def check_same_gradients(
-    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerances: tuple[float, float] | None = None
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]] = ()
 ) -> None:
     """Raise AssertionError naming the first parameter whose gradient is not the expected one, and by which factor.
 
-    The rule: `|g - g0| <= a |g0| + b |all g0|`, 2-norms over a parameter, with (a, b) from `TOLERANCES` for its dtype.
-    The second term is for gradients that are zero but for rounding.
+    The rule: `|g - g0| <= 1e-10 |g0| + 1e-13 |all g0|`, 2-norms over a parameter. `expected` is in fp64. Where `got` is
+    of fp32 or bf16, give `plain`: the gradients of one or more runs of the plain process in the same precision (in
+    several orders of rows, say). The rule is then ten times their rounding: see `titan_parallel.equality`.
     """
     if got.keys() != expected.keys():
         odd = sorted(got.keys() ^ expected.keys())
         raise AssertionError(
             f"Got gradients of {len(got)} parameters, expected {len(expected)}. Only one side has {', '.join(odd)}."
         )
-    norm_of_all = norm_of(expected.values())
+    narrow = [name for name, reference in expected.items() if reference.dtype is not torch.float64]
+    if narrow:
+        raise ValueError(
+            f"expected must be in float64, got {expected[narrow[0]].dtype} for {narrow[0]}. Run the plain process in "
+            "float64; for gradients in another dtype give its runs in that dtype as plain."
+        )
+    norm_of_all, rounding = norm_of(expected.values()), roundings(plain, expected) if plain else {}
     for name, reference in expected.items():
-        found = compare(got[name], reference, norm_of_all, tolerances)
+        found = compare(got[name], reference, norm_of_all, rounding.get(name))
         if not found.same:
             raise AssertionError(
-                f"The gradient of {name} differs by {found.error:.2e} of its norm (which is {found.share:.1e} of all). "
+                f"The gradient of {name} differs by {found.error:.2e} of its norm (which is {found.share:.1e} of all), "
+                f"{found.ratio:.3g} times what the rule allows. "
                 f"Best factor: x{found.factor:.4g}, which leaves {found.rest:.2e}."
             )

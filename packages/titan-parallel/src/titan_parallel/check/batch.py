@@ -5,7 +5,6 @@ B rows, T tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,11 +14,8 @@ from torch import Tensor, nn
 
 from titan_parallel.batch import Batch
 from titan_parallel.hugging_face_attention import is_of_transformers
+from titan_parallel.model_inputs import DOCUMENTS, TOKENS, named_inputs, vocabulary
 from titan_parallel.roles import Roles
-
-_TOKENS = ("tokens", "input_ids", "ids")
-_POSITIONS = ("positions", "position_ids")
-_DOCUMENTS = ("document_ids",)
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,11 @@ class CheckBatch:
     def rows(self, start: int, stop: int) -> CheckBatch:
         """Some of its rows."""
         inputs, targets = ({n: t[start:stop] for n, t in part.items()} for part in (self.inputs, self.targets))
+        return CheckBatch(inputs, targets, self.sequence_dims)
+
+    def turned(self, count: int) -> CheckBatch:
+        """With its first rows last: what sums over rows adds them in another order."""
+        inputs, targets = ({n: t.roll(-count, 0) for n, t in part.items()} for part in (self.inputs, self.targets))
         return CheckBatch(inputs, targets, self.sequence_dims)
 
     def to(self, dtype: torch.dtype) -> CheckBatch:
@@ -69,7 +70,7 @@ def make_up_batch(model: nn.Module, roles: Roles, rows: int, length: int, seed: 
     labels_BT[:, -1] = -100
     for row in range(rows):
         labels_BT[row, length - 1 - row % (length // 2) :] = -100
-        if names.keys() & set(_DOCUMENTS) or is_of_transformers(model):
+        if names.keys() & set(DOCUMENTS) or is_of_transformers(model):
             for start in (length // 4 + row % 3, length // 2 + 1 + row % 2):
                 documents_BT[row, start:] += 1
                 positions_BT[row, start:] = torch.arange(length - start)
@@ -81,31 +82,24 @@ def make_up_batch(model: nn.Module, roles: Roles, rows: int, length: int, seed: 
 
 def _inputs_of(model: nn.Module) -> dict[str, str]:
     """What the forward takes: name -> tokens, positions or documents."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    known = {"tokens": _TOKENS, "positions": _POSITIONS, "documents": _DOCUMENTS}
-    found = {p.name: kind for p in parameters for kind, names in known.items() if p.name in names}
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(needed) == 1:
-        found.setdefault(needed[0], "tokens")
+    found, needed = named_inputs(model)
     if "tokens" not in found.values() or not found.keys() >= set(needed):
         raise ConfigError(
             f"Got a forward of {type(model).__name__} that takes {', '.join(needed) or 'nothing by name'}. A batch is "
-            f"made up for models that take token ids ({', '.join(_TOKENS)}), positions and document ids. Give batch."
+            f"made up for models that take token ids ({', '.join(TOKENS)}), positions and document ids. Give batch."
         )
     return found
 
 
 def _vocabulary(model: nn.Module, roles: Roles) -> int:
-    """How many ids the model knows: the rows of its head, or of its first embedding."""
-    names = [*roles.named("head"), *roles.named("embedding")]
-    matrices = [model.get_submodule(name)._parameters.get("weight") for name in names]
-    sizes = [len(matrix) for matrix in matrices if matrix is not None]
-    if not sizes:
+    """How many ids the model knows."""
+    size = vocabulary(model, roles)
+    if size is None:
         raise ConfigError(
             f"Got roles of {type(model).__name__} without an embedding or a head that has a weight. A batch is made up "
             "of ids below the number of its rows. Name one of them in the roles, or give batch."
         )
-    return sizes[0]
+    return size
 
 
 def count_rows(batch: Batch) -> int:

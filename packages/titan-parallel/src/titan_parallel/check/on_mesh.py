@@ -12,11 +12,11 @@ from titan_config import ConfigError
 from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
-from titan_parallel.check.lift import computing_in
-from titan_parallel.check.plain import Record
+from titan_parallel.check.plain import LOSS_OF_EVALUATION, Record, loss_of_step, norm_of_step
 from titan_parallel.check.trial import MAX_NORM, Trial
 from titan_parallel.dims import ParallelDims
 from titan_parallel.equality import Comparison, compare, norm_of
+from titan_parallel.lift import computing_in
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
 from titan_parallel.testing import whole
@@ -64,18 +64,18 @@ class _Judge:
         gradients: dict[str, Comparison | str] = {}
         norms: dict[str, Comparison | str] = {}
         losses: dict[str, Comparison | str] = {}
-        for step, (expected_loss, expected_norm) in enumerate(zip(record.losses, record.norms, strict=False), start=1):
+        for step in range(1, self._trial.steps + 1):
             loss_sum = parallel.forward_backward(self._batches, loss, record.denominator)
-            losses[f"loss of step {step}"] = self._number(loss_sum / record.denominator, expected_loss)
+            self._number(losses, "losses", loss_of_step(step), loss_sum / record.denominator)
             if step == 1:
                 named = parallel.model.named_parameters()
-                gradients = self._tensors(record.gradients, {name: parameter.grad for name, parameter in named})
-            norms[f"gradient norm of step {step}"] = self._number(parallel.clip_grad_norm_(MAX_NORM), expected_norm)
+                gradients = self._tensors("gradients", {name: parameter.grad for name, parameter in named})
+            self._number(norms, "norms", norm_of_step(step), parallel.clip_grad_norm_(MAX_NORM))
             optimizer.step()
             parallel.after_step()
         loss_sum, _ = parallel.evaluate(self._batches, loss)
-        losses["loss of the evaluation"] = self._number(loss_sum / record.denominator, record.losses[-1])
-        return Judgement(gradients, norms, losses, self._tensors(record.weights, self._held()))
+        self._number(losses, "losses", LOSS_OF_EVALUATION, loss_sum / record.denominator)
+        return Judgement(gradients, norms, losses, self._tensors("weights", self._held()))
 
     def _held(self) -> dict[str, Tensor | None]:
         """Parameters, and the buffers that the plain run changed, as far as this rank has them."""
@@ -83,11 +83,9 @@ class _Judge:
         buffers = {name: buffer for name, buffer in model.named_buffers() if name in self._record.weights}
         return {**dict(model.named_parameters()), **buffers}
 
-    def _tensors(
-        self, expected: Mapping[str, Tensor], here: Mapping[str, Tensor | None]
-    ) -> dict[str, Comparison | str]:
+    def _tensors(self, kind: str, here: Mapping[str, Tensor | None]) -> dict[str, Comparison | str]:
         """Of everything that this rank holds, by the first of its names here; all ranks call this."""
-        names = self._record.names
+        expected, names = getattr(self._record, kind), self._record.names
         norm_of_all = norm_of(tensor for name, tensor in expected.items() if names[name] == name)
         found: dict[str, Comparison | str] = {}
         for name, tensor in here.items():
@@ -103,12 +101,16 @@ class _Judge:
             elif got is not None and not got.isfinite().all():
                 found[name] = "values on the mesh that are not finite"
             elif got is not None:
-                found[name] = compare(got, expected[name], norm_of_all)
+                found[name] = compare(got, expected[name], norm_of_all, self._rounding(kind, name))
         return found
 
-    def _number(self, got: Tensor, expected: float) -> Comparison | str:
-        reference = torch.tensor(expected, dtype=self._trial.dtype)
-        return compare(got.detach().cpu(), reference, reference.double().abs())
+    def _number(self, found: dict[str, Comparison | str], kind: str, name: str, got: Tensor) -> None:
+        expected = getattr(self._record, kind)[name]
+        got = got.detach().cpu().to(self._trial.dtype)
+        found[name] = compare(got, expected, expected.abs(), self._rounding(kind, name))
+
+    def _rounding(self, kind: str, name: str) -> float | None:
+        return self._record.rounding[kind][name] if self._record.rounding else None
 
 
 def _own_rows(batch: CheckBatch, dims: ParallelDims, num_microbatches: int) -> list[CheckBatch]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from titan_config import ConfigError
 from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
-from titan_parallel.check.lift import computing_in
+from titan_parallel.check.report import KINDS
 from titan_parallel.check.trial import MAX_NORM, Trial
-from titan_parallel.equality import norm_of
+from titan_parallel.equality import norm_of, roundings
+from titan_parallel.lift import computing_in
 from titan_parallel.own_losses import OwnLosses
 from titan_parallel.roles import Roles
 from titan_parallel.tallies import Tallying
@@ -22,14 +25,15 @@ from titan_parallel.tallies import Tallying
 class Record:
     """What a run of the plain model left; weights and gradients by every name that a parameter has.
 
-    Buffers that are state, and that the run changed, are weights too.
+    Buffers that are state, and that the run changed, are weights too. A trial in float32 is judged by a run in float64
+    from the same weights, with the rounding of runs in float32.
     """
 
     batch: dict[str, Any]
     denominator: float
-    losses: list[float]
-    """The mean loss of each step, and one more after the last."""
-    norms: list[float]
+    losses: dict[str, Tensor]
+    """The mean loss of each step, and of an evaluation after the last."""
+    norms: dict[str, Tensor]
     """The norm of all gradients of each step, before clipping."""
     initial: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -38,6 +42,8 @@ class Record:
     """After the last step."""
     names: dict[str, str]
     """Every name that a parameter has -> the first of them, in the model's order."""
+    rounding: dict[str, dict[str, float]]
+    """For each kind (losses, norms, gradients, weights) that of each quantity in float32; empty in float64."""
 
     def save(self, path: Path) -> None:
         """Write it for the ranks."""
@@ -49,37 +55,87 @@ class Record:
         return cls(**torch.load(path, mmap=True, weights_only=True))
 
 
+_MOST_ROUNDING = 1e-3
+"""Of all gradients: by a plain process that rounds more nothing can be judged."""
+
+
 def run_plain(trial: Trial, batch: CheckBatch) -> Record:
     """Train the plain model for a few steps on the whole batch at once."""
+    if trial.dtype is torch.float64:
+        return _run(trial, batch)
+    exact = _run_in_float64(trial, batch)
+    runs = [_run(trial, part) for part in (batch, batch.turned(1), batch.turned(batch.num_rows // 2))]
+    rounding = {kind: roundings([getattr(run, kind) for run in runs], getattr(exact, kind)) for kind in KINDS}
+    _require_small(rounding["gradients"], exact)
+    return replace(exact, batch=asdict(batch), initial=runs[0].initial, rounding=rounding)
+
+
+def _run_in_float64(trial: Trial, batch: CheckBatch) -> Record:
+    """Run the trial in float64 from the same weights."""
+    with computing_in(trial.dtype):
+        model = trial.model().double()
+    try:
+        in_float64 = replace(trial, build=lambda: model, noise=0.0, dtype=torch.float64)
+        return _run(in_float64, batch.to(torch.float64))
+    except Exception as error:
+        error.add_note("(in float64, by which float32 is judged)")
+        raise
+
+
+def _require_small(rounding: dict[str, float], exact: Record) -> None:
+    """Raise ConfigError for a model that float32 does not compute."""
+    share = math.hypot(*rounding.values()) / float(norm_of(exact.gradients.values()))
+    if not share <= _MOST_ROUNDING:
+        raise ConfigError(
+            f"dtype must be torch.float64 for this model, got torch.float32. In one process float32 changes its "
+            f"gradients by {share:.1e} of their norm, and a mesh cannot be told from that."
+        )
+
+
+def _run(trial: Trial, batch: CheckBatch) -> Record:
     with computing_in(trial.dtype):
         model = trial.model()
         initial = _named(model, weights=True)
         buffers = {name: buffer.clone() for name, buffer in _state_buffers(model).items()}
         optimizer = trial.optimizer(model)
-        losses, norms, gradients = [], [], {}
+        losses: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         with torch.no_grad():
             denominator = float(trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)[1])
         own_losses = OwnLosses(model, Roles(model, trial.roles_of(model)), num_tensor=1, device_type="cpu")
-        for step in range(trial.steps):
+        for step in range(1, trial.steps + 1):
             optimizer.zero_grad()
             with own_losses.divided_by(denominator):
                 loss_sum, _ = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
                 (loss_sum / denominator).backward()
-            if not step:
-                gradients = _named(model, weights=False)
-            norms.append(_clip(model))
-            losses.append(float(loss_sum.detach()) / denominator)
+            gradients = gradients or _named(model, weights=False)
+            norms[norm_of_step(step)] = _clip(model)
+            losses[loss_of_step(step)] = loss_sum.detach().double() / denominator
             optimizer.step()
             _settle(model, trial)
         with torch.no_grad():
             loss_sum, _ = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
-        losses.append(float(loss_sum) / denominator)
+        losses[LOSS_OF_EVALUATION] = loss_sum.double() / denominator
     first = {parameter: name for name, parameter in model.named_parameters()}
     names = {name: first[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     changed = {name: now for name, now in _state_buffers(model).items() if not torch.equal(now, buffers[name])}
     weights = _named(model, weights=True) | changed
     names |= {name: name for name in changed}
-    return Record(asdict(batch), denominator, losses, norms, initial, gradients, weights, names)
+    return Record(asdict(batch), denominator, losses, norms, initial, gradients, weights, names, rounding={})
+
+
+def loss_of_step(step: int) -> str:
+    """The name of a loss, from step 1."""
+    return f"loss of step {step}"
+
+
+def norm_of_step(step: int) -> str:
+    """The name of a norm, from step 1."""
+    return f"gradient norm of step {step}"
+
+
+LOSS_OF_EVALUATION = "loss of the evaluation"
 
 
 def _named(model: nn.Module, weights: bool) -> dict[str, Tensor]:
@@ -102,9 +158,9 @@ def _settle(model: nn.Module, trial: Trial) -> None:
         leaf.grad = None
 
 
-def _clip(model: nn.Module) -> float:
+def _clip(model: nn.Module) -> Tensor:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = float(norm_of(gradients))
+    norm = norm_of(gradients)
     for gradient in gradients:
-        gradient.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
+        gradient.mul_(min(1.0, MAX_NORM / (float(norm) + 1e-6)))
     return norm

@@ -17,6 +17,8 @@ from titan_parallel.batch import Head, Loss
 from titan_parallel.check.model_roles import roles_of
 from titan_parallel.compile import Compile
 from titan_parallel.cross_entropy import cross_entropy
+from titan_parallel.hugging_face_attention import is_of_transformers
+from titan_parallel.loss_unit import per_token
 from titan_parallel.roles import RoleTable
 
 MAX_NORM = 0.1
@@ -37,6 +39,8 @@ class Trial:
     activation_checkpoint: ActivationCheckpoint.Config | None
     compile: Compile.Config | None
     seed: int
+    noise: float = 0.1
+    """How much is added to every weight."""
 
     def model(self) -> nn.Module:
         """A new model with the same weights on each call, without dropout.
@@ -46,10 +50,12 @@ class Trial:
         random.seed(self.seed)
         torch.manual_seed(self.seed)
         model = self.build().to(self.dtype).eval()
+        if self.dtype is torch.float64 and is_of_transformers(model):
+            model.set_experts_implementation("eager")  # type: ignore[operator]  # grouped products know no float64
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=self.dtype))
+                parameter.add_(self.noise * torch.randn(parameter.shape, generator=generator, dtype=self.dtype))
                 if not parameter.isfinite().all():
                     raise ConfigError(
                         f"Got {name} with weights that are not finite. A check begins with a model that could be "
@@ -84,5 +90,6 @@ class Trial:
         return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, foreach=False)
 
 
+@per_token
 def _cross_entropy(head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
     return cross_entropy(head(hidden), targets["labels"]), (targets["labels"] != -100).sum()

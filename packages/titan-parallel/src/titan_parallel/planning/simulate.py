@@ -153,7 +153,7 @@ def _simulated(step: Step, rank: int) -> Record:
         output=step.output,
     )
     with fake_tensors(), flex_attention_of_shapes(), pipelines_of_shapes():
-        model.to_empty(device="cpu")
+        parallel.to_empty("cpu")
         optimizer = step.build_optimizer(model.named_parameters())
         _fill_state(optimizer, model)
         recorder = Recorder(dims, -(-vocab_size // dims.num_tensor) if vocab_size else None)
@@ -167,6 +167,7 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
     timeline.label(state, "optimizer")
     batches = [step.batch.new() for _ in range(step.num_batches)]
     timeline.label([t for batch in batches for t in (*batch.inputs.values(), *batch.targets.values())], "working")
+    parallel._probe_shapes(batches)  # which a run does in its first step alone
     with recorder:
         if step.also is not None:
             step.also(parallel.dims)

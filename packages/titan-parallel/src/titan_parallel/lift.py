@@ -15,7 +15,7 @@ from titan_parallel._torch import around_backward
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within: new tensors are of `dtype`; for float64 every request for float32 means it, also in recomputation."""
+    """Make new tensors in `dtype`; for float64 every request for float32 means it, also in recomputation."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,0 +1,195 @@
+"""A probe: do parts of a model work on each token alone?
+
+Context parallel needs it of all but attention cores, sequence parallel of all in the blocks but regions. A cheap copy
+runs a few tokens once as a whole and once in two parts, as two ranks would: what is token-wise gives the same. So does
+a longer sequence, as far as a run on it is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_parallel.hugging_face_attention import is_of_transformers
+from titan_parallel.model_inputs import made_up_inputs
+from titan_parallel.probe import forwards
+from titan_parallel.probe.cheap_copy import cheap_copy
+from titan_parallel.probe.long_sequence import ALWAYS_RUN, affordable_lengths, passed_heads
+from titan_parallel.probe.repeated_blocks import first_of_kind
+from titan_parallel.probe.split_run import Blocks, SplitRun, WholeModel
+from titan_parallel.probe.verdict import Verdict, one_line
+from titan_parallel.roles import Roles
+
+_LENGTHS = (24, 16, 8, 4)
+_DTYPES = (torch.float64, torch.float32)
+"""What a copy runs in: the first in which it does."""
+
+
+class TokenProbe:
+    """A cheap copy of a model, to be asked before the model is changed, or at its first batch."""
+
+    def __init__(self, model: nn.Module, roles: Roles) -> None:
+        self._model_name = type(model).__name__
+        self._roles = roles
+        self._transformers = is_of_transformers(model)
+        self._copies: dict[torch.dtype, nn.Module] = {}
+        self._failure = ""
+        self._projections = [name for role in ("colwise", "rowwise", "head") for name in roles.named(role)]
+        try:
+            self._copies[torch.float64] = self._copied(model, torch.float64)
+        except Exception as error:  # third-party code: what cannot be copied cannot be probed
+            self._failure = f"the model cannot be copied ({one_line(error)})"
+
+    def context(self, inputs: Mapping[str, Tensor] | None = None, dims: Mapping[str, int] | None = None) -> Verdict:
+        """Say whether all but attention cores is token-wise, by a batch, or without one by made-up tokens."""
+
+        def prepare(copied: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+            cores = [copied.get_submodule(name) for name in self._roles.named("attention")]
+            if not cores and self._transformers:
+                forwards.let_transformers_attend_by_token(copied)
+            for core in cores:
+                core.realise = lambda mask: None  # type: ignore[assignment]
+            return dict.fromkeys(cores, forwards.attention_of_tokens)
+
+        return self._ask(WholeModel, prepare, inputs, dims)
+
+    def sequence(self) -> Verdict:
+        """Say whether blocks are token-wise outside regions, by made-up tokens."""
+        for num_outputs in (2, 1, 3):
+
+            def prepare(copied: nn.Module, num_outputs: int = num_outputs) -> dict[nn.Module, Callable[..., Any]]:
+                for name in self._roles.named("attention"):
+                    if self._roles.region_of(name) is not None:
+                        copied.get_submodule(name).realise = lambda mask: None  # type: ignore[assignment]
+                regions = [copied.get_submodule(name) for name in self._roles.named("region")]
+                return {region: forwards.region_of_tokens(region, num_outputs) for region in regions}
+
+            verdict = self._ask(Blocks, prepare, None, None)
+            if verdict.proved is not None:
+                return verdict
+        return verdict
+
+    def ends_with(self, head: str) -> bool:
+        """Say whether the output is what the module `head` returns; False where it could not be found out."""
+        return self._failure == "" and any(self._ends_with(head, dtype) for dtype in _DTYPES)
+
+    def _ends_with(self, head: str, dtype: torch.dtype) -> bool:
+        copied = self._copy_in(dtype)
+        returned: list[Tensor | None] = []
+        module = copied.get_submodule(head)
+        handle = module.register_forward_hook(lambda _, __, output: returned.append(forwards.first_tensor(output)))
+        try:
+            with forwards.leaving_no_trace(dtype):
+                logits = (self._logits(copied, length) for length in _LENGTHS)
+                output = next((x for x in logits if x is not None), None)
+        finally:
+            handle.remove()
+        last = returned[-1] if returned else None
+        return output is not None and last is not None and output.shape == last.shape and bool((output == last).all())
+
+    def _logits(self, copied: nn.Module, length: int) -> Tensor | None:
+        """What the copy makes of made-up tokens; None where it does not run."""
+        inputs = made_up_inputs(copied, self._roles, length)
+        try:
+            return None if inputs is None else forwards.logits_of(copied(**inputs))
+        except Exception:  # third-party code: another length may do
+            return None
+
+    def _copied(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        with forwards.leaving_no_trace(dtype):
+            return cheap_copy(model, self._projections)
+
+    def _copy_in(self, dtype: torch.dtype) -> nn.Module:
+        """That of another dtype is made of the first, since the model may have been changed."""
+        if dtype not in self._copies:
+            self._copies[dtype] = self._copied(self._copies[torch.float64], dtype)
+        return self._copies[dtype]
+
+    def _ask(
+        self,
+        run: type[SplitRun],
+        prepare: Callable[[nn.Module], dict[nn.Module, Callable[..., Any]]],
+        inputs: Mapping[str, Tensor] | None,
+        dims: Mapping[str, int] | None,
+    ) -> Verdict:
+        if self._failure:
+            return Verdict(None, self._failure)
+        for dtype in _DTYPES:
+            verdict = self._ask_in(dtype, run, prepare, inputs, dims)
+            if verdict.proved is not None:
+                break
+        if verdict.proved and (longer := self._ask_in(dtype, run, prepare, inputs, dims, is_long=True)).proved is False:
+            return longer
+        return verdict
+
+    def _ask_in(
+        self,
+        dtype: torch.dtype,
+        run: type[SplitRun],
+        prepare: Callable[[nn.Module], dict[nn.Module, Callable[..., Any]]],
+        inputs: Mapping[str, Tensor] | None,
+        dims: Mapping[str, int] | None,
+        *,
+        is_long: bool = False,
+    ) -> Verdict:
+        copied = self._copy_in(dtype)
+        why = f"nothing is known of the inputs of {self._model_name}"
+        with forwards.leaving_no_trace(dtype):
+            try:
+                stand_ins = prepare(copied)
+            except Exception as error:  # third-party code
+                return Verdict(None, one_line(error))
+            lengths: Iterable[int] = _LENGTHS
+            kinds = None
+            if is_long:
+                kinds = first_of_kind(copied, self._roles, ALWAYS_RUN)
+                lengths, stand_ins = affordable_lengths(copied, kinds), passed_heads(copied, self._roles) | stand_ins
+            for length in _available(lengths, inputs, dims or {}):
+                given = self._inputs(copied, inputs, dims or {}, length, dtype)
+                if given is None:
+                    return Verdict(None, why)
+                if is_long:
+                    given = {name: tensor[:1] for name, tensor in given.items()}
+                sequence_dims = dims if dims is not None else {n: 1 for n in given if n != "attention_mask"}
+                try:
+                    with forwards.replaced(stand_ins):
+                        asked = run(copied, self._roles, given, sequence_dims, length, set(stand_ins), kinds)
+                except Exception as error:  # third-party code
+                    why = f"a copy of it does not run ({one_line(error)})"
+                    continue
+                with forwards.replaced(stand_ins):
+                    return asked.verdict()
+        return Verdict(None, why)
+
+    def _inputs(
+        self,
+        copied: nn.Module,
+        inputs: Mapping[str, Tensor] | None,
+        dims: Mapping[str, int],
+        length: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor] | None:
+        if inputs is None:
+            return made_up_inputs(copied, self._roles, length)
+        return _cut(inputs, dims, length, dtype)
+
+
+def _available(lengths: Iterable[int], inputs: Mapping[str, Tensor] | None, dims: Mapping[str, int]) -> list[int]:
+    """Numbers of tokens to try, longest first, as far as a batch has as many."""
+    sizes = [tensor.size(dims[name]) for name, tensor in (inputs or {}).items() if name in dims]
+    longest = min(sizes, default=max(lengths, default=0))
+    return sorted({min(length, longest) for length in lengths}, reverse=True)
+
+
+def _cut(inputs: Mapping[str, Tensor], dims: Mapping[str, int], length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The first tokens of the first row of a batch, floating-point numbers in `dtype`."""
+    rows = {name: tensor[:1].cpu() for name, tensor in inputs.items()}
+    return {
+        name: (tensor.narrow(dims[name], 0, length) if name in dims else tensor).to(
+            dtype if tensor.is_floating_point() else tensor.dtype
+        )
+        for name, tensor in rows.items()
+    }

@@ -1,0 +1,302 @@
+"""The run of a model without its blocks, before the first step of a pipeline: no trace, no hang, plain refusals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from titan_config import ConfigError
+from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
+from torch import nn
+
+WIDTH, TOKENS, VOCABULARY = 8, 6, 12
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.mix(self.norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, layers=4):
+        super().__init__()
+        self.words, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
+        self.start = nn.LayerNorm(WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def enter(self, tokens):
+        return self.start(self.words(tokens))
+
+    def leave(self, x):
+        return self.head(self.norm(x))
+
+    def forward(self, tokens):
+        x = self.enter(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+
+ROLES = {"words": "embedding", "blocks.*": "block", "head": "head"}
+
+
+def make_batch(rows=2, tokens=TOKENS):
+    ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    return SimpleNamespace(
+        inputs={"tokens": ids}, targets={"labels": ids.roll(-1, 1)}, sequence_dims={"tokens": 1, "labels": 1}
+    )
+
+
+@per_token
+def loss(head, hidden, targets):
+    logits, labels = head(hidden), targets["labels"].flatten()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum"), torch.tensor(len(labels))
+
+
+def put_on_two_ranks(model, roles=ROLES, **degrees):
+    degree = degrees.setdefault("pipeline_parallel_degree", 2)
+    dims = ParallelDims.Config(**degrees).build(world_size=degree, device_type="cpu")
+    return parallelize(model.double(), roles, dims)
+
+
+def test_the_probe_leaves_no_trace_in_buffers_and_random_numbers(run_ranks):
+    class Counting(Model):
+        def __init__(self):
+            super().__init__()
+            self.start = nn.BatchNorm1d(TOKENS)
+            self.register_buffer("calls", torch.tensor(0))
+
+        def enter(self, tokens):
+            self.calls = self.calls + 1
+            return super().enter(tokens) + 0 * torch.rand(())
+
+    def run():
+        parallel = put_on_two_ranks(Counting())
+        states = []
+        for _ in range(2):  # of these the first probes
+            torch.manual_seed(0)
+            parallel.forward_backward([make_batch()] * 2, loss, 1)
+            states.append(torch.get_rng_state())
+        model = parallel.model
+        return torch.equal(*states), int(model.start.num_batches_tracked), int(model.calls)
+
+    assert run_ranks(2, run) == [(True, 4, 4)] * 2
+
+
+def test_a_batch_of_another_shape_on_one_data_rank_is_probed_by_all(run_ranks):
+    def run():
+        torch.manual_seed(0)
+        model = Model()
+        dims = ParallelDims.Config(pipeline_parallel_degree=2, data_parallel_shard_degree=2).build(
+            world_size=4, device_type="cpu"
+        )
+        parallel = parallelize(model.double(), ROLES, dims)
+        tokens = [(6, 6), (6, 4), (3, 6)]
+        return [
+            float(parallel.forward_backward([make_batch(tokens=number[dims.data_rank])] * 2, loss, 1))
+            for number in tokens
+        ]
+
+    torch.manual_seed(0)
+    model = Model().double()
+    expected = {
+        number: 2 * loss(lambda x: x, model(batch.inputs["tokens"]), batch.targets)[0].item()
+        for number in (3, 4, 6)
+        for batch in [make_batch(tokens=number)]
+    }
+    for found in run_ranks(4, run):
+        assert found == pytest.approx([expected[a] + expected[b] for a, b in ((6, 6), (6, 4), (3, 6))])
+
+
+class FailsHere(Model):
+    """On the last stage of one data rank alone."""
+
+    def leave(self, x):
+        if torch.distributed.get_rank() == 3:
+            raise KeyError("nothing of that name")
+        return super().leave(x)
+
+
+def test_a_failure_of_one_rank_is_an_error_on_all(run_ranks):
+    def run():
+        dims = ParallelDims.Config(pipeline_parallel_degree=2, data_parallel_shard_degree=2).build(
+            world_size=4, device_type="cpu"
+        )
+        parallel = parallelize(FailsHere().double(), {**ROLES, "head": ("head", {"takes_loss": False})}, dims)
+        with pytest.raises(ConfigError, match=r"must run without the blocks.*KeyError.*nothing of that name"):
+            parallel.forward_backward([make_batch()] * 2, loss, 1)
+
+    run_ranks(4, run)
+
+
+class CallsANormOfABlock(Model):
+    """Without its weight, on a stage that does not hold it, it would be another norm."""
+
+    def leave(self, x):
+        return super().leave(self.blocks[0].norm(x))
+
+
+class ReadsABlock(Model):
+    def leave(self, x):
+        return super().leave(x * self.blocks[0].norm.weight)
+
+
+class Rescales(Model):
+    """Like RWKV: the weights of blocks are other ones in evaluation."""
+
+    def forward(self, tokens):
+        if not self.training:
+            for block in self.blocks:
+                block.mix.weight.data.mul_(1)
+        return super().forward(tokens)
+
+
+class NoTensor(Model):
+    """Places are looked up by their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = Places()
+
+    def enter(self, tokens):
+        return super().enter(tokens) + self.places(tokens.shape[1])
+
+
+class Places(nn.Embedding):
+    def __init__(self):
+        super().__init__(TOKENS, WIDTH)
+
+    def forward(self, count):
+        return self.weight[:count]
+
+
+class SharedWithABlock(Model):
+    """A weight of a block that a part outside of the blocks has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Linear(WIDTH, WIDTH)
+        self.start.weight = self.blocks[1].mix.weight
+
+
+class ListAfterTheBlocks(Model):
+    """Each block has an embedding, and these are defined after the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.ModuleList(nn.Embedding(VOCABULARY, WIDTH) for _ in self.blocks)
+
+    def forward(self, tokens):
+        x = self.enter(tokens)
+        for embedding, block in zip(self.between, self.blocks, strict=True):
+            x = block(x + embedding(tokens))
+        return self.leave(x)
+
+
+class IndexedAfterTheBlocks(ListAfterTheBlocks):
+    def forward(self, tokens):
+        x = self.enter(tokens)
+        for index, block in enumerate(self.blocks):
+            x = block(x + self.between[index](tokens))
+        return self.leave(x)
+
+
+class Leaves(Block):
+    """The first block leaves in a dict what all of them add."""
+
+    def forward(self, x, seen):
+        return super().forward(x) + seen.setdefault("first", x)
+
+
+class SharesADict(Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Leaves() for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens):
+        x, seen = self.enter(tokens), {}
+        for block in self.blocks:
+            x = block(x, seen)
+        return self.leave(x)
+
+
+REFUSED = [
+    (SharesADict, ROLES, r"an empty dict that blocks\.0 and blocks\.1 share, in argument 1 of blocks\.1"),
+    (ListAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
+    (IndexedAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
+    (CallsANormOfABlock, ROLES, r"within the block alone, got a model that calls blocks\.0\.norm from outside"),
+    (ReadsABlock, ROLES, "must run without the blocks and embeddings of other stages, got ReadsABlock"),
+    (Rescales, ROLES, "must run without the blocks and embeddings of other stages, got Rescales"),
+    (NoTensor, {**ROLES, "places": "embedding"}, "must be called with a tensor, got Places"),
+    (
+        SharedWithABlock,
+        ROLES,
+        r"must have weights of their own, got blocks\.1\.mix\.weight, which is also start\.weight",
+    ),
+    (Model, {"words": "embedding"}, r"pipeline_parallel_degree must be 1 for roles without a block, got 2"),
+]
+
+
+def test_models_that_reach_into_blocks_are_refused_on_every_rank(run_ranks):
+    def run():
+        for kind, roles, message in REFUSED:
+            with pytest.raises(ConfigError, match=message):
+                put_on_two_ranks(kind(), roles).evaluate([make_batch()], loss)
+
+    run_ranks(2, run)
+
+
+class RowByRow(Model):
+    """Takes rows of what it makes of the last block, and of what lies between blocks."""
+
+    def forward(self, tokens):
+        x = self.enter(tokens)
+        for block in self.blocks:
+            x = x * 1.5
+            x = block(torch.stack([x[row] for row in range(len(x))]))
+        x = self.norm(x)
+        return torch.stack([self.head(x[row]) for row in range(len(x))])
+
+
+def test_rows_of_a_stream_are_no_outputs_of_a_block():
+    batch = make_batch(8)
+    report = check_parallel(
+        RowByRow,
+        {"pp2": ParallelDims.Config(pipeline_parallel_degree=2)},
+        roles={"words": "embedding", "blocks.*": "block"},
+        batch=batch,
+        num_microbatches=2,
+        steps=1,
+    )
+    assert report.ok, report
+
+
+class DetachedHead(Model):
+    """Tied, and of the two ends the first alone has a gradient of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.weight = self.words.weight
+
+    def leave(self, x):
+        return nn.functional.linear(self.norm(x), self.head.weight.detach(), self.head.bias)
+
+
+def test_a_weight_of_both_ends_has_the_sum_of_the_gradients_that_there_are():
+    report = check_parallel(
+        DetachedHead,
+        {"mesh": ParallelDims.Config(pipeline_parallel_degree=2)},
+        roles={"words": "embedding", "blocks.*": "block"},
+        batch=make_batch(8),
+        num_microbatches=4,
+        steps=1,
+        timeout_s=60,
+    )
+    assert report.ok, report
