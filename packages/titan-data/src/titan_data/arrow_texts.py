@@ -14,23 +14,14 @@ class ArrowTexts(MapSource):
     """
 
     def __init__(self, dataset: Any, text_field: str, name: str, identity: dict[str, Any]) -> None:
-        import pyarrow.types as kinds
-
         if text_field not in dataset.column_names:
             raise missing_field(text_field, dataset.column_names, name)
         self._column = dataset.data.column(text_field)
         self._name, self._identity = name, identity
-        kind = self._column.type
-        if not (kinds.is_string(kind) or kinds.is_large_string(kind)):
-            raise ValueError(
-                f"Got the field {text_field!r} of type {kind} in {name}. The text must be strings. Set text_field."
-            )
+        require_strings(self._column.type, text_field, name)
         if self._column.null_count:
             row = next(row for row in range(len(self)) if not self._column[row].is_valid)
-            raise ValueError(
-                f"Got {self._column.null_count} records without text in {name}, the first at {self.place(row)}. "
-                f"Each record needs a string in {text_field!r}. Remove them, or set text_field."
-            )
+            raise missing_text(text_field, self._column.null_count, self.place(row))
         self._require_text()
 
     def __len__(self) -> int:
@@ -46,9 +37,25 @@ class ArrowTexts(MapSource):
         return {**self._identity, "documents": len(self)}
 
 
+def require_strings(kind: Any, text_field: str, place: str) -> None:
+    """Raise ValueError unless an Arrow type is one of strings: plain, large, a view (Polars), or a dictionary's."""
+    import pyarrow.types as kinds
+
+    inner = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_string_view(inner)):
+        raise ValueError(f"{place}: the field {text_field!r} must hold strings, got {kind}. Set text_field.")
+
+
 def missing_field(field: str, fields: list[str], place: str) -> ValueError:
-    """The error for a record of `fields` that lacks `field`."""
+    """Return the error for a record of `fields` that lacks `field`."""
     return ValueError(
-        f"Got a record without the field {field!r} in {place}; it has {', '.join(fields) or 'none'}. "
-        f"Each record needs its text there. Set text_field, or correct the data."
+        f"{place} must have the field {field!r}, got the fields: {', '.join(fields) or 'none'}. Set text_field."
+    )
+
+
+def missing_text(field: str, count: int, first: str) -> ValueError:
+    """Return the error for records of which `field` is null."""
+    return ValueError(
+        f"{first}: the field {field!r} must be a string, got null (as in {count:,} records). Remove them, or set "
+        f"text_field."
     )

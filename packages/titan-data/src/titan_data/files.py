@@ -1,50 +1,92 @@
-"""Finding the files a config names, with errors that name the nearest one there is."""
+"""Find the local files that a config names, with errors that name the nearest existing one."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import os
 from pathlib import Path
 
+from titan_config import require_local
+
+TOKENIZER_FILES = ("tokenizer.json", "*.tiktoken", "*.model")
+
 
 def find_file(path: str | Path) -> Path:
-    """Return `path` as a file that is there. Raises FileNotFoundError with the nearest name, IsADirectoryError."""
+    """Return `path` as a regular file that exists, one of data. Raises as `find_tokenizer`."""
     file = Path(path).expanduser()
     if file.is_dir():
+        require_local(path, "path")
         raise IsADirectoryError(
-            f"Got {file}, a folder. A file is needed here. Name one of those in it{_examples(file)}."
+            f"path must be a file, got the folder {file}. Name a file in it, or a pattern such as {file / '*'}. "
+            f"{_contents(file, ('*',))}"
         )
+    return _existing(path, ("*",))
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """Return `path` as a regular file that exists; errors name the tokenizer files that are in its place.
+
+    Raises ValueError for a URL, a pipe or a device, FileNotFoundError with the nearest name, IsADirectoryError.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        require_local(path, "path")
+        raise IsADirectoryError(
+            f"path must be a tokenizer file, got the folder {file}. {_contents(file, TOKENIZER_FILES)}"
+        )
+    return _existing(path, TOKENIZER_FILES)
+
+
+def _existing(path: str | Path, kinds: tuple[str, ...]) -> Path:
+    require_local(path, "path")
+    file = Path(path).expanduser()
+    if file.is_symlink() and not file.exists():
+        raise FileNotFoundError(f"path must exist, got {file}, a link to {os.readlink(file)}, which does not exist.")
     if not file.exists():
-        raise FileNotFoundError(f"Got {file}, which is not there. A file that exists is needed. {_advice(file)}")
+        raise FileNotFoundError(f"path must exist, got {file}. {_advice(file, kinds)}")
+    if not file.is_file():
+        raise ValueError(f"path must be a regular file, got {file}, which is a pipe, socket or device.")
     return file
 
 
 def find_files(pattern: str | Path) -> list[Path]:
-    """Return the files a path or a pattern such as `data/*.jsonl` names, in order of name. Raises as `find_file`."""
+    """Return the files that a path or a pattern such as `data/*.jsonl` names, in order of name.
+
+    A pattern passes over names that begin with `_` or `.`, where Spark and Hadoop put what is not data
+    (`_SUCCESS`, `.part-0.crc`), unless its own last part begins so. Raises as `find_file`.
+    """
+    require_local(pattern, "path")
     if not glob.has_magic(os.fspath(pattern)) or Path(pattern).exists():
         return [find_file(pattern)]
     names = glob.glob(os.path.expanduser(os.fspath(pattern)), recursive=True)
+    if not os.path.basename(os.fspath(pattern)).startswith(("_", ".")):
+        names = [name for name in names if not os.path.basename(name).startswith(("_", "."))]
     files = sorted(Path(name) for name in names if os.path.isfile(name))
     if not files:
-        raise FileNotFoundError(
-            f"Got {pattern}, which matches no file. At least one is needed. {_advice(Path(pattern))}"
-        )
+        raise FileNotFoundError(f"path must match at least one file, got {pattern}. {_advice(Path(pattern), ('*',))}")
     return files
 
 
-def _advice(file: Path) -> str:
+def _advice(file: Path, kinds: tuple[str, ...]) -> str:
     folder = file.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     if folder != file.parent:
         return f"There is no folder {file.parent}; the nearest that exists is {folder.absolute()}."
-    near = difflib.get_close_matches(file.name, os.listdir(folder), n=1, cutoff=0.5)
-    if near:
-        return f"The nearest name is {folder / near[0]}."
-    return f"No file in {folder.absolute()} has a name like it{_examples(folder)}."
+    near = difflib.get_close_matches(file.name, _names(folder, kinds), n=1, cutoff=0.5)
+    return f"The nearest name is {folder / near[0]}." if near else _contents(folder.absolute(), kinds)
 
 
-def _examples(folder: Path) -> str:
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))[:3]
-    return f" (such as {', '.join(names)})" if names else " (it is empty)"
+def _contents(folder: Path, kinds: tuple[str, ...]) -> str:
+    names, whole = _names(folder, kinds), kinds == ("*",)
+    if not names:
+        return f"The folder {folder} is empty." if whole else f"{folder} holds no tokenizer file ({', '.join(kinds)})."
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return f"The folder {folder} holds: {shown}." if whole else f"Tokenizer files in {folder}: {shown}."
+
+
+def _names(folder: Path, kinds: tuple[str, ...]) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [name for name in names if any(fnmatch.fnmatch(name, kind) for kind in kinds)]

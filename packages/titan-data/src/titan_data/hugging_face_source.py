@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from titan_config import require_local
+
 from titan_data.arrow_texts import ArrowTexts
 from titan_data.order import Order
 from titan_data.source import Document, Source
@@ -31,7 +33,8 @@ class HuggingFaceSource(Source):
         revision: str | None = None
         """The commit or tag on the hub; None: the newest, which may change between two runs."""
         data_files: str | list[str] | None = None
-        """The files to read, or patterns of them; None: all."""
+        """The files to read, or patterns of them; None: all. Here, and only here, URLs are read: `hf://`, `https://`,
+        and what fsspec has a package for, such as `s3://`."""
         streaming: bool = True
         """Read while training; otherwise download it all first, and shuffle it perfectly."""
         text_field: str = "text"
@@ -43,12 +46,16 @@ class HuggingFaceSource(Source):
 
         def validate(self) -> None:
             if self.shuffle_buffer < 1:
-                raise ValueError(
-                    f"Got shuffle_buffer {self.shuffle_buffer}. It is a number of documents, 1 or more. "
-                    f"Set it to 1000, say."
-                )
+                raise ValueError(f"shuffle_buffer must be at least 1 document, got {self.shuffle_buffer}.")
 
     def __init__(self, config: Config) -> None:
+        if "://" in config.path:
+            raise ValueError(
+                f"path must be a dataset of the hub, a folder or a format, got {config.path!r}. URLs go into "
+                f'data_files, with their format as path: path="parquet", data_files="{config.path}".'
+            )
+        if config.cache_dir is not None:
+            require_local(config.cache_dir, "cache_dir")
         dataset = load_dataset(
             config.path,
             config.name,
@@ -87,7 +94,7 @@ def load_dataset(path: str, name: str | None = None, *, cache_dir: str | Path | 
     import datasets
 
     where = None if cache_dir is None else str(cache_dir)
-    told = f"the dataset {path}{f' ({name})' if name else ''}, split {choices.get('split')}"
+    told = f"The dataset {path}{f' ({name})' if name else ''}, split {choices.get('split')},"
     try:
         return datasets.load_dataset(path, name, cache_dir=where, **choices)
     except FileNotFoundError as error:
@@ -100,6 +107,6 @@ def load_dataset(path: str, name: str | None = None, *, cache_dir: str | Path | 
 
 def _advice(told: str, error: BaseException) -> str:
     return (
-        f"Got {told}, which cannot be loaded: {error}. It must be on the hub and reachable, in the local cache, or "
-        f"files that are here. Check the name, the files and the connection."
+        f"{told} must be on the hub and reachable, in the local cache, or in local files, got an error: {error}. "
+        f"Check the name, the files and the connection."
     )

@@ -16,8 +16,8 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], allow_changes
     found = list(differences(saved, current))
     if found and not allow_changes:
         raise ValueError(
-            f"Got a saved state of other data: {'; '.join(found)}. A resumed run goes on with the same rows only "
-            f"if these are as they were. Set them back, begin in another folder, or set allow_changes to go on."
+            f"A resumed run must have the data it began with, got {'; '.join(found)}. Set these back, begin in another "
+            "folder, or set allow_changes of the loader (a flag: --dataloader.allow_changes) to go on with other rows."
         )
 
 

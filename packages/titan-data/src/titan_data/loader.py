@@ -17,7 +17,8 @@ from titan_data.identity import carried_over, check_identity
 from titan_data.look_ahead import looking_ahead
 from titan_data.order import Order
 from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, RowStream
-from titan_data.source import Source
+from titan_data.saved_state import check_range, cursors_in
+from titan_data.source import MapSource, Source
 from titan_data.step import Share, Step, make_step
 from titan_data.tokenizer import Tokenizer
 
@@ -183,11 +184,17 @@ class TokenLoader(Configurable):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, on any ranks. Raises ValueError naming what changed, unless `allow_changes`."""
-        identity = self.identity()
+        """Go on from `state`, on any ranks.
+
+        Raises ValueError naming what changed, unless `allow_changes`, and for a state that no loader can have saved;
+        the loader is then as it was.
+        """
+        cursors, identity = cursors_in(state), self.identity()
         check_identity(state["identity"], identity, self._config.allow_changes)
-        cursors = [Cursor(*pair) for pair in zip(state["documents"], state["tokens"], strict=True)]
-        self._cursors = carried_over(cursors, state["identity"], identity)
+        cursors = carried_over(cursors, state["identity"], identity)
+        source, infinite = self._source, self._order.infinite
+        check_range(cursors, len(source) if isinstance(source, MapSource) and not infinite else None)
+        self._cursors = cursors
         self._forget()
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from titan_data.batch import IGNORED_LABEL, PADDING_ID
 from titan_data.order import Order
 from titan_data.source import Document, Source
-from titan_data.tokenizer import Ids, Tokenizer
+from titan_data.tokenizer import Ids, Tokenizer, is_failure
 
 ENDED = -1
 COLUMNS = ("tokens", "positions", "document_ids", "labels")
@@ -97,8 +97,10 @@ class RowStream:
             try:
                 for ids in itertools.chain(bos, self._tokenizer.encode_parts(document.text), eos):
                     yield number, ids
-            except ValueError as error:
-                raise ValueError(f"Got a document that cannot be encoded: {document.place()}. {error}") from error
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                raise ValueError(f"{document.place()} cannot be encoded. {error}") from error
 
     def _go_to_cursor(self) -> None:
         number, done = self._cursor

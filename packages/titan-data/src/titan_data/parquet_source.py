@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from titan_data.arrow_texts import ArrowTexts, missing_field
+from titan_data.arrow_texts import missing_field, missing_text, require_strings
+from titan_data.cache import END_BYTES, cached
 from titan_data.files import find_files
-from titan_data.hugging_face_source import load_dataset
 from titan_data.source import MapSource, Source
-
-FOOTER_BYTES = 65536
 
 
 class ParquetSource(MapSource):
-    """A row, a document. `datasets` unpacks the text column to its cache once; ranks of a machine share it.
+    """A row, a document. The text column is unpacked to a cache once; ranks of a machine share it.
 
-    Raises FileNotFoundError, and ValueError for a file that is no Parquet or has no text in that column.
+    Strings may be plain, large, views (Polars) or dictionaries. A file without rows has no documents, whatever its
+    columns. Raises FileNotFoundError, and ValueError for a file that is no Parquet or has no text in that column.
     """
 
     class Config(Source.Config):
@@ -26,47 +26,99 @@ class ParquetSource(MapSource):
         text_field: str = "text"
         """The column that holds the text."""
         cache_dir: str | Path | None = None
-        """Where the unpacked column is kept; None: where `datasets` keeps its files."""
+        """Where the unpacked column is kept; None: `titan-data` in the user's cache folder."""
 
     def __init__(self, config: Config) -> None:
-        files = find_files(config.path)
-        checksum = 0
-        for file in files:
-            checksum = zlib.crc32(_checked_footer(file, config.text_field), checksum)
-        identity = {"kind": "ParquetSource", "text_field": config.text_field, "checksum": f"{checksum:08x}"}
-        names = [str(file.absolute()) for file in files]
-        dataset = load_dataset(
-            "parquet", split="train", data_files=names, columns=[config.text_field], cache_dir=config.cache_dir
-        )
-        self._texts = ArrowTexts(dataset, config.text_field, str(config.path), identity)
+        self._field = config.text_field
+        self._files: list[Path] = []
+        self._columns: list[Any] = []
+        self._firsts, self._checksum = [0], 0
+        for path in find_files(config.path):
+            column, end = _open(path, config.text_field, config.cache_dir)
+            self._checksum = zlib.crc32(end, self._checksum)
+            self._files.append(path)
+            self._columns.append(column)
+            self._firsts.append(self._firsts[-1] + len(column))
+        if not len(self):
+            raise ValueError(f"{config.path} must hold at least one row, got none.")
+        self._require_text()
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return self._firsts[-1]
 
     def text(self, index: int) -> str:
-        return self._texts.text(index)
+        file, row = self._locate(index)
+        return self._columns[file][row].as_py()
 
     def place(self, index: int) -> str:
-        return self._texts.place(index)
+        file, row = self._locate(index)
+        return _place(self._files[file], row)
 
     def identity(self) -> dict[str, Any]:
-        return self._texts.identity()
+        return {
+            "kind": "ParquetSource",
+            "text_field": self._field,
+            "checksum": f"{self._checksum:08x}",
+            "documents": len(self),
+        }
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        file = bisect.bisect_right(self._firsts, index) - 1
+        return file, index - self._firsts[file]
 
 
-def _checked_footer(file: Path, text_field: str) -> bytes:
-    """Return the file's end, where Parquet keeps its schema, offsets and statistics, once the schema has the field."""
+def _open(path: Path, text_field: str, cache_dir: str | Path | None) -> tuple[Any, bytes]:
+    """Return the column of texts, and the end of the file: Parquet's schema, offsets and statistics."""
     import pyarrow
     import pyarrow.parquet
 
+    def make(target: BinaryIO) -> None:
+        _unpack(parquet, text_field, path, target)
+
     try:
-        fields = pyarrow.parquet.read_schema(file).names
-    except pyarrow.ArrowInvalid as error:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            if parquet.metadata.num_rows == 0:
+                column = pyarrow.array([], pyarrow.large_string())
+            else:
+                _check_schema(parquet.schema_arrow, text_field, path)
+                unpacked = cached(path, f"arrow {text_field}", cache_dir, make)
+                with pyarrow.memory_map(str(unpacked)) as file:
+                    column = pyarrow.ipc.open_file(file).read_all().column(0)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(
-            f"Got {file}, which cannot be read as Parquet ({error}). A whole Parquet file is needed. "
-            f"Fetch it again; JSONL is for JsonlSource, plain text for TextSource."
+            f"{path} must be a whole Parquet file, got what cannot be read ({error}). Fetch it again; JSONL is for "
+            f"JsonlSource, plain text for TextSource."
         ) from error
-    if text_field not in fields:
-        raise missing_field(text_field, fields, str(file))
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - FOOTER_BYTES))
-        return stream.read()
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - END_BYTES))
+        return column, stream.read()
+
+
+def _check_schema(schema: Any, text_field: str, path: Path) -> None:
+    count = schema.names.count(text_field)
+    if count > 1:
+        raise ValueError(f"{path} must have one column {text_field!r}, got {count} of that name. Rename the others.")
+    if not count:
+        raise missing_field(text_field, schema.names, str(path))
+    require_strings(schema.field(text_field).type, text_field, str(path))
+
+
+def _unpack(parquet: Any, text_field: str, path: Path, target: BinaryIO) -> None:
+    """Write the column of texts as an Arrow file, batch by batch. Raises ValueError for a row without text."""
+    import pyarrow
+
+    kind, row = pyarrow.large_string(), 0
+    with pyarrow.ipc.new_file(target, pyarrow.schema([("text", kind)])) as writer:
+        for batch in parquet.iter_batches(columns=[text_field]):
+            texts = batch.column(0).cast(kind)
+            if texts.null_count:
+                first = texts.is_null().index(True).as_py()
+                raise missing_text(text_field, texts.null_count, _place(path, row + first))
+            writer.write_batch(pyarrow.record_batch([texts], names=["text"]))
+            row += len(texts)
+
+
+def _place(path: Path, row: int) -> str:
+    return f"{path}, row {row + 1}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 from typing import Any
 
+from titan_data.compression import read_all
+from titan_data.encoding import decoded
 from titan_data.files import find_files
 from titan_data.source import MapSource, Source
 
@@ -13,31 +16,29 @@ from titan_data.source import MapSource, Source
 class TextSource(MapSource):
     """Plain text in UTF-8, held in memory: a file is one document, or is cut into several at each `separator`.
 
-    Raises FileNotFoundError, and ValueError for bytes that are not UTF-8 or when no text is left.
+    Files may be compressed with gzip, zstd, xz or bzip2. A file without a byte has no document; a byte order mark is
+    passed over. Raises FileNotFoundError, and ValueError for bytes that are not UTF-8 or when no text is left.
     """
 
     class Config(Source.Config):
         path: str | Path
         """A file, or a pattern such as `books/*.txt`."""
         separator: str | None = None
-        """What stands between two documents of a file (such as an empty line: two line feeds); None: nothing does."""
+        """What stands between two documents of a file (such as an empty line: two line feeds); None: nothing does.
+        A line feed of it also stands for the carriage return and line feed of a file made on Windows."""
 
         def validate(self) -> None:
             if self.separator == "":
-                raise ValueError(
-                    'Got separator "". What stands between two documents has at least one character. '
-                    "Set it to None for one document a file."
-                )
+                raise ValueError('separator must have at least one character, got "". None: a file is a document.')
 
     def __init__(self, config: Config) -> None:
         self._texts: list[str] = []
         self._places: list[str] = []
         self._checksum = 0
         for path in find_files(config.path):
-            content = path.read_bytes()
+            content = read_all(path)
             self._checksum = zlib.crc32(content, self._checksum)
-            text = _decoded(content, path)
-            texts = [text] if config.separator is None else text.split(config.separator)
+            texts = _split(decoded(content, path), config.separator) if content else []
             self._texts += texts
             self._places += [f"{path}, document {number}" for number in range(1, len(texts) + 1)]
         self._require_text()
@@ -55,11 +56,9 @@ class TextSource(MapSource):
         return {"kind": "TextSource", "documents": len(self), "checksum": f"{self._checksum:08x}"}
 
 
-def _decoded(content: bytes, path: Path) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"Got bytes that are not UTF-8 in {path}, line {content.count(10, 0, error.start) + 1}. Text in UTF-8 is "
-            f"needed. Convert the file, with iconv say."
-        ) from error
+def _split(text: str, separator: str | None) -> list[str]:
+    if separator is None:
+        return [text]
+    if "\n" not in separator or "\r" in separator or "\r\n" not in text:
+        return text.split(separator)
+    return re.split("\r?\n".join(re.escape(part) for part in separator.split("\n")), text)

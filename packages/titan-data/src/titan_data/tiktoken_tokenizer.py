@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_data.files import find_file
-from titan_data.tokenizer import Ids, Tokenizer, well_formed
+from titan_data.files import find_tokenizer
+from titan_data.tokenizer import Ids, Tokenizer, is_failure, well_formed
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -54,7 +54,7 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, config: Config) -> None:
         import tiktoken
 
-        file = find_file(config.path)
+        file = find_tokenizer(config.path)
         content = file.read_bytes()
         ranks = _parse_ranks(content, file)
         specials = dict(config.special_tokens)
@@ -98,12 +98,11 @@ class TiktokenTokenizer(Tokenizer):
         except UnicodeEncodeError:
             return self._encode(well_formed(text))
         except BaseException as error:  # older tiktoken panics, which is no Exception
-            if not (isinstance(error, ValueError) or type(error).__name__ == "PanicException"):
+            if not is_failure(error):
                 raise
             if len(text) <= SAFE_LENGTH:
                 raise ValueError(
-                    f"Got a text of {len(text)} characters that tiktoken cannot encode ({error}). "
-                    f"Text that the pattern can cut is needed. Remove the text, or use another pattern."
+                    f"The pattern must be able to cut any text, got an error of tiktoken: {error}"
                 ) from error
             pieces = [text[start : start + SAFE_LENGTH] for start in range(0, len(text), SAFE_LENGTH)]
             return np.concatenate([self._encode(piece) for piece in pieces])

@@ -42,13 +42,15 @@ class Tokenizer(Configurable, abc.ABC):
 
     def _unknown_id(self, ids: Iterable[int]) -> ValueError:
         outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        got = "an id that stands for no token" if outside is None else f"the id {outside}"
-        return ValueError(
-            f"Got {got} to decode. This tokenizer's ids are 0 to {self.vocab_size - 1}, gaps excepted. "
-            f"Decode with the tokenizer that made the ids."
-        )
+        got = "an id that stands for no token" if outside is None else str(outside)
+        return ValueError(f"Ids to decode must be 0 to {self.vocab_size - 1}, gaps excepted, got {got}.")
 
 
 def well_formed(text: str) -> str:
     """Return `text` with half surrogate pairs, which no UTF-8 can hold, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return True for an error or a Rust panic (PyO3's PanicException is no Exception), False for an interrupt."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

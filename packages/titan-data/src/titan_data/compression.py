@@ -1,0 +1,125 @@
+"""Compressed files: gzip, Zstandard, xz and bzip2, told apart by their first bytes, not by their names."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from titan_data.cache import cached
+from titan_data.file_kinds import HEAD_BYTES, kind_of
+
+CHUNK_BYTES = 1 << 18
+
+
+class Format(NamedTuple):
+    """A compression: its name, the first bytes of each of its frames, and a decompressor of one frame."""
+
+    name: str
+    magic: bytes
+    decompressor: Callable[[], Any]
+
+
+def _zstandard() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+FORMATS = (
+    Format("gzip", b"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
+    Format("Zstandard", b"\x28\xb5\x2f\xfd", _zstandard),
+    Format("xz", b"\xfd7zXZ\x00", lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ)),
+    Format("bzip2", b"BZh", bz2.BZ2Decompressor),
+)
+_SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # frames of Zstandard that hold no data (pzstd begins with one)
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # after BZh and a digit; a text may begin with BZh, too
+
+
+def compression_of(path: Path) -> Format | None:
+    """Return how `path` is compressed; None: not at all. Raises ValueError for an archive that cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    require_readable(head, path)
+    return format_of(head)
+
+
+def require_readable(head: bytes, path: Path) -> None:
+    """Raise ValueError if the first bytes of a file are those of an archive, or of a format that cannot be read."""
+    kind = kind_of(head)
+    if kind is not None:
+        raise ValueError(f"{path} must be text, plain or compressed with gzip, zstd, xz or bzip2, got {kind}.")
+
+
+def unpacked(path: Path, cache_dir: str | Path | None) -> Path:
+    """Return `path`, or the file in the cache that holds its decompressed bytes. Raises ValueError as `read_all`."""
+    compression = compression_of(path)
+    if compression is None:
+        return path
+
+    def make(target: BinaryIO) -> None:
+        for piece in _decompressed(path, compression):
+            target.write(piece)
+
+    return cached(path, "unpacked", cache_dir, make)
+
+
+def read_all(path: Path) -> bytes:
+    """Return the bytes of `path`, decompressed. Raises ValueError naming file and position where it is damaged."""
+    compression = compression_of(path)
+    return path.read_bytes() if compression is None else b"".join(_decompressed(path, compression))
+
+
+def _decompressed(path: Path, compression: Format) -> Iterator[bytes]:
+    """Yield the bytes of all frames; several may follow each other, as `cat a.gz b.gz` and pzstd write them."""
+    made, read = 0, 0
+    frame, data, begun = compression.decompressor(), b"", False
+    with path.open("rb") as file:
+        while data := data or file.read(CHUNK_BYTES):
+            if not begun and not _begins_frame(data, file, compression):
+                if not data.strip(b"\0") and not file.read().strip(b"\0"):
+                    return  # padding
+                raise _damaged(path, compression, read, made, "something else follows there")
+            begun = True
+            try:
+                piece = frame.decompress(data)
+            except Exception as error:  # each library has its own class
+                raise _damaged(path, compression, read, made, str(error)) from error
+            made += len(piece)
+            yield piece
+            rest = frame.unused_data if frame.eof else b""
+            read += len(data) - len(rest)
+            data = rest
+            if frame.eof:
+                frame, begun = compression.decompressor(), False
+    if begun:
+        raise _damaged(path, compression, read, made, "it ends in the middle; the file was cut short")
+
+
+def _begins_frame(data: bytes, file: BinaryIO, compression: Format) -> bool:
+    if len(data) < 16:  # a frame that begins at the end of a chunk
+        position = file.tell()
+        data += file.read(16)
+        file.seek(position)
+    return format_of(data) == compression
+
+
+def format_of(head: bytes) -> Format | None:
+    """Return the compression of which the first bytes (at least 16) of a file tell."""
+    zstandard = next(each for each in FORMATS if each.name == "Zstandard")
+    if int.from_bytes(head[:4], "little") in _SKIPPABLE:
+        return zstandard
+    found = next((each for each in FORMATS if head.startswith(each.magic)), None)
+    if found is not None and found.name == "bzip2" and not head[4:10].startswith(_BZIP2_BLOCKS):
+        return None
+    return found
+
+
+def _damaged(path: Path, compression: Format, read: int, made: int, what: str) -> ValueError:
+    return ValueError(
+        f"{path} must be a whole {compression.name} file, got damage at byte {read:,} of the file (byte {made:,} of "
+        f"its text): {what}. Fetch it again."
+    )
