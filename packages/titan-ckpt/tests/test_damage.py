@@ -72,7 +72,7 @@ def test_asking_for_a_broken_step_is_an_error(checkpoints, harm):
 
 def test_asking_for_an_absent_step_says_which_there_are(checkpoints):
     checkpointer = Checkpointer.Config(load_step=5).build(dump_folder=checkpoints.parent)
-    with pytest.raises(BrokenCheckpoint, match=r"Choose another of \[1, 2\]"):
+    with pytest.raises(BrokenCheckpoint, match=r"Choose one of \[1, 2\]"):
         checkpointer.load({"model": Weights(0)})
 
 

@@ -168,7 +168,7 @@ def largest_file(size):
 @pytest.mark.parametrize("limit", [1 << 20, (1 << 20) + 100])
 def test_a_disk_that_takes_only_a_part_is_an_error_and_what_was_saved_stays(tmp_path, mode, limit):
     checkpointer = save(tmp_path, 1, {"w": torch.ones(4)}, async_mode=mode)
-    with largest_file(limit), pytest.raises(CheckpointError, match=r"File too large.* while saving step 2"):
+    with largest_file(limit), pytest.raises(CheckpointError, match=r"File too large.* at step 2"):
         save(tmp_path, 2, {"w": torch.ones(1 << 20)}, checkpointer)
     assert check_whole(tmp_path / "checkpoint" / "step-1").step == 1
     assert not (tmp_path / "checkpoint" / "step-2").exists()

@@ -172,15 +172,15 @@ def test_an_export_never_writes_over_a_folder(tmp_path):
 
 
 def test_a_folder_without_or_with_broken_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="has no safetensors files"):
+    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
         load_hf(tmp_path, toy().state_dict(), Renames())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(CheckpointError, match="must be JSON with a weight_map"):
+    with pytest.raises(CheckpointError, match="with an object weight_map"):
         load_hf(tmp_path, toy().state_dict(), Renames())
     index.unlink()
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors, which cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors must be a whole safetensors file"):
         load_hf(tmp_path, toy().state_dict(), Renames())
 
 
@@ -205,6 +205,16 @@ def test_the_last_save_writes_the_weights_for_hugging_face_too(tmp_path):
     model = toy(seed=2)
     load_hf(tmp_path / "checkpoint" / "step-4-hf", model.state_dict(), Renames())
     assert torch.equal(model.a, toy().a.bfloat16().float())
+
+
+def test_a_run_that_is_asked_to_stop_is_saved_and_exported_only_on_request(tmp_path):
+    for name, settings in {"plain": {}, "asked": {"export_when_stopped": True}}.items():
+        config = Checkpointer.Config(last_save_in_hf=True, **settings)
+        checkpointer = config.build(dump_folder=tmp_path / name, config=Run.Config())
+        assert checkpointer.save(4, {"model": toy()}, last="stopped")
+        checkpointer.close()
+        assert (tmp_path / name / "checkpoint" / "step-4" / "manifest.json").exists()
+        assert (tmp_path / name / "checkpoint" / "step-4-hf").exists() == (name == "asked")
 
 
 def test_a_run_begins_with_hugging_face_weights(tmp_path):
@@ -428,7 +438,7 @@ def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, mo
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "hf" / "merges.txt").is_file()
     assert not (tmp_path / "hf" / "README.md").exists()
-    with pytest.raises(CheckpointError, match="which has no tokenizer"):
+    with pytest.raises(CheckpointError, match="must hold a tokenizer, got none"):
         save_hf(toy().state_dict(), Ends(), tmp_path / "other", tokenizer=tmp_path)
     path = checkpoint(tmp_path / "run", Run.Config())
     monkeypatch.setattr("titan_ckpt.hf_export.from_dict", lambda data: Toy.Config())  # a test module is not imported
@@ -450,30 +460,39 @@ def cut(path, size):
     [
         (
             lambda folder: cut(folder / "model-00002-of-00003.safetensors", -1),
-            "00002-of-00003.safetensors, which cannot",
+            "00002-of-00003.safetensors must be a",
         ),
         (
             lambda folder: cut(folder / "model-00002-of-00003.safetensors", 20),
-            "00002-of-00003.safetensors, which cannot",
+            "00002-of-00003.safetensors must be a",
         ),
         (
             lambda folder: cut(folder / "model-00002-of-00003.safetensors", 0),
-            "00002-of-00003.safetensors, which cannot",
+            "00002-of-00003.safetensors must be a",
         ),
         (
             lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(),
-            "00003-of-00003.safetensors, which cann",
+            "00003-of-00003.safetensors must be a",
         ),
-        (lambda folder: cut(folder / "model.safetensors.index.json", -9), "must be JSON with a weight_map"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "must be JSON with a weight_map"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "has no safetens"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "must be an object"),
+        (lambda folder: cut(folder / "model.safetensors.index.json", -9), "with an object weight_map"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+            "with an object weight_map",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
+            "name safetensors files",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+            "got a weight_map of type int",
+        ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"hf.first": null}}'),
             "names of files alone",
         ),
-        (lambda folder: cut(folder / "config.json", 5), "config.json, which cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json, which holds a list"),
+        (lambda folder: cut(folder / "config.json", 5), "config.json must be a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json must be a JSON object, got a list"),
     ],
 )
 def test_a_folder_that_is_not_whole_says_what_is_not(tmp_path, damage, message):

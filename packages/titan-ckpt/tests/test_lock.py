@@ -31,6 +31,7 @@ def fork(tmp_path):
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
+            torch.set_num_threads(1)  # a pool of threads does not survive a fork
             try:
                 then(build(tmp_path))
                 os.write(writer, b"x")
@@ -57,12 +58,26 @@ def kill(child):
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, fork):
     other = fork(lambda checkpointer: checkpointer.save(1, {"part": Weights()}, last=True))
     assert other
-    before = sorted((tmp_path / "checkpoint").rglob("*"))
-    with pytest.raises(CheckpointError, match=r"where another process saves.*fuser .*\.checkpoint\.lock"):
+    before, written = sorted((tmp_path / "checkpoint").rglob("*")), (tmp_path / "checkpoint").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match=r"one process at a time, got another.*fuser .*/checkpoint/\.lock"):
         build(tmp_path)
     assert sorted((tmp_path / "checkpoint").rglob("*")) == before
+    assert (tmp_path / "checkpoint").stat().st_mtime_ns == written, "no file came and went"
     kill(other)
     assert build(tmp_path).load({"part": Weights()}) == 1
+
+
+def test_a_process_whose_standard_input_is_closed_saves(tmp_path):
+    standard_input = os.dup(0)
+    os.close(0)
+    try:
+        checkpointer = build(tmp_path)
+        assert os.path.samestat(os.fstat(0), os.stat(tmp_path / "checkpoint" / ".lock")), "the lock is descriptor 0"
+        assert checkpointer.save(1, {"part": Weights()}, last=True)
+        checkpointer.close()
+    finally:
+        os.dup2(standard_input, 0)
+        os.close(standard_input)
 
 
 def test_another_folder_below_the_same_dump_folder_is_free(tmp_path, fork):
@@ -101,3 +116,13 @@ def test_a_file_system_without_locks_is_used_and_the_log_says_what_that_means(tm
     build(tmp_path).save(1, {"part": Weights()}, last=True)
     assert "Nothing keeps a second run out" in caplog.text
     assert fork(), "without the lock the second process goes on"
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a fifo"])
+def test_a_lock_that_keeps_nobody_out_is_refused(tmp_path, kind):
+    lock = tmp_path / "checkpoint" / ".lock"
+    lock.parent.mkdir()
+    make = {"a folder": lock.mkdir, "a link to nothing": lambda: lock.symlink_to("gone/x")}
+    make.get(kind, lambda: os.mkfifo(lock))()
+    with pytest.raises(CheckpointError, match=rf"\.lock must be a regular file, got {kind}"):
+        build(tmp_path)

@@ -12,6 +12,7 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.hf_export import export_hf
 from titan_ckpt.manifest import check_whole, read_manifest
 from titan_ckpt.model_export import export_model
+from titan_ckpt.paths import local_path
 from titan_ckpt.shelf import Shelf
 
 
@@ -30,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", type=Path, help="a new folder")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="round the weights to this type")
     export.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied")
+    export.add_argument(
+        "--base-model", type=Path, help="the Hugging Face folder that the run began with, if it is elsewhere now"
+    )
     export.set_defaults(run=_export)
     model = commands.add_parser("export-model", help="write a checkpoint's model alone, as a checkpoint")
     model.add_argument("path", type=Path, help="a folder step-N")
@@ -37,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     model.set_defaults(run=_export_model)
     options = parser.parse_args(arguments)
     try:
+        for name, value in vars(options).items():
+            if isinstance(value, Path):
+                local_path(value, name)
         options.run(options)
     except CheckpointError as error:
         print(error, file=sys.stderr)
@@ -47,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _list(options: argparse.Namespace) -> None:
     shelf = Shelf(options.path)
     for step in shelf.steps():
-        manifest = read_manifest(shelf.path(step))
+        try:
+            manifest = read_manifest(shelf.path(step))
+        except CheckpointError as error:
+            print(f"{shelf.path(step)}  broken: {error}")
+            continue
         gibibytes = sum(record.size for record in manifest.files.values()) / 2**30
         print(f"{shelf.path(step)}  {gibibytes:.3f} GiB, saved by {manifest.world_size} ranks")
 
@@ -59,7 +70,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     dtype = options.dtype and getattr(torch, options.dtype)
-    export_hf(options.path, options.folder, dtype, tokenizer=options.tokenizer)
+    export_hf(options.path, options.folder, dtype, tokenizer=options.tokenizer, base_model=options.base_model)
     print(f"{options.folder} holds the model of {options.path}")
 
 

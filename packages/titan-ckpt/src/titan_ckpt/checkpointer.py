@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +13,13 @@ from titan_config import Configurable, to_dict
 
 from titan_ckpt.adapter import adapter_of
 from titan_ckpt.chunks import Chunk, is_dtensor, is_writer, local_chunks
-from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
-from titan_ckpt.hf_export import export_hf
-from titan_ckpt.hf_files import tokenizer_in
-from titan_ckpt.hf_import import load_hf
-from titan_ckpt.loading import PassedOver, damage_of, find_newest_whole, load_parts
+from titan_ckpt.hf_base import BASE_MODEL
+from titan_ckpt.hf_export import export_checkpoint
+from titan_ckpt.hf_metadata import companions, ids_of_run
+from titan_ckpt.initial_model import begin_with
+from titan_ckpt.loading import PassedOver, find_asked, find_newest_whole, load_parts, was_followed
+from titan_ckpt.manifest import check_whole
+from titan_ckpt.paths import local_path
 from titan_ckpt.plan import Planner
 from titan_ckpt.random_state import RandomState
 from titan_ckpt.ranks import Ranks
@@ -29,7 +27,10 @@ from titan_ckpt.saving import Snapshot, save
 from titan_ckpt.shelf import Shelf
 from titan_ckpt.staging import Staging
 from titan_ckpt.state import Part, split_parts
+from titan_ckpt.steps import require_step, to_step
 from titan_ckpt.tensor_file import write_tensors
+from titan_ckpt.torch_parts import to_parts
+from titan_ckpt.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,21 @@ class Checkpointer(Configurable):
         async_mode: Literal["disabled", "async"] = "async"
         """Whether training goes on while a thread writes a copy ("async") or waits for the disk ("disabled")."""
         load_step: int | None = None
-        """The step to go on from; newer checkpoints are set aside. None takes the newest whole one."""
+        """The step to go back to, once; newer checkpoints are set aside. None takes the newest whole one.
+
+        A run that is started again by the same command goes on from the newest checkpoint that it saved since. To go
+        back to that step again, move the newer ones away."""
+        max_failed_saves: int = 3
+        """How many saves in a row the disk may fail before an asynchronous run ends; the last save must succeed."""
         initial_load_path: Path | None = None
         """Checkpoint whose model a run begins with that has no checkpoint of its own."""
         initial_load_in_hf: bool = False
         """Whether `initial_load_path` is a folder of Hugging Face weights."""
         last_save_in_hf: bool = False
         """Whether the last save also writes the weights for Hugging Face, as `step-N-hf` beside it, with the tokenizer
-        of the Hugging Face folder that the run began with."""
+        and the generation settings of the Hugging Face folder that the run began with."""
+        export_when_stopped: bool = False
+        """Whether last_save_in_hf also exports where the run is asked to stop before its last step."""
         export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
         """Type of the weights written for Hugging Face."""
 
@@ -78,6 +86,13 @@ class Checkpointer(Configurable):
                     f"Got keep_latest_k {self.keep_latest_k}. At least 1 checkpoint must stay. Set it to None to keep "
                     f"all."
                 )
+            if self.max_failed_saves < 1:
+                raise ValueError(f"max_failed_saves must be 1 or more, got {self.max_failed_saves}.")
+            if self.load_step is not None and self.load_step < 0:
+                raise ValueError(f"load_step must be 0 or more, got {self.load_step}.")
+            local_path(self.folder, "folder")
+            if self.initial_load_path is not None:
+                local_path(self.initial_load_path, "initial_load_path")
             if self.initial_load_in_hf and self.initial_load_path is None:
                 raise ValueError(
                     "Got initial_load_in_hf without initial_load_path. It says what kind of folder that is. Set both "
@@ -90,48 +105,66 @@ class Checkpointer(Configurable):
             For looking at a run, even one that goes on: nothing in its folder changes, this process is alone, and the
             checkpoint may have more parts. Raises CheckpointError as `Checkpointer.load` does.
             """
-            shelf, ranks = Shelf(Path(dump_folder) / self.folder), Ranks(alone=True)
-            step, _ = _find_step(self, shelf, ranks)
+            shelf, ranks = Shelf(local_path(dump_folder, "dump_folder") / self.folder), Ranks(alone=True)
+            find = find_newest_whole if self.load_step is None else partial(find_asked, load_step=self.load_step)
+            step, _ = find(shelf, ranks)
             if step is not None:
                 load_parts(shelf.path(step), parts, ranks, run_config=None, exactly=False)
             return step
 
     def __init__(self, own: Config, /, dump_folder: Path, config: Any = None) -> None:
         self.config = own
-        self.shelf = Shelf(Path(dump_folder) / own.folder)
+        self._ranks = Ranks()
+        dump_folder = self._ranks.together(lambda: local_path(dump_folder, "dump_folder"))
+        self.shelf = self._ranks.together(lambda: Shelf(dump_folder / own.folder))
         self.passed_over: list[PassedOver] = []
         self._run_config = config
         self._run_data = None if config is None else to_dict(config)
-        self._ranks = Ranks()
         self._planner = Planner(self._ranks)
         self._staging = Staging()
-        initializer = _yield_to_training if own.async_mode == "async" else None
-        self._writer = ThreadPoolExecutor(1, "titan-ckpt", initializer)
-        self._pending: Future[None] | None = None
+        self._writer = Writer(self._ranks, own.async_mode == "async", own.max_failed_saves)
         self._newest: int | None = None
-        self._ranks.together(lambda: self.shelf.open() if self._ranks.is_first else None)
+        self._load_step: int | None = None
+        self._has_begun = False
+        self._ranks.first(self.shelf.open)
+        self._ranks.together(self.shelf.probe)
 
-    def save(self, step: int, parts: Mapping[str, Part], *, last: bool = False) -> bool:
+    def save(self, step: int, parts: Mapping[str, Part], *, last: bool | Literal["stopped"] = False) -> bool:
         """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.
+
+        `last` is "stopped" where a run ends before its last step: the weights are then not exported for Hugging Face,
+        unless `export_when_stopped`.
 
         Every rank's random generators are saved with them, as the part "random".
         In the mode "async" this returns once the parts are copied. A step that this object saved or loaded is there
-        already, and is not saved again.
+        already, and is not saved again. A disk that fails is logged by the thread that writes, which tries once more;
+        the run goes on to the next save, up to `max_failed_saves` in a row.
 
         Raises:
-            CheckpointError: when this save fails, or (in the mode "async") the one before it did.
+            CheckpointError: when the parts cannot be saved; when a checkpoint in the folder is newer, which is told at
+                the first call; when the disk failed in this save (the last, or in the mode "disabled") or too often.
         """
-        if not last and step % self.config.interval:
+        number = to_step(step)
+        is_due = last or number is None or number % self.config.interval == 0
+        if is_due:
+            self._writer.settle(is_last=bool(last))  # its thread talks over the same group
+            self._ranks.together(lambda: require_step(step))
+        step = require_step(step)
+        if not self._has_begun:
+            self._ranks.first(lambda: self.shelf.check_newest(step))
+            self._has_begun = True
+        elif is_due and self._newest is not None:  # the folder is not listed again: a disk may fail for a while
+            self.shelf.check_newest(step, self._newest)
+        if not is_due:
             return False
-        self.wait()
         is_new = step != self._newest
         if is_new:
             snapshot = self._take(step, parts)
-            self._pending = self._writer.submit(self._write, snapshot)
+            self._writer.submit(self._write, self._after_write, snapshot)
         if last or self.config.async_mode == "disabled":
             self.wait()
-        if last and self.config.last_save_in_hf:
-            self._ranks.together(lambda: self._export(step) if self._ranks.is_first else None)
+        if self.config.last_save_in_hf and (last is True or (last and self.config.export_when_stopped)):
+            self._ranks.first(lambda: self._export(step))
         return is_new
 
     def load(self, parts: Mapping[str, Part]) -> int | None:
@@ -139,19 +172,23 @@ class Checkpointer(Configurable):
 
         Every file is checked before a weight is touched. Broken checkpoints are passed over (see `passed_over`), and
         what is newer than the loaded one is renamed to `step-N.set-aside-*`, so that the run can go on from there.
+        `load_step` acts once: a run that is started again with it goes on from what it saved since.
         Where there is none, the part "model" is filled from `initial_load_path`, if that is set.
 
         Raises:
-            CheckpointError: when the one asked for is broken or absent, when all are broken, or when it does not fit
-                the parts.
+            CheckpointError: when the one asked for is broken or absent, when all are broken, when it does not fit
+                the parts, is of a format that this version does not read, or the disk fails.
         """
-        self.wait()
+        self._writer.settle()
         step, self.passed_over = _find_step(self.config, self.shelf, self._ranks)
+        self._load_step = self.config.load_step
         if step is None:
-            self._load_initial(parts)
+            path, in_hf = self.config.initial_load_path, self.config.initial_load_in_hf
+            find_adapter = partial(adapter_of, self._run_config)
+            begin_with(path, in_hf, parts, self.shelf, self._ranks, find_adapter, self._run_data)
             return None
         load_parts(self.shelf.path(step), _with_random_state(parts), self._ranks, self._run_data)
-        self._ranks.together(lambda: self._set_aside_after(step) if self._ranks.is_first else None)
+        self._ranks.first(lambda: self._set_aside_after(step))
         logger.info("Loaded %s.", self.shelf.path(step))
         self._newest = step
         return step
@@ -162,16 +199,18 @@ class Checkpointer(Configurable):
         Raises:
             CheckpointError: when it failed; it is said once.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        self._writer.wait()
 
     def close(self) -> None:
-        """Wait for the save that is under way, end the thread, and let other processes save to the folder."""
+        """Wait for the save that is under way, end the thread, and let other processes save to the folder.
+
+        Raises:
+            CheckpointError: when that save failed.
+        """
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
+            self._writer.close()
             self.shelf.close()
 
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
@@ -184,45 +223,25 @@ class Checkpointer(Configurable):
         return Snapshot(step, plan, self._staging.write, values)
 
     def _write(self, snapshot: Snapshot) -> None:
-        save(snapshot, self.shelf, self._ranks, self._run_data)
+        save(snapshot, self.shelf, self._ranks, self._run_data, self._load_step)
+
+    def _after_write(self, snapshot: Snapshot) -> None:
         self._newest = snapshot.step
         logger.info("Saved %s.", self.shelf.path(snapshot.step))
         count = self.config.keep_latest_k
         if count is not None:
-            self._ranks.together(lambda: self.shelf.keep(count) if self._ranks.is_first else None)
-
-    def _load_initial(self, parts: Mapping[str, Part]) -> None:
-        path = self.config.initial_load_path
-        if path is None:
-            return
-        if "model" not in parts:
-            raise CheckpointError(
-                f'Got initial_load_path {path} and the parts {list(parts)}. It fills the part "model". Name it so.'
-            )
-        model = {"model": parts["model"]}
-        if self.config.initial_load_in_hf:
-            tensors, _, states = self._ranks.together(lambda: split_parts(model))
-            weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-            elsewhere = set().union(*self._ranks.gather(set(weights))) - weights.keys()
-            self._ranks.together(lambda: load_hf(path, weights, adapter_of(self._run_config), elsewhere))
-            self._ranks.together(lambda: parts["model"].load_state_dict(dict(states["model"])))
-        else:
-            damage = damage_of(path, self._ranks)
-            if damage:
-                raise BrokenCheckpoint(
-                    f"Got initial_load_path {path}, which is not a whole checkpoint: {damage}. It must be a folder "
-                    f"step-N (of Hugging Face weights with initial_load_in_hf). Give another."
-                )
-            load_parts(path, model, self._ranks, self._run_data, exactly=False)
-        logger.info("Began with the model of %s.", path)
+            self._ranks.first(lambda: self.shelf.keep(count, snapshot.step))
 
     def _export(self, step: int) -> None:
         folder = self.shelf.hf_path(step)
         if not folder.exists():
             dtype = getattr(torch, self.config.export_dtype)
+            kept = self.shelf.folder / BASE_MODEL
             begun_with = self.config.initial_load_path if self.config.initial_load_in_hf else None
-            tokenizer = begun_with if begun_with is not None and tokenizer_in(begun_with) else None
-            export_hf(self.shelf.path(step), folder, dtype, adapter_of(self._run_config), tokenizer=tokenizer)
+            base = kept if kept.is_dir() else begun_with
+            check_whole(self.shelf.path(step))
+            beside = partial(companions, base=base, tokenizer=None, run_ids=partial(ids_of_run, self._run_config))
+            export_checkpoint(self.shelf.path(step), folder, dtype, adapter_of(self._run_config), beside)
             logger.info("Exported %s.", folder)
 
     def _set_aside_after(self, step: int) -> None:
@@ -230,16 +249,9 @@ class Checkpointer(Configurable):
             logger.warning("Renamed a checkpoint newer than step %s to %s.", step, path)
 
 
-def _yield_to_training() -> None:
-    """Let this thread have what the threads that compute leave; Linux alone has priorities for threads."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)
-
-
 def _hold(parts: Mapping[str, Part]) -> tuple[list[Chunk], frozenset[str], Mapping[str, Any]]:
     """What this rank may have to write: its chunks, which of them other ranks have too, and its values."""
-    tensors, values, _ = split_parts(_with_random_state(parts))
+    tensors, values, _ = split_parts(to_parts(_with_random_state(parts)))
     chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
     return chunks, frozenset(name for name, tensor in tensors.items() if not is_dtensor(tensor)), values
 
@@ -253,10 +265,12 @@ def _find_step(config: Checkpointer.Config, shelf: Shelf, ranks: Ranks) -> tuple
     step = config.load_step
     if step is None:
         return find_newest_whole(shelf, ranks)
-    damage = damage_of(shelf.path(step), ranks)
-    if damage:
-        raise BrokenCheckpoint(
-            f"Got load_step {step}, and {shelf.path(step)} is not whole: {damage}. A checkpoint is loaded only when "
-            f"all its files are. Choose another of {shelf.steps()}, or leave load_step out for the newest whole one."
+    if not ranks.first(lambda: was_followed(shelf, step)):
+        return find_asked(shelf, ranks, step)
+    if ranks.is_first:
+        logger.warning(
+            "A run with load_step %d has gone back to that step: this one goes on from what it saved since. To go back "
+            "again, move the checkpoints newer than step %d out of %s.",
+            *(step, step, shelf.folder),
         )
-    return step, []
+    return find_newest_whole(shelf, ranks, least=step)

@@ -1,4 +1,4 @@
-"""The two ways in which a checkpoint fails its reader."""
+"""The ways in which a checkpoint fails its reader."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ class CheckpointError(ValueError):
 
 class BrokenCheckpoint(CheckpointError):
     """A folder that is not a whole checkpoint: the manifest is missing or invalid, or a file is not what it says."""
+
+
+class UnknownFormat(BrokenCheckpoint):
+    """A checkpoint of a format that this version does not read: it may be whole, so a run stops there."""
+
+
+class SaveFailed(CheckpointError):
+    """The disk did not take a save; the next one may succeed."""
 
 
 def listed(names: Sequence[str], limit: int = 4) -> str:

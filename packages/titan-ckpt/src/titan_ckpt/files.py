@@ -12,7 +12,9 @@ from typing import Any
 
 import xxhash
 
-_BLOCK = 1 << 24
+INDEX = "tensors.json"
+STATE = "state.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,6 @@ def write_json(path: Path, data: Any) -> FileRecord:
     return write_blocks(path, [encode_json(data)])
 
 
-def record_of(path: Path) -> FileRecord:
-    """Return the record of a file as it is on the disk."""
-    digest, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size, digest.hexdigest())
-
-
 def flush_folder(path: Path) -> None:
     """Make the names in a folder survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -76,8 +68,13 @@ def publish(temporary: Path, final: Path) -> None:
     Raises:
         FileExistsError: when there is something of that name.
     """
+    rename_flushed(temporary, final)
+    flush_folder(final.parent)
+
+
+def rename_flushed(temporary: Path, final: Path) -> None:
+    """Do what `publish` does, but for flushing the new name."""
     if final.exists():
         raise FileExistsError(errno.EEXIST, "There is such a name already", str(final))
     flush_folder(temporary)
     os.rename(temporary, final)
-    flush_folder(final.parent)

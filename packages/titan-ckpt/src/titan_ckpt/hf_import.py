@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from titan_ckpt.adapter import HFAdapter, Piece, asked, check_complete, on_meta, parts_of
 from titan_ckpt.chunks import Chunk, local_chunks
 from titan_ckpt.errors import CheckpointError, listed
+from titan_ckpt.finite import not_finite
 from titan_ckpt.hf_reader import HFReader
+
+logger = logging.getLogger(__name__)
 
 _WIDER = {
     torch.float16: (torch.float32, torch.float64),
@@ -28,7 +32,9 @@ def load_hf(
     One piece after the other: beside the model there is never more than a piece of it. Each rank reads only its own
     part of every tensor, as far as the adapter's pieces allow. Numbers may be widened (bfloat16 to float32), never
     rounded, but for those that were quantised. `config.json`, if there is one, and all names, shapes and types are
-    checked before a weight is touched. `elsewhere` names weights that other ranks have, of a model in pipeline stages.
+    checked before a weight is touched; weights that are not finite are logged. `folder` may be one file of it that says
+    which of two sets of weights to take: an index, or a safetensors file. `elsewhere` names weights that other ranks
+    have, of a model in pipeline stages.
 
     Raises:
         CheckpointError: naming what is missing, unexpected, of another shape, or of a type that would be rounded, and
@@ -43,19 +49,25 @@ def load_hf(
             if not piece.own:
                 asked(piece.from_hf, reader.read(piece))
         chunks = local_chunks(state)
-        for piece in pieces:
-            _fill(piece, chunks, reader)
+        odd = [piece.hf_names[0] for piece in pieces if not _fill(piece, chunks, reader)]
+    if odd:
+        logger.warning("Weights must be finite, got NaN or infinity in %s of %s.", listed(odd), folder)
 
 
-def _fill(piece: Piece, chunks: Mapping[str, Chunk], reader: HFReader) -> None:
-    """Copy a piece to where this rank holds something of it; what it does not hold it does not read."""
+def _fill(piece: Piece, chunks: Mapping[str, Chunk], reader: HFReader) -> bool:
+    """Copy a piece to where this rank holds something of it; return whether it is finite there.
+
+    What this rank does not hold it does not read.
+    """
     boxes = [_box(chunks.get(name), index) for name, index in piece.own]
     if not any(boxes):
-        return
+        return True
+    filled = []
     for box, value in zip(boxes, asked(piece.from_hf, reader.read(piece)), strict=True):
         if box is not None:
             target, slices = box
-            target.copy_(value[slices])
+            filled.append(target.copy_(value[slices]))
+    return not piece.hf_names or not not_finite({str(number): tensor for number, tensor in enumerate(filled)})
 
 
 def _box(chunk: Chunk | None, index: int | None) -> tuple[Tensor, tuple[slice, ...]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titan_ckpt.chunks import Chunk
-from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import encode_json
+from titan_ckpt.chunk_coverage import misfit
+from titan_ckpt.chunks import Chunk, chunk_key
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
+from titan_ckpt.files import INDEX, encode_json
+from titan_ckpt.regular_file import read_json
+from titan_ckpt.schema import LARGEST, to_file_name, to_integers, to_list, to_object
 from titan_ckpt.tensor_file import DTYPE_NAMES, DTYPES
 
 if TYPE_CHECKING:  # a second of imports: left to the first save or load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-INDEX = "tensors.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class StoredChunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
+
+    def key(self, tensor: str) -> str:
+        """The chunk's name in its file, as one of the tensor of that name."""
+        return chunk_key(tensor, self.offsets)
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,11 @@ def join_indices(indices: Iterable[Index]) -> Index:
                 )
             joined[name] = StoredTensor(tensor.dtype, tensor.shape, known.chunks + tensor.chunks)
     for name, tensor in joined.items():
+        problem = misfit(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
         written, whole = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
-        if written != whole:
+        if problem:
             raise CheckpointError(
-                f"Got {written} elements of {name}, which has {whole}. The ranks' chunks must fill a tensor exactly "
-                f"once. Save on all ranks that hold a part of it."
+                f"Chunks of {name} must fill its {whole} elements exactly once, got {written} in {problem}."
             )
     return joined
 
@@ -106,10 +110,32 @@ def encode_index(index: Index) -> bytes:
 
 
 def read_index(folder: Path) -> Index:
-    """Return the index of a checkpoint that was found whole."""
+    """Return the index of a checkpoint.
 
-    def tensor(data: dict[str, Any]) -> StoredTensor:
-        chunks = tuple(StoredChunk(tuple(c["offsets"]), tuple(c["sizes"]), c["file"]) for c in data["chunks"])
-        return StoredTensor(data["dtype"], tuple(data["shape"]), chunks)
+    Raises:
+        BrokenCheckpoint: when it is not of that form, or the chunks of a tensor do not fill it exactly once.
+        CheckpointError: when the disk fails.
+    """
+    data = to_object(read_json(folder / INDEX, LARGEST), INDEX)
+    return {name: _tensor(entry, name) for name, entry in data.items()}
 
-    return {name: tensor(data) for name, data in json.loads((folder / INDEX).read_bytes()).items()}
+
+def _tensor(data: Any, name: str) -> StoredTensor:
+    to_object(data, name, ("dtype", "shape", "chunks"))
+    if not isinstance(data["dtype"], str) or data["dtype"] not in DTYPES:
+        raise BrokenCheckpoint(f"{name} is of the type {data['dtype']!r:.40}")
+    chunks = tuple(_chunk(chunk, name) for chunk in to_list(data["chunks"], f"the chunks of {name}"))
+    tensor = StoredTensor(data["dtype"], to_integers(data["shape"], f"the shape of {name}"), chunks)
+    problem = misfit(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    if problem:
+        raise BrokenCheckpoint(f"{name} of shape {list(tensor.shape)} has {problem}")
+    return tensor
+
+
+def _chunk(data: Any, name: str) -> StoredChunk:
+    to_object(data, f"a chunk of {name}", ("offsets", "sizes", "file"))
+    return StoredChunk(
+        to_integers(data["offsets"], f"the offsets of {name}"),
+        to_integers(data["sizes"], f"the sizes of {name}"),
+        to_file_name(data["file"], f"the file of {name}"),
+    )

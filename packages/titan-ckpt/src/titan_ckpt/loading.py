@@ -12,12 +12,16 @@ from torch import Tensor
 
 from titan_ckpt.chunks import Chunk, local_chunks
 from titan_ckpt.comparing import check_parts, describe_config, describe_misfit, raise_misfit
-from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
-from titan_ckpt.manifest import find_damage, read_manifest
+from titan_ckpt.contents import files_of_tensors, find_contradictions, find_other_tensors
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, UnknownFormat, listed
+from titan_ckpt.finite import not_finite
+from titan_ckpt.index import Index, read_index
+from titan_ckpt.manifest import Manifest, find_damage, read_manifest
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.reading import TensorReader, read_config, read_values
 from titan_ckpt.shelf import Shelf
 from titan_ckpt.state import Part, join, split_parts
+from titan_ckpt.torch_parts import OptimizerPart, to_parts
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +34,24 @@ class PassedOver:
     reason: str
 
 
-def find_newest_whole(shelf: Shelf, ranks: Ranks) -> tuple[int | None, list[PassedOver]]:
-    """Return the step of the newest checkpoint whose every file is whole, and the broken ones that are newer.
+def find_newest_whole(shelf: Shelf, ranks: Ranks, least: int = 0) -> tuple[int | None, list[PassedOver]]:
+    """Return the step of the newest whole checkpoint from step `least` on, and the broken ones that are newer.
 
     Raises:
-        CheckpointError: when there are checkpoints, and all are broken: to begin anew is for a person to decide.
+        UnknownFormat: at the first whose format this version does not read: it is no damage.
+        CheckpointError: when there are checkpoints, and all are broken: to begin anew is for a person to decide. When
+            the disk fails.
     """
     passed_over: list[PassedOver] = []
-    for step in reversed(ranks.share(shelf.steps())):
+    for step in reversed(ranks.first(shelf.steps)):
+        if step < least:
+            break
         damage = damage_of(shelf.path(step), ranks)
         if not damage:
             return step, passed_over
         passed_over.append(PassedOver(shelf.path(step), damage))
-        logger.warning("Passing over %s: %s.", shelf.path(step), damage)
+        if ranks.is_first:
+            logger.warning("Passing over %s: %s.", shelf.path(step), damage)
     if passed_over:
         reasons = "\n".join(f"  {broken.folder.name}: {broken.reason}" for broken in passed_over)
         raise CheckpointError(
@@ -52,19 +61,84 @@ def find_newest_whole(shelf: Shelf, ranks: Ranks) -> tuple[int | None, list[Pass
     return None, []
 
 
-def damage_of(folder: Path, ranks: Ranks) -> str:
-    """Return what is wrong with a checkpoint (empty: it is whole), on all ranks; they share the checking."""
-    reason, manifest = "", None
-    if ranks.is_first:
+def find_asked(shelf: Shelf, ranks: Ranks, load_step: int) -> tuple[int, list[PassedOver]]:
+    """Return `load_step`, whose files are whole.
+
+    Raises:
+        BrokenCheckpoint: when it is not whole, or not there.
+        CheckpointError: when the disk fails.
+    """
+    damage = damage_of(shelf.path(load_step), ranks)
+    if damage:
+        raise BrokenCheckpoint(
+            f"load_step must name a whole checkpoint, got {load_step}: {damage}. Choose one of "
+            f"{ranks.first(shelf.steps)}, or leave load_step out."
+        )
+    return load_step, []
+
+
+def was_followed(shelf: Shelf, load_step: int) -> bool:
+    """Return whether the newest checkpoint after `load_step` was saved by a run with this same setting.
+
+    Such a run has gone back already; when it is started again by the same command, it goes on.
+
+    Raises:
+        UnknownFormat: when that checkpoint is of a format that this version does not read.
+        CheckpointError: when the disk fails.
+    """
+    for step in reversed(shelf.steps()):
+        if step <= load_step:
+            return False
         try:
-            manifest = read_manifest(folder)
-        except BrokenCheckpoint as error:
-            reason = str(error)
-    reason, manifest = ranks.share((reason, manifest))
+            return _manifest_of(shelf.path(step)).load_step == load_step
+        except UnknownFormat:  # what saved it may have gone back, so this run must not
+            raise
+        except BrokenCheckpoint:
+            continue
+    return False
+
+
+def damage_of(folder: Path, ranks: Ranks) -> str:
+    """Return what is wrong with a checkpoint (empty: it is whole), on all ranks; they share the checking.
+
+    Raises:
+        UnknownFormat: when it is of a format that this version does not read.
+        CheckpointError: when the disk fails.
+    """
+    reason, manifest = ranks.first(lambda: _look(folder))
     if manifest is None:
         return reason
-    mine = sorted(manifest.files)[ranks.rank :: ranks.world_size]
-    return "; ".join(damage for found in ranks.gather(find_damage(folder, manifest, mine)) for damage in found)
+    if reason:
+        return reason
+    mine = files_of_tensors(manifest)[ranks.rank :: ranks.world_size]
+
+    def find_mine() -> list[str]:
+        return find_damage(folder, manifest, mine) or find_other_tensors(folder, read_index(folder), mine)
+
+    return "; ".join(damage for found in ranks.gather(ranks.together(find_mine)) for damage in found)
+
+
+def _look(folder: Path) -> tuple[str, Manifest | None]:
+    """What is wrong with all but the tensors, and the manifest where it can be read."""
+    try:
+        manifest = _manifest_of(folder)
+    except UnknownFormat:
+        raise
+    except BrokenCheckpoint as error:
+        return str(error), None
+    others = sorted(manifest.files.keys() - set(files_of_tensors(manifest)))
+    return "; ".join(find_damage(folder, manifest, others) or find_contradictions(folder, manifest)), manifest
+
+
+def _manifest_of(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint. Raises what `read_manifest` does, UnknownFormat with the way out."""
+    try:
+        return read_manifest(folder)
+    except UnknownFormat as error:
+        raise UnknownFormat(
+            f"{folder} must be of a format that is known here: {error}. Update titan-ckpt, or move the folder away to "
+            f"go on from an older checkpoint."
+        ) from error
 
 
 def load_parts(folder: Path, parts: Mapping[str, Part], ranks: Ranks, run_config: Any, exactly: bool = True) -> None:
@@ -76,19 +150,22 @@ def load_parts(folder: Path, parts: Mapping[str, Part], ranks: Ranks, run_config
     Raises:
         CheckpointError: on every rank, when anything is missing, unexpected, or of another shape or type on any.
     """
-    tensors, _, states = ranks.together(lambda: split_parts(parts))
-    chunks = local_chunks(tensors)
-    with TensorReader(folder) as reader:
-        values = read_values(folder)
+    parts = to_parts(parts)
+    with ranks.together(lambda: TensorReader(folder)) as reader:
+        values = ranks.together(lambda: read_values(folder))
         ranks.together(
             lambda: check_parts(values if exactly else {k: v for k, v in values.items() if k in parts}, parts)
         )
+        ranks.together(lambda: _tell_stored(parts, reader.index, values))
+        tensors, _, states = ranks.together(lambda: split_parts(parts))
+        chunks = local_chunks(tensors)
         _check_fit(folder, reader, chunks, tensors, parts, ranks, run_config)
         with_tensors = [name for name in parts if _has_tensors(name, tensors)]
         without = [name for name in parts if name not in with_tensors]
-        _hand_over(without, parts, states, values, ranks)
+        _hand_over(without, parts, states, values, tensors, ranks)
         ranks.together(lambda: reader.fill(chunks.values()))
-        _hand_over(with_tensors, parts, states, values, ranks)
+        _report_not_finite(folder, chunks, ranks)
+        _hand_over(with_tensors, parts, states, values, tensors, ranks)
 
 
 def _check_fit(
@@ -108,6 +185,22 @@ def _check_fit(
         raise_misfit(folder, found, describe_config(read_config(folder), run_config))
 
 
+def _report_not_finite(folder: Path, chunks: Mapping[str, Chunk], ranks: Ranks) -> None:
+    weights = {name: chunk.data for name, chunk in chunks.items() if name.startswith("model.")}
+    found = sorted(set().union(*ranks.gather(ranks.together(lambda: not_finite(weights)))))
+    if found and ranks.is_first:
+        logger.warning("%s has values that are not finite in %d tensors: %s.", folder, len(found), listed(found))
+
+
+def _tell_stored(parts: Mapping[str, Part], index: Index, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell optimizers, which may not have made their state yet, what there is of it. Raises CheckpointError."""
+    for name, part in parts.items():
+        if isinstance(part, OptimizerPart):
+            prefix = f"{name}."
+            tensors = {key.removeprefix(prefix): stored for key, stored in index.items() if key.startswith(prefix)}
+            part.expect(tensors, values[name])
+
+
 def _has_tensors(part: str, tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(f"{part}.") for name in tensors)
 
@@ -117,10 +210,19 @@ def _hand_over(
     parts: Mapping[str, Part],
     states: Mapping[str, Mapping[str, Any]],
     values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     ranks: Ranks,
 ) -> None:
     def load_all() -> None:
         for name in names:
-            parts[name].load_state_dict(join(states[name], values[name]))
+            try:
+                parts[name].load_state_dict(join(states[name], values[name], tensors))
+            except ValueError:  # of which the part is the author, and a CheckpointError is one
+                raise
+            except Exception as error:
+                raise CheckpointError(
+                    f"The part {name!r} must take the state that was saved of it, got {type(error).__name__}: {error}. "
+                    f"Load it into the part that it was saved from."
+                ) from error
 
     ranks.together(load_all)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,22 +16,35 @@ from typing import Any
 import torch
 import xxhash
 
-from titan_ckpt.errors import BrokenCheckpoint
-from titan_ckpt.files import FileRecord, record_of, write_json
+from titan_ckpt.contents import files_of_tensors, find_contradictions, find_other_tensors
+from titan_ckpt.errors import BrokenCheckpoint, UnknownFormat
+from titan_ckpt.files import CONFIG, INDEX, STATE, FileRecord, write_json
+from titan_ckpt.index import read_index
+from titan_ckpt.paths import local_path
+from titan_ckpt.regular_file import Missing, read_json, record_of, size_of
+from titan_ckpt.schema import to_file_name, to_integer, to_list, to_object, to_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_LARGEST_MANIFEST = 1 << 26  # a record of a file takes a hundred bytes
 _TITAN = ("titan-ckpt", "titan-config", "titan-data", "titan-ft", "titan-models", "titan-parallel", "titan-trainer")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of; `versions` are of torch and of the titan packages that were installed."""
+    """What a checkpoint consists of; `versions` are of torch and of the titan packages that were installed.
+
+    `load_step` is the setting of that name that the saving run began or went on with (None: none). `counters` are the
+    parts whose value `step` was the checkpoint's step.
+    """
 
     step: int
     world_size: int
     versions: dict[str, str]
     files: dict[str, FileRecord]
+    load_step: int | None = None
+    counters: list[str] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -53,35 +68,70 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        BrokenCheckpoint: when there is none, or it is not as it was written, or of a format this version does not know.
+        BrokenCheckpoint: when there is none, it is not as it was written, or it is that of another step than the name
+            of the folder says.
+        UnknownFormat: when it is of a format that this version does not read.
+        CheckpointError: when the disk fails.
     """
-    path = folder / MANIFEST
     try:
-        stored = json.loads(path.read_bytes())
-        content = stored["content"]
-        if stored["xxh3"] != _content_hash(content):
-            raise BrokenCheckpoint(f"{MANIFEST} does not match its own checksum")
-    except FileNotFoundError as error:
+        stored = to_object(read_json(folder / MANIFEST, _LARGEST_MANIFEST), MANIFEST)
+    except Missing as error:
+        if not os.path.lexists(folder):
+            raise
         raise BrokenCheckpoint(f"it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
-    if content["format"] != FORMAT:
-        raise BrokenCheckpoint(f"its format is {content['format']}, and this titan-ckpt reads format {FORMAT}")
-    return Manifest(**{**content, "files": {name: FileRecord(**record) for name, record in content["files"].items()}})
+    content = to_object(stored.get("content", stored), MANIFEST)
+    found = content.get("format")
+    if type(found) is int and found > 0 and found != FORMAT:
+        raise UnknownFormat(f"its format is {found}, and this titan-ckpt reads format {FORMAT}")
+    to_object(stored, MANIFEST, ("xxh3", "content"))
+    if stored["xxh3"] != _content_hash(content):
+        raise BrokenCheckpoint(f"{MANIFEST} does not match its own checksum")
+    return _checked(content, folder)
+
+
+def _checked(content: dict[str, Any], folder: Path) -> Manifest:
+    to_object(content, MANIFEST, [entry.name for entry in fields(Manifest)])
+    step = to_integer(content["step"], "step")
+    name = STEP_NAME.fullmatch(folder.name)
+    if name and int(name[1]) != step:
+        raise BrokenCheckpoint(f"{MANIFEST} is that of step {step}")
+    records = to_object(content["files"], "files")
+    for required in (INDEX, STATE, CONFIG):
+        if required not in records:
+            raise BrokenCheckpoint(f"{MANIFEST} does not list {required}")
+    versions = to_object(content["versions"], "versions")
+    load_step = content["load_step"]
+    return Manifest(
+        step=step,
+        world_size=to_integer(content["world_size"], "world_size", 1),
+        versions={name: to_text(version, "a version") for name, version in versions.items()},
+        files={to_file_name(name, "a name in files"): _record(record, name) for name, record in records.items()},
+        load_step=None if load_step is None else to_integer(load_step, "load_step"),
+        counters=[to_text(name, "a name in counters") for name in to_list(content["counters"], "counters")],
+        format=to_integer(content["format"], "format", 1),
+    )
+
+
+def _record(record: Any, name: str) -> FileRecord:
+    to_object(record, f"the record of {name}", ("size", "xxh3"))
+    size = to_integer(record["size"], f"the size of {name}")
+    return FileRecord(size, to_text(record["xxh3"], f"the xxh3 of {name}", "[0-9a-f]{16}"))
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return what is wrong with the files `names` of a checkpoint, one sentence each; empty when they are whole."""
+    """Return what is wrong with the files `names` of a checkpoint, one sentence each; empty when they are whole.
+
+    Raises:
+        CheckpointError: when the disk fails.
+    """
     damage = []
     for name in names:
         expected = manifest.files[name]
         try:
-            found = record_of(folder / name)
-        except FileNotFoundError:
-            damage.append(f"{name} is missing")
-            continue
-        except OSError as error:
-            damage.append(f"{name} cannot be read ({error})")
+            size = size_of(folder / name)
+            found = record_of(folder / name) if size == expected.size else FileRecord(size, "")
+        except BrokenCheckpoint as error:
+            damage.append(str(error))
             continue
         if found.size != expected.size:
             damage.append(f"{name} has {found.size} bytes and should have {expected.size}")
@@ -94,10 +144,14 @@ def check_whole(folder: Path) -> Manifest:
     """Check every file of a checkpoint and return its manifest.
 
     Raises:
-        BrokenCheckpoint: naming every file that is missing, truncated or changed.
+        BrokenCheckpoint: naming every file that is missing, truncated or changed, or what does not fit together.
+        CheckpointError: when the disk fails.
     """
+    folder = local_path(folder, "checkpoint")
     manifest = read_manifest(folder)
-    damage = find_damage(folder, manifest, manifest.files)
+    damage = find_damage(folder, manifest, manifest.files) or find_contradictions(folder, manifest)
+    if not damage:
+        damage = find_other_tensors(folder, read_index(folder), files_of_tensors(manifest))
     if damage:
         raise BrokenCheckpoint("; ".join(damage))
     return manifest

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titan_ckpt.errors import CheckpointError
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
+from titan_ckpt.hf_json import is_lfs_pointer, unique
+from titan_ckpt.regular_file import retried
 from titan_ckpt.tensor_file import DTYPES
 
 
@@ -29,21 +31,25 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no regular file")
             with safe_open(path, framework="pt"):  # checks that the header and the size of the file agree
                 pass
             self._file = path.open("rb")
             header, self._begin = _read_header(self._file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            if path.is_file() and is_lfs_pointer(path):
+                raise CheckpointError(
+                    f"{path} must be a whole safetensors file, got a Git LFS pointer. Run `git lfs pull` in its folder."
+                ) from error
             raise CheckpointError(
-                f"Got {path}, which cannot be read: {error}. Every file of the folder must be whole. Download or "
-                f"export it again."
+                f"{path} must be a whole safetensors file, got {error}. Download or export it again."
             ) from error
         self._entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
         for key, entry in self._entries.items():
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
-                    f"Got {path}, whose {key} is of the type {entry['dtype']}. Tensors are of {', '.join(DTYPES)}. "
-                    f"Convert it."
+                    f"Tensors must be of {', '.join(DTYPES)}, got {entry['dtype']} for {key} of {path}. Convert it."
                 )
 
     def __enter__(self) -> MappedFile:
@@ -72,7 +78,26 @@ class MappedFile:
         return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
+def open_mapped(path: Path) -> MappedFile:
+    """Open a tensor file of a checkpoint; an I/O error is tried again.
+
+    Raises:
+        BrokenCheckpoint: when it is no whole safetensors file.
+        CheckpointError: when the disk fails.
+    """
+
+    def attempt() -> MappedFile:
+        try:
+            return MappedFile(path)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise BrokenCheckpoint(f"{path.name} cannot be read: {error.__cause__ or error}") from error
+
+    return retried(attempt, path)
+
+
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """A file's header, and where its tensors begin."""
     length = int.from_bytes(file.read(8), "little")
-    return json.loads(file.read(length)), 8 + length
+    return json.loads(file.read(length), object_pairs_hook=unique), 8 + length

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from titan_ckpt.chunks import Chunk
 from titan_ckpt.errors import CheckpointError
+from titan_ckpt.hf_base import BASE_MODEL, keep_base_model
 from titan_ckpt.manifest import check_whole
 from titan_ckpt.plan import make_plan
 from titan_ckpt.ranks import Ranks
@@ -19,7 +20,8 @@ from titan_ckpt.tensor_file import write_tensors
 def export_model(checkpoint: Path, folder: Path) -> Path:
     """Write the part "model" of a checkpoint as a checkpoint of its own below `folder`; return where it is.
 
-    Another run begins with it through `initial_load_path`.
+    Another run begins with it through `initial_load_path`. What exports to Hugging Face keep of the base model goes
+    with it.
 
     Raises:
         BrokenCheckpoint: when the checkpoint is not whole.
@@ -41,4 +43,6 @@ def export_model(checkpoint: Path, folder: Path) -> Path:
     write = partial(write_tensors, tensors={chunk.key: chunk.data for chunk in chunks})
     snapshot = Snapshot(manifest.step, make_plan(chunks, frozenset(), ranks), write, {"model": values["model"]})
     save(snapshot, shelf, ranks, read_config(checkpoint))
+    if (base := checkpoint.parent / BASE_MODEL).is_dir() and not (folder / BASE_MODEL).exists():
+        keep_base_model(base, folder)
     return shelf.path(manifest.step)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from titan_ckpt.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,8 +30,20 @@ class RandomState:
         return {"ranks": {str(_rank()): self._texts()}}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Restore this rank's generators, or seed them from those of the ranks that there were."""
-        ranks = state["ranks"]
+        """Restore this rank's generators, or seed them from those of the ranks that there were.
+
+        Raises:
+            CheckpointError: when the state is not one of such generators.
+        """
+        try:
+            self._load(state["ranks"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f'The part "random" must hold states of random generators, got {type(error).__name__}: {error}. Load '
+                f"another checkpoint."
+            ) from error
+
+    def _load(self, ranks: dict[str, dict[str, str]]) -> None:
         if len(ranks) == _world_size() and set(ranks[str(_rank())]) == set(self._texts()):
             self._restore(ranks[str(_rank())])
             return

@@ -56,6 +56,10 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
+    def first(self, action: Callable[[], T]) -> T:
+        """Do `action` on rank 0 and return its result on every rank. Raises what `together` does."""
+        return self.share(self.together(lambda: action() if self.is_first else None))  # type: ignore[return-value]
+
     def any(self, flag: bool) -> bool:
         """Return on every rank whether `flag` is true on any; it costs less than a `gather`."""
         if self._group is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,19 +12,43 @@ import torch
 from torch import Tensor
 
 from titan_ckpt.chunks import Chunk, chunk_key
+from titan_ckpt.encoding import decode
+from titan_ckpt.errors import BrokenCheckpoint
+from titan_ckpt.files import CONFIG, STATE
 from titan_ckpt.index import Index, read_index
-from titan_ckpt.mapped_file import MappedFile
-from titan_ckpt.saving import CONFIG, STATE
+from titan_ckpt.mapped_file import MappedFile, open_mapped
+from titan_ckpt.paths import local_path
+from titan_ckpt.regular_file import read_json
+from titan_ckpt.schema import LARGEST, to_object
 
 
-def read_values(folder: Path) -> dict[str, Any]:
-    """Return the JSON values of a checkpoint, by part."""
-    return json.loads((folder / STATE).read_bytes())
+def read_values(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the JSON values of a checkpoint, by part.
+
+    Raises:
+        BrokenCheckpoint: when they are not of that form.
+        CheckpointError: when the disk fails.
+    """
+    parts = to_object(read_json(folder / STATE, LARGEST, constants=True), STATE)
+    values = {name: to_object(values, f"the part {name!r:.40}") for name, values in parts.items()}
+    try:
+        for value in values.values():
+            decode(value)
+    except (RecursionError, KeyError, TypeError, ValueError) as error:
+        raise BrokenCheckpoint(f"{STATE} cannot be read: {error}") from error
+    return values
 
 
 def read_config(folder: Path) -> Any:
-    """Return the config of the run that saved a checkpoint, as plain data (None: it saved none)."""
-    return json.loads((folder / CONFIG).read_bytes())
+    """Return the config of the run that saved a checkpoint, as plain data (None: it saved none).
+
+    Raises:
+        BrokenCheckpoint: when it is neither an object nor None.
+        CheckpointError: when the disk fails.
+    """
+    folder = local_path(folder, "checkpoint")
+    config = read_json(folder / CONFIG, LARGEST, constants=True)
+    return None if config is None else to_object(config, CONFIG)
 
 
 class TensorReader:
@@ -36,8 +59,8 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.index: Index = read_index(folder)
-        self._folder = folder
+        self._folder = local_path(folder, "checkpoint")
+        self.index: Index = read_index(self._folder)
         self._files: dict[str, MappedFile] = {}
         self._stack = ExitStack()
 
@@ -71,7 +94,7 @@ class TensorReader:
 
     def _open(self, file: str) -> MappedFile:
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(MappedFile(self._folder / file))
+            self._files[file] = self._stack.enter_context(open_mapped(self._folder / file))
         return self._files[file]
 
 

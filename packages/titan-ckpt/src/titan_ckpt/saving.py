@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_ckpt.errors import CheckpointError
-from titan_ckpt.files import FileRecord, publish, write_blocks, write_json
-from titan_ckpt.index import INDEX
+from titan_ckpt.errors import SaveFailed
+from titan_ckpt.files import CONFIG, INDEX, STATE, FileRecord, write_blocks, write_json
 from titan_ckpt.manifest import Manifest, installed_versions, write_manifest
 from titan_ckpt.plan import Plan
 from titan_ckpt.ranks import Ranks
 from titan_ckpt.shelf import Shelf
 from titan_ckpt.state import merge
-
-STATE = "state.json"
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -36,21 +32,31 @@ class _Written:
     files: dict[str, FileRecord]
 
 
-def save(snapshot: Snapshot, shelf: Shelf, ranks: Ranks, run_config: Any) -> None:
+def save(snapshot: Snapshot, shelf: Shelf, ranks: Ranks, run_config: Any, load_step: int | None = None) -> None:
     """Write a snapshot and publish it: a collective of all ranks.
 
     Raises:
-        CheckpointError: on every rank, when any rank failed; nothing is published then.
+        SaveFailed: on every rank, when the disk failed on any. Nothing is published then, and its bytes are freed; if
+            only the flush of the new name failed, the checkpoint is there, and the next try flushes the name.
+        CheckpointError: on every rank, when there is another reason.
     """
+    temporary: Path | None = None
     try:
-        folder = ranks.share(ranks.together(lambda: shelf.begin(snapshot.step) if ranks.is_first else shelf.folder))
+        if ranks.first(lambda: shelf.flush_published(snapshot.step)):
+            return
+        temporary = folder = ranks.first(lambda: shelf.begin(snapshot.step))
         everything = ranks.gather_first(ranks.together(lambda: _write(folder, snapshot)))
-        ranks.together(lambda: _publish(folder, snapshot, everything, shelf, run_config) if ranks.is_first else None)
-    except OSError as error:
-        raise CheckpointError(
-            f"Got {error} while saving step {snapshot.step} to {shelf.folder}. A save needs a disk that takes all of "
-            f"it. Free or mend it; the checkpoints published before are whole."
-        ) from error
+        ranks.first(lambda: _publish(folder, snapshot, everything, shelf, run_config, load_step))
+    except Exception as error:  # of any kind, so that all ranks come to the next line
+        if ranks.any(isinstance(error, OSError)):
+            raise SaveFailed(
+                f"The disk must take all of a save, got {error} at step {snapshot.step} in {shelf.folder}. Free "
+                f"space; earlier checkpoints are whole."
+            ) from error
+        raise
+    finally:
+        if ranks.is_first and temporary is not None:
+            shelf.end(temporary)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> _Written:
@@ -58,10 +64,21 @@ def _write(folder: Path, snapshot: Snapshot) -> _Written:
     return _Written(snapshot.values, {plan.file: snapshot.write_chunks(folder / plan.file)} if plan.mine else {})
 
 
-def _publish(folder: Path, snapshot: Snapshot, everything: Sequence[_Written], shelf: Shelf, run_config: Any) -> None:
+def _publish(
+    folder: Path,
+    snapshot: Snapshot,
+    everything: Sequence[_Written],
+    shelf: Shelf,
+    run_config: Any,
+    load_step: int | None,
+) -> None:
+    """Write the files that are for all ranks, the manifest last, and give the folder its name."""
+    step = snapshot.step
     files = {name: record for written in everything for name, record in written.files.items()}
+    values = merge(written.values for written in everything)
     files[INDEX] = write_blocks(folder / INDEX, [snapshot.plan.index])
-    files[STATE] = write_json(folder / STATE, merge(written.values for written in everything))
+    files[STATE] = write_json(folder / STATE, values)
     files[CONFIG] = write_json(folder / CONFIG, run_config)
-    write_manifest(folder, Manifest(snapshot.step, len(everything), installed_versions(), files))
-    publish(folder, shelf.path(snapshot.step))
+    counters = [name for name, state in values.items() if type(state.get("step")) is int and state["step"] == step]
+    write_manifest(folder, Manifest(step, len(everything), installed_versions(), files, load_step, counters))
+    shelf.publish(folder, step)

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from titan_ckpt.encoding import decode, encode, has_names, is_dictionary, is_tagged
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.tensor_file import DTYPE_NAMES
-
-_TUPLE = "__tuple__"  # JSON has no tuples; {"__tuple__": [...]} is one
 
 
 class Part(Protocol):
     """Something with a state: a model, an optimizer, a data loader, a step counter.
 
-    The state is a nested dictionary with string keys. Its leaves are tensors (plain ones are the same on every rank,
-    `DTensor`s are sharded) and JSON values: None, bool, int, float, str, and lists, tuples and dictionaries of these.
+    The state is a nested dictionary. Its leaves are tensors (plain ones are the same on every rank, `DTensor`s are
+    sharded) and values: None, bool, int, float, str, bytes, numpy arrays, and lists, tuples, sets and dictionaries of
+    these.
     """
 
     def state_dict(self) -> Mapping[str, Any]: ...
@@ -26,25 +27,25 @@ class Part(Protocol):
 
 
 def split(state: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a state by their dotted names, and its JSON values as a nested copy.
+    """Return the tensors of a state by their dotted names, and its other values as a nested copy in JSON.
 
     Raises:
-        CheckpointError: for a leaf that is neither, a key that is no string, or two tensors of one name; it names the
-            path.
+        CheckpointError: for a leaf that is neither, a key on the way to a tensor that is no text, or two tensors of
+            one name; it names the path.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for key, value in state.items():
-        _check_key(key, path)
         name = f"{path}.{key}"
+        inner: dict[str, Tensor] = {}
         if isinstance(value, Tensor):
-            _check_dtype(value, name)
             inner = {name: value}
-        elif isinstance(value, Mapping):
+        elif is_dictionary(value) and has_names(value):
             inner, values[key] = split(value, name)
         else:
-            inner, values[key] = {}, _encode(value, name)
+            values[key] = encode(value, name, inner)
         for inner_name, tensor in inner.items():
+            _check_kind(tensor, inner_name)
             if inner_name in tensors:
                 raise CheckpointError(
                     f"Got two tensors named {inner_name!r}. A tensor's dotted path must be its own. Rename one of them."
@@ -53,17 +54,20 @@ def split(state: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], dict[
     return tensors, values
 
 
-def join(template: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested state with the tensors of `template` and the JSON values of `values`."""
-    joined = {key: _decode(value) for key, value in values.items()}
+def join(template: Mapping[str, Any], values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the nested state with the tensors of `template` and the JSON values of `values`.
+
+    `tensors` has those in lists, by their paths.
+    """
+    joined = {key: decode(value, tensors) for key, value in values.items()}
     for key, value in template.items():
         if isinstance(value, Tensor):
             joined[key] = value
-        elif isinstance(value, Mapping):
+        elif is_dictionary(value) and has_names(value):
             inner = values.get(key)
-            inner_values = inner if isinstance(inner, dict) and _TUPLE not in inner else {}
+            inner_values = inner if isinstance(inner, dict) and not is_tagged(inner) else {}
             if inner_values or split(value, key)[0]:
-                joined[key] = join(value, inner_values)
+                joined[key] = join(value, inner_values, tensors)
     return joined
 
 
@@ -96,51 +100,15 @@ def _add(merged: dict[str, Any], values: Mapping[str, Any], path: str, rank: int
             )
 
 
-def _check_dtype(tensor: Tensor, name: str) -> None:
+def _check_kind(tensor: Tensor, name: str) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"one of the layout {tensor.layout}"
+        raise CheckpointError(f"{name} must be a dense tensor, got {kind}. Store the dense tensors that it is made of.")
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(
             f"Got the tensor {name} of type {tensor.dtype}. A tensor's type must be one that safetensors has. Store "
             f"it as another, such as a view as torch.uint8."
         )
-
-
-def _check_key(key: Any, path: str) -> None:
-    if not isinstance(key, str):
-        raise CheckpointError(
-            f"Got the key {key!r} of type {type(key).__name__} in {path}. The keys of a state must be strings, which "
-            f"is what JSON has. Use str(key)."
-        )
-
-
-def _encode(value: Any, path: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple):
-        return {_TUPLE: _encode_items(value, path)}
-    if isinstance(value, list):
-        return _encode_items(value, path)
-    if isinstance(value, Mapping):
-        for key in value:
-            _check_key(key, path)
-        return {key: _encode(item, f"{path}.{key}") for key, item in value.items()}
-    raise CheckpointError(
-        f"Got a {type(value).__name__} at {path}. A state holds tensors (in dictionaries) and JSON values, since a "
-        f"checkpoint holds no pickles. Turn it into numbers, text, lists or a tensor."
-    )
-
-
-def _encode_items(items: Iterable[Any], path: str) -> list[Any]:
-    return [_encode(item, f"{path}[{place}]") for place, item in enumerate(items)]
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if isinstance(value, dict):
-        if set(value) == {_TUPLE}:
-            return tuple(_decode(item) for item in value[_TUPLE])
-        return {key: _decode(item) for key, item in value.items()}
-    return value
 
 
 def split_parts(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Mapping[str, Any]]]:
@@ -152,6 +120,11 @@ def split_parts(parts: Mapping[str, Part]) -> tuple[dict[str, Tensor], dict[str,
         if not name or "." in name:
             raise CheckpointError(f"Got a part named {name!r}. A part's name must have letters and no dot. Rename it.")
         states[name] = part.state_dict()
+        if not isinstance(states[name], Mapping) or not has_names(states[name]):
+            raise CheckpointError(
+                f"The state of the part {name!r} must be a dictionary whose keys are text, got a "
+                f"{type(states[name]).__name__}. Give a part whose state_dict returns one."
+            )
         part_tensors, values[name] = split(states[name], name)
         tensors.update(part_tensors)
     return tensors, values, states
