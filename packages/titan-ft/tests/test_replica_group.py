@@ -63,7 +63,7 @@ def test_sums_over_replicas_are_exact_in_every_dtype(start_replica, lighthouse):
 
 
 def fail_one_sum(address: str, replica_id: int, report: Report) -> list[Any]:
-    group = join(address, replica_id, process_group_timeout_ms=60_000)
+    group = join(address, replica_id, process_group_timeout_ms=600_000)
     group.register_state(dict, lambda state: None)
     told = []
     for broken in (False, True, False):
@@ -85,7 +85,7 @@ def test_one_failed_sum_on_one_replica_fails_the_step_on_all_and_the_next_goes_o
 
 
 def fail_on_one_rank(address: str, replica_id: int, report: Report) -> bool:
-    group = join(address, replica_id, process_group_timeout_ms=60_000)
+    group = join(address, replica_id, process_group_timeout_ms=600_000)
     group.register_state(dict, lambda state: None)
     group.begin_step()
     group.reduce_(unsummable() if replica_id == dist.get_rank() == 1 else torch.ones(4))
@@ -149,7 +149,7 @@ def test_a_replica_ends_after_too_many_failed_steps_in_a_row_and_says_why(start_
 
 
 def hang(address: str, replica_id: int, report: Report) -> tuple[bool, float]:
-    group = join(address, replica_id, process_group_timeout_ms=1_000)
+    group = join(address, replica_id, process_group_timeout_ms=3_000)
     group.register_state(dict, lambda state: None)
     group.begin_step()
     if replica_id == 1:
@@ -164,7 +164,7 @@ def test_a_replica_that_hangs_fails_the_step_after_the_timeout(start_replica, li
     replicas = [start_replica(hang, address, i) for i in range(2)]
     committed, seconds = replicas[0].results()[0]
     assert not committed
-    assert seconds >= 1
+    assert seconds >= 3
 
 
 def join_the_lighthouse_of_the_environment(report: Report) -> tuple[tuple[int, int], bool]:
@@ -193,14 +193,16 @@ def test_a_missing_or_wrong_lighthouse_is_an_error_that_says_what_to_do(monkeypa
 
 
 def join_nobody(report: Report) -> None:
-    with pytest.raises(RuntimeError, match=r"Got no quorum from the lighthouse at http://127.0.0.1:9 in 500 ms"):
-        join("http://127.0.0.1:9", 0, quorum_timeout_ms=500)
+    with pytest.raises(RuntimeError, match=r"The lighthouse at http://127.0.0.1:9 must answer in 500 ms"):
+        join("http://127.0.0.1:9", 0, quorum_timeout_ms=500, quorum_retries=0)
 
 
 def wait_in_vain(address: str, report: Report) -> None:
-    group = join(address, 0, quorum_timeout_ms=500)
+    group = join(address, 0, quorum_timeout_ms=3_000, quorum_retries=0)
     group.register_state(dict, lambda state: None)
-    with pytest.raises(RuntimeError, match=r"Got no quorum .* in 500 ms.*its min_replicas are alive"):
+    with pytest.raises(
+        RuntimeError, match=r"must answer in 3000 ms \(asked 1 times\), got no.*its min_replicas are alive"
+    ):
         group.begin_step()
     group.close()
 
@@ -214,7 +216,7 @@ def begin_without_a_state(address: str, report: Report) -> None:
     group = join(address, 0)
     with pytest.raises(RuntimeError, match=r"Got begin_step\(\) before register_state\(\)"):
         group.begin_step()
-    with pytest.raises(TypeError, match=r"Got Generator at random\.cpu .* tensors and JSON values"):
+    with pytest.raises(TypeError, match=r"random\.cpu of the state .* must be a tensor or a JSON value, got Gen"):
         group.register_state(lambda: {"random": {"cpu": torch.Generator()}}, lambda state: None)
     group.close()
 
@@ -227,9 +229,9 @@ def test_a_group_without_a_state_to_heal_from_does_not_begin(start_replica, ligh
     "field", ["min_replica_size", "process_group_timeout_ms", "quorum_timeout_ms", "heal_timeout_ms"]
 )
 def test_a_setting_that_cannot_work_is_refused(field):
-    with pytest.raises(ConfigError, match=f"Got {field} 0. It is a number from 1 on. Set {field} to 1 or more"):
+    with pytest.raises(ConfigError, match=f"{field} must be at least 1, got 0"):
         TorchftReplicaGroup.Config(replica_id=0, **{field: 0}).build()
-    with pytest.raises(ConfigError, match="Got replica_id -1"):
+    with pytest.raises(ConfigError, match="replica_id must be at least 0, got -1"):
         TorchftReplicaGroup.Config(replica_id=-1).build()
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import namedtuple
 from datetime import timedelta
+from decimal import Decimal
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 from titan_ft.snapshot import check_leaves, meshes_of, put_together, take
 from titan_ft.transport import SnapshotTransport
+from titan_ft.wire import packed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -57,11 +61,11 @@ def test_a_state_is_put_together_on_the_mesh_of_the_newcomer(run_ranks):
         live = a_state()
         newcomer = a_state()
         newcomer_meshes = meshes_of({"model": newcomer["model"]})  # its optimizer may have no state yet
-        transport = SnapshotTransport("127.0.0.1", timedelta(seconds=60))
-        transport.send_checkpoint([1], step=7, state_dict={"user": take(live)}, timeout=timedelta(seconds=60))
+        transport = SnapshotTransport("127.0.0.1", timedelta(seconds=600))
+        transport.send_checkpoint([1], step=7, state_dict={"user": take(live)}, timeout=timedelta(seconds=600))
         with torch.no_grad():
             live["model"]["parameter"].zero_()  # goes on while the copy travels
-        received = transport.recv_checkpoint(0, transport.metadata(), step=7, timeout=timedelta(seconds=60))
+        received = transport.recv_checkpoint(0, transport.metadata(), step=7, timeout=timedelta(seconds=600))
         healed = put_together(received["user"], newcomer_meshes)
         assert_same(healed, newcomer)
         assert healed["model"]["rows"].device_mesh is newcomer["model"]["rows"].device_mesh
@@ -73,27 +77,54 @@ def test_a_state_is_put_together_on_the_mesh_of_the_newcomer(run_ranks):
     run_ranks(2, heal)
 
 
-def test_a_mesh_that_the_newcomer_has_not_is_named(run_ranks):
+class Sheared(Shard):
+    """A placement of a user, of which a newcomer knows nothing."""
+
+
+def test_a_mesh_or_a_placement_that_the_newcomer_has_not_is_named(run_ranks):
     def heal() -> None:
         snapshot = take(a_state("shard"))
         message = r"Got model\.rows split over the mesh .*shard.*replicate.*same number of ranks"
         with pytest.raises(ValueError, match=message):
             put_together(snapshot, meshes_of(a_state("replicate")))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        sheared = DTensor.from_local(torch.ones(2, 2), mesh, [Sheared(0)])
+        with pytest.raises(
+            TypeError, match=r"model\.w of the state that heals replicas must be placed by one of Shard"
+        ):
+            check_leaves({"model": {"w": sheared}})
+        with pytest.raises(TypeError, match="A placement must be one of Shard, _StridedShard, Replicate, Partial, got"):
+            packed(take({"w": sheared}))
 
     run_ranks(2, heal)
 
 
-def test_what_cannot_travel_is_named():
-    check_leaves({"a": [1, {"b": torch.ones(1)}]})
-    with pytest.raises(TypeError, match=r"Got object at a\.1\.b of the state that heals replicas"):
-        check_leaves({"a": [1, {"b": object()}]})
+class Color(IntEnum):
+    RED = 1
+
+
+Betas = namedtuple("Betas", ["first", "second"])
+
+
+@pytest.mark.parametrize(
+    "leaf", [object(), Decimal("0.5"), Color.RED, Betas(0.9, 0.95), type("Real", (float,), {})(0.5)]
+)
+def test_what_cannot_travel_is_named_before_the_first_step(leaf):
+    check_leaves({"a": [1, {"b": torch.ones(1)}], "c": (None, True, "x"), 2: 0.5})
+    name = type(leaf).__name__
+    with pytest.raises(TypeError, match=rf"a\.1\.b of the state .* must be a tensor or a JSON value, got {name}\."):
+        check_leaves({"a": [1, {"b": leaf}]})
+    with pytest.raises(TypeError, match=f"must hold tensors and JSON values, got {name}"):
+        packed({"a": leaf})
+    with pytest.raises(TypeError, match=r"Keys of the state .* must be JSON values, got tuple in a"):
+        check_leaves({"a": {(1, 2): 3}})
 
 
 def test_a_snapshot_is_let_go_once_nobody_needs_it():
-    transport = SnapshotTransport("127.0.0.1", timedelta(seconds=60))
+    transport = SnapshotTransport("127.0.0.1", timedelta(seconds=600))
     snapshot = take({"weights": torch.ones(3)})
-    reference = weakref.ref(snapshot)
-    transport.send_checkpoint([1], step=0, state_dict={"user": snapshot}, timeout=timedelta(seconds=60))
+    reference = weakref.ref(snapshot.values["weights"])
+    transport.send_checkpoint([1], step=0, state_dict={"user": snapshot}, timeout=timedelta(seconds=600))
     del snapshot
     assert reference() is not None
     transport.disallow_checkpoint()

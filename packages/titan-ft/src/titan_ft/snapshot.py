@@ -19,6 +19,10 @@ State = dict[str, Any]
 Path = tuple[str | int, ...]
 MeshKey = tuple[tuple[str, ...] | None, tuple[int, ...]]
 
+JSON_TYPES = (type(None), bool, int, float, str)
+"""Exactly these: a subclass, such as numpy's float64 or an IntEnum, would arrive as something else."""
+PLACEMENTS = ("Shard", "_StridedShard", "Replicate", "Partial")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -47,13 +51,26 @@ class Snapshot:
 
 
 def check_leaves(state: State) -> None:
-    """Raise TypeError for a leaf of `state` that is neither a tensor nor a JSON value."""
+    """Raise TypeError for what cannot travel: `state` holds tensors and JSON values, in dictionaries, lists, tuples."""
 
     def check(path: Path, leaf: Any) -> None:
-        if leaf is not None and not isinstance(leaf, Tensor | bool | int | float | str):
+        if isinstance(leaf, DTensor):
+            strange = [each for each in leaf.placements if type(each).__name__ not in PLACEMENTS]
+            if strange:
+                raise TypeError(
+                    f"{_name(path)} of the state that heals replicas must be placed by one of {', '.join(PLACEMENTS)}, "
+                    f"got {strange[0]}."
+                )
+        elif not isinstance(leaf, Tensor) and type(leaf) not in JSON_TYPES:
             raise TypeError(
-                f"Got {type(leaf).__name__} at {_name(path)} of the state that heals replicas. It may hold tensors and "
-                "JSON values. Return the parts of that object instead."
+                f"{_name(path)} of the state that heals replicas must be a tensor or a JSON value, got "
+                f"{type(leaf).__name__}. Return the parts of that object instead."
+            )
+        strange_keys = [key for key in path if type(key) not in JSON_TYPES]
+        if strange_keys:
+            raise TypeError(
+                f"Keys of the state that heals replicas must be JSON values, got {type(strange_keys[0]).__name__} in "
+                f"{_name(path)}."
             )
 
     _map_leaves(check, state)
@@ -98,8 +115,21 @@ def put_together(snapshot: Snapshot, meshes: dict[MeshKey, DeviceMesh]) -> State
 
 
 def meshes_of(state: State) -> dict[MeshKey, DeviceMesh]:
-    """The meshes on which the `DTensor`s of `state` live."""
+    """Return the meshes on which the `DTensor`s of `state` live."""
     return {_mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in _leaves(state) if isinstance(leaf, DTensor)}
+
+
+def shapes_of(state: State) -> list[Any]:
+    """Return name, shape, dtype and mesh of each tensor of `state`, as JSON values."""
+    told: list[Any] = []
+
+    def tell(path: Path, leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            mesh = _mesh_key(leaf.device_mesh) if isinstance(leaf, DTensor) else None
+            told.append([_name(path), list(leaf.shape), str(leaf.dtype), mesh])
+
+    _map_leaves(tell, state)
+    return told
 
 
 def _mesh_key(mesh: DeviceMesh) -> MeshKey:
@@ -126,7 +156,7 @@ def _layout(tensor: Tensor) -> Layout:
 def _map_leaves(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
     if isinstance(tree, dict):
         return {key: _map_leaves(function, value, (*path, key)) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
+    if type(tree) in (list, tuple):
         return type(tree)(_map_leaves(function, value, (*path, index)) for index, value in enumerate(tree))
     return function(path, tree)
 
@@ -135,7 +165,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
     if isinstance(tree, dict):
         for value in tree.values():
             yield from _leaves(value)
-    elif isinstance(tree, list | tuple):
+    elif type(tree) in (list, tuple):
         for value in tree:
             yield from _leaves(value)
     else:
