@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from titan_trainer import CrossEntropy, NonFiniteError, SingleReplica, Validator
 from titan_trainer.errors import reported_errors
+from titan_trainer.stop import StopRequest
 
 
 def test_sigterm_while_the_last_step_is_saved_does_not_lose_it(run_ranks, toy_config, toy):
@@ -40,6 +43,98 @@ def test_sigterm_while_resuming_ends_before_a_step(run_ranks, toy_config, toy):
         return trainer.step
 
     assert run_ranks(2, terminated_early) == [0, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_validation_ends_it_within_a_batch_on_every_rank_and_saves(run_ranks, toy_config, toy, number):
+    def stopped():
+        config = toy_config(
+            validator=Validator.Config(dataloader=toy.Loader.Config(), interval=2, steps=1000),
+            checkpoint=toy.Checkpointer.Config(interval=100),
+        )
+        trainer = config.build()
+        drawn = []
+        build_validator = trainer.build_validator
+
+        def validator_that_is_stopped():
+            validator = build_validator()
+            draw = validator.loader.draw
+
+            def draw_and_stop(rank, num_ranks):
+                drawn.append(rank)
+                if len(drawn) == 3 and os.environ["RANK"] == "1":  # one rank alone receives it
+                    os.kill(os.getpid(), number)
+                return draw(rank, num_ranks)
+
+            validator.loader.draw = draw_and_stop
+            return validator
+
+        trainer.build_validator = validator_that_is_stopped
+        trainer.train()
+        return trainer.step, len(drawn), toy.Checkpointer.saved[str(config.dump_folder)][0]
+
+    assert run_ranks(2, stopped) == [(2, 3, 2)] * 2
+    lines = (toy_config().dump_folder / "metrics.jsonl").read_text().splitlines()
+    assert ["validation_loss" in line for line in lines] == [False, False]
+
+
+def test_the_checkpointer_is_told_whether_the_run_was_stopped_or_is_over(run_ranks, toy_config, toy):
+    def told(stop: bool, num_rows: int | None):
+        config = toy_config(checkpoint=toy.Checkpointer.Config(), dataloader=toy.Loader.Config(num_rows=num_rows))
+        trainer = config.build()
+        last_of = []
+
+        def save(step, parts, *, last=False):
+            last_of.append(last)
+            return True
+
+        trainer.checkpointer.save = save
+        if stop:
+            trainer.after_step = lambda result: os.kill(os.getpid(), signal.SIGTERM)
+        trainer.train()
+        return last_of[-1]
+
+    def all_told():
+        return told(False, None), told(False, 30), told(True, None)
+
+    assert run_ranks(1, all_told) == [(True, True, "stopped")]
+
+
+INTERRUPTED = """
+import signal, sys
+from titan_trainer.stop import StopRequest
+with StopRequest() as request:
+    print("ready", flush=True)
+    while not request.received:
+        signal.pause()
+    print("first", flush=True)
+    import threading
+    threading.Event().wait()
+"""
+
+
+def test_a_second_interrupt_ends_the_run_at_once():
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in (b"ready\n", b"first\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert b"Another interrupt ends the run at once." in errors
+
+
+def test_handlers_are_as_before_afterwards_and_an_ignored_interrupt_stays_ignored():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGINT) is not before[0]
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not request.received
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 class ClosingGroup(SingleReplica):
@@ -152,7 +247,7 @@ def test_ranks_wait_for_each_other_longer_in_the_first_step_and_in_validations(r
 class HealsFirst(SingleReplica):
     """A replica group that brings a newcomer to step 6 before its first step."""
 
-    def register_state(self, state_dict, load_state_dict, step=0) -> None:
+    def register_state(self, state_dict, load_state_dict, step=0, identity=None) -> None:
         self.load_state_dict, self.state = load_state_dict, {"trainer": {"step": 6}}
 
     def begin_step(self) -> tuple[int, int]:

@@ -35,10 +35,14 @@ def records(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def flat_loop(toy, steps: int) -> list[float]:
-    """The same run with nothing of Titan's: whole batch at once, torch's own optimizer and clipping."""
+def flat_loop(toy, steps: int, dtype=torch.float32, turned: int = 0) -> list[float]:
+    """The same run with nothing of Titan's: whole batch at once, torch's own optimizer and clipping.
+
+    `turned` rows stand last instead of first, so that sums over rows add in another order.
+    """
     model = toy.Model.Config().build()
     model.init_weights(0)
+    model.to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1)
     found = []
     for step in range(steps):
@@ -47,6 +51,7 @@ def flat_loop(toy, steps: int) -> list[float]:
         labels = text[:, 1:].clone()
         for i, row in enumerate(rows):
             labels[i, : row % 3] = -100
+        text, labels = text.roll(-turned, 0), labels.roll(-turned, 0)
         loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -59,6 +64,17 @@ def flat_loop(toy, steps: int) -> list[float]:
     return found
 
 
+def misses(found: list[float], toy) -> float:
+    """The largest error of the losses of ten steps, in units of ten times the rounding of the flat loop in fp32."""
+    exact = flat_loop(toy, 10, torch.float64)
+
+    def error(losses: list[float]) -> float:
+        return max(abs(loss - expected) for loss, expected in zip(losses, exact, strict=True))
+
+    rounding = max(error(flat_loop(toy, 10, turned=turned)) for turned in (0, 1, 4))
+    return error(found) / (10 * max(rounding, max(exact) * torch.finfo(torch.float32).eps))
+
+
 def train(config: Trainer.Config) -> None:
     config.build().train()
 
@@ -66,7 +82,7 @@ def train(config: Trainer.Config) -> None:
 def test_one_rank_with_accumulation_is_the_flat_loop(run_ranks, toy_config, toy):
     config = toy_config()
     run_ranks(1, train, config)
-    assert losses(config.dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+    assert misses(losses(config.dump_folder), toy) <= 1
 
 
 @pytest.mark.parametrize(
@@ -77,7 +93,7 @@ def test_one_rank_with_accumulation_is_the_flat_loop(run_ranks, toy_config, toy)
 def test_two_ranks_are_the_flat_loop(run_ranks, toy_config, parallelism, toy):
     config = toy_config(parallelism=ParallelDims.Config(**parallelism))
     run_ranks(2, train, config)
-    assert losses(config.dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+    assert misses(losses(config.dump_folder), toy) <= 1
 
 
 def test_a_rank_that_counts_only_its_own_targets_is_seen(run_ranks, toy_config, monkeypatch, toy):
@@ -90,7 +106,7 @@ def test_a_rank_that_counts_only_its_own_targets_is_seen(run_ranks, toy_config, 
     monkeypatch.setattr(Trainer, "sum_over_data_ranks", own)
     config = toy_config()
     run_ranks(2, train, config)
-    assert losses(config.dump_folder) != pytest.approx(flat_loop(toy, 10), rel=3e-6)
+    assert misses(losses(config.dump_folder), toy) > 10
 
 
 def test_metrics_hold_one_object_a_step(run_ranks, toy_config, capfd):
@@ -209,7 +225,7 @@ def test_a_step_that_is_not_committed_is_done_again_with_the_same_samples(run_ra
 
     (rows,) = run_ranks(1, train_with_a_failure)
     assert rows[16:24] == rows[24:32]
-    assert losses(toy_config().dump_folder) == pytest.approx(flat_loop(toy, 10), rel=3e-6)
+    assert misses(losses(toy_config().dump_folder), toy) <= 1
 
 
 def test_validation_gives_the_mean_over_the_same_rows_each_time(run_ranks, toy_config, toy):
@@ -236,7 +252,8 @@ def test_validation_gives_the_mean_over_the_same_rows_each_time(run_ranks, toy_c
     ]
     assert [step for step, _ in found] == [4, 8, 10]
     assert [record["step"] for record in records(toy_config().dump_folder)] == list(range(1, 11))
-    assert found[-1][1] == pytest.approx(expected, rel=1e-5)
+    # after ten steps in fp32; a step more or less changes it by 1e-2
+    assert found[-1][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_data_that_ends_ends_the_run(run_ranks, toy_config, toy):
@@ -299,7 +316,8 @@ def test_an_experiment_adds_a_field_and_rewrites_a_chapter_on_any_mesh(run_ranks
     for weights in run_ranks(2, train_frozen, "together"):
         assert torch.equal(weights["embedding.weight"], plain.embedding.weight)
         assert not torch.equal(weights["head.weight"], plain.head.weight)
-        torch.testing.assert_close(weights, alone, rtol=1e-4, atol=1e-6)
+        # AdamW makes of rounding a part of its rate, 3e-2
+        torch.testing.assert_close(weights, alone, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -409,3 +427,25 @@ def test_tensorboard_gets_every_number(run_ranks, toy_config):
     events = EventAccumulator(str(config.dump_folder / "tb")).Reload()
     written = [event.value for event in events.Scalars("loss")]
     assert written == pytest.approx(losses(config.dump_folder), rel=1e-6)
+
+
+def test_stored_dtype_is_that_of_parameters_alone_and_tied_weights_stay_tied(run_ranks, toy, toy_config):
+    class Tied(toy.Model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.head.weight = self.embedding.weight
+            self.register_buffer("inv_freq", torch.linspace(0, 1, 4), persistent=False)
+            self.register_buffer("scale", torch.ones(2))
+
+    def build():
+        config = toy_config(model=Tied.Config())
+        config.training.dtype = "bfloat16"
+        model = Trainer(config).model
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {name: tensor.dtype for name, tensor in tensors.items()}, model.head.weight is model.embedding.weight
+
+    parameters = dict.fromkeys(("embedding.weight", "layers.0.weight", "layers.0.bias"), torch.bfloat16)
+    for number in (1, 2):
+        for dtypes, is_tied in run_ranks(number, build):
+            assert dtypes == parameters | {"inv_freq": torch.float32, "scale": torch.float32}
+            assert is_tied

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from titan_config import ConfigError, cli
+from titan_parallel import to_empty
 
 from titan_trainer.model_state import ModelState
 from titan_trainer.protocols import CheckpointConfig, Generator, Tokenizer
@@ -52,6 +53,8 @@ def continuations_of(config: Trainer.Config, arguments: argparse.Namespace) -> t
     A prompt begins as a document, and its continuation ends where the document does. Raises ConfigError where the run
     has nothing to generate with.
     """
+    if not 0 <= arguments.seed < 2**64:
+        raise ConfigError(f"--seed must be from 0 to 2**64 - 1, got {repr(arguments.seed)[:40]}.")
     tokenizer, step, model = _load(config)
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompts = [[*begin, *map(int, tokenizer.encode(text))] for text in arguments.generate]
@@ -82,7 +85,7 @@ def _load(config: Trainer.Config) -> tuple[Tokenizer, int, Generator]:
             "it the method, as titan_trainer.protocols.Generator states it."
         )
     checkpoint: CheckpointConfig = config.checkpoint  # type: ignore[assignment]  # the recipe's promise
-    model.to_empty(device=torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    to_empty(model, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     step = checkpoint.read(config.dump_folder, {"model": ModelState(model)})
     if step is None:
         raise ConfigError(

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from titan_config import ConfigError, Configurable
+from titan_parallel import per_token
 from torch import Tensor
 
 from titan_trainer.loss import CrossEntropy
 
 
+@per_token
 class LookAhead(Configurable):
     """The loss of the next token, and `weight` times that of the token after it.
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from titan_config import ConfigError, Configurable
-from titan_parallel import cross_entropy
+from titan_parallel import cross_entropy, per_token
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+@per_token
 class CrossEntropy(Configurable):
     """The sum of -log p(label) over all labels that are not -100.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from titan_config import cli
+from titan_parallel import adopt_launcher
 
 from titan_trainer.errors import reported_errors
 from titan_trainer.trainer import Trainer
@@ -21,6 +22,11 @@ def main(recipe: Callable[[], Trainer.Config], argv: Sequence[str] | None = None
     line nothing is trained, nor with `--generate TEXT`: see `titan_trainer.planning` and `titan_trainer.generating`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        adopt_launcher()  # of the ranks that srun or mpirun starts, too, one speaks
+    except ValueError as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
     if "--plan" in words:
         from titan_trainer.planning import print_plan
 

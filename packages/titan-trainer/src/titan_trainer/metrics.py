@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from titan_config import ConfigError, Configurable
+from titan_config import ConfigError, Configurable, require_local
 
 Record = dict[str, Any]
 
@@ -36,6 +36,9 @@ class TensorBoard(Sink):
     class Config(Sink.Config):
         folder: str = "tb"
         """Below dump_folder."""
+
+        def validate(self) -> None:
+            require_local(self.folder, "metrics.sinks.folder")
 
     def __init__(self, config: Config, *, dump_folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

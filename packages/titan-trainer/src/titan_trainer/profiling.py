@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError, Configurable
+from titan_config import ConfigError, Configurable, require_local
 from torch.profiler import ProfilerActivity, profile, schedule
 
 
@@ -31,6 +31,7 @@ class Profiler(Configurable):
         """Also record allocations; accelerators only."""
 
         def validate(self) -> None:
+            require_local(self.save_traces_folder, "profiling.save_traces_folder")
             if (
                 self.profiler_active < 1
                 or self.profiler_warmup < 0

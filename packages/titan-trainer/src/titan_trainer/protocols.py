@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import titan_parallel
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class Loader(Protocol):
 
 
 class LoaderConfig(Protocol):
-    """What `--plan` reads of a loader's config."""
+    """What `--plan` reads of a loader's config. One that has an `infinite` which is True needs validator.steps."""
 
     def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
         """A micro-batch and an `advance`, of which only the shapes count: nothing is read."""
@@ -107,8 +107,11 @@ class Checkpointer(Protocol):
         """Load the newest whole checkpoint into `parts`; its step, or None where there is none."""
         ...
 
-    def save(self, step: int, parts: Mapping[str, Stateful], *, last: bool = False) -> bool:
-        """Save the parts if `step` is due or the `last` of the run, once; may go on writing while training does."""
+    def save(self, step: int, parts: Mapping[str, Stateful], *, last: bool | Literal["stopped"] = False) -> bool:
+        """Save the parts if `step` is due or the `last` of the run, once; may go on writing while training does.
+
+        `last` is "stopped" where the run was asked to stop, and may go on later.
+        """
         ...
 
     def close(self) -> None:
@@ -128,9 +131,16 @@ class ReplicaGroup(Protocol):
     """Replicas of the whole mesh that train one model together, and may come and go between steps."""
 
     def register_state(
-        self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None], step: int = 0
+        self,
+        state_dict: Callable[[], State],
+        load_state_dict: Callable[[State], None],
+        step: int = 0,
+        identity: Any = None,
     ) -> None:
-        """What heals a newcomer: read from a live replica, written into the new one; `step`: how far we are."""
+        """State what heals a newcomer: read from a live replica, written into the new one.
+
+        step: how far this replica is. identity: JSON values that all replicas share; one that differs may not join.
+        """
         ...
 
     def begin_step(self) -> tuple[int, int]:

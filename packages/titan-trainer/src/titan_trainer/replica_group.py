@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from titan_config import Configurable
 from torch import Tensor
@@ -20,7 +21,11 @@ class SingleReplica(Configurable):
         pass
 
     def register_state(
-        self, state_dict: Callable[[], State], load_state_dict: Callable[[State], None], step: int = 0
+        self,
+        state_dict: Callable[[], State],
+        load_state_dict: Callable[[State], None],
+        step: int = 0,
+        identity: Any = None,
     ) -> None:
         """Nobody needs healing."""
 

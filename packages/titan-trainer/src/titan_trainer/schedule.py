@@ -52,6 +52,13 @@ class WarmupStableDecay(Configurable):
         else:
             self.decay_steps = min(round(config.decay_ratio * self.total_steps), after_warmup)
 
+    def steps_at_zero(self, first: int, end: int) -> int:
+        """Count the last of the updates `first` to `end - 1` (from 0) whose factor is 0: those after the decay."""
+        step = end
+        while step > first and self.factor(step - 1) == 0:
+            step -= 1
+        return end - step
+
     def factor(self, step: int) -> float:
         """The factor for the learning rate of the update number `step`, counted from 0."""
         if step < self.warmup_steps:

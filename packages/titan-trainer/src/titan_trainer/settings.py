@@ -22,7 +22,7 @@ class Training(Configurable.Config):
     max_norm: float | None = 1.0
     """Gradients are clipped to this norm. None: measured only."""
     dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of stored parameters and optimizer state."""
+    """Of stored parameters and optimizer state. In bfloat16 updates below 1/256 of a weight are lost in rounding."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Of parameters while they compute."""
     mixed_precision_reduce: Literal["float32"] = "float32"
@@ -97,3 +97,9 @@ class Debug(Configurable.Config):
     """Only kernels that give the same bits each time (needed on GPUs for bitwise equal resumes)."""
     deterministic_warn_only: bool = False
     """Warn of a kernel that has no deterministic form instead of stopping."""
+
+    def validate(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(
+                f"debug.seed must be from 0 to 2**64 - 1, got {repr(self.seed)[:40]}. Set --debug.seed.", "seed"
+            )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError, Configurable, diff, save
+from titan_config import ConfigError, Configurable, save, to_dict
 from titan_parallel import (
     ActivationCheckpoint,
     Compile,
@@ -31,6 +31,7 @@ from titan_trainer.garbage import CollectedGarbage
 from titan_trainer.loss import CrossEntropy
 from titan_trainer.metrics import Metrics
 from titan_trainer.model_state import ModelState
+from titan_trainer.notices import changes_since, rounded_parameters, steps_without_rate, warning_of_rounding
 from titan_trainer.optimizer import AdamW, Optimizer
 from titan_trainer.profiling import Profiler
 from titan_trainer.protocols import Batch, Checkpointer, Converter, Loader, Loss, ModelConfig, State, Stateful
@@ -90,6 +91,7 @@ class Trainer(Configurable):
         self.config = config
         self.model_config: ModelConfig = config.model  # type: ignore[assignment]  # the recipe's promise
         self.step = 0
+        self.stop_request = StopRequest()
         self.data_ended = False
         self.build_mesh()
         self.build_data()
@@ -150,7 +152,7 @@ class Trainer(Configurable):
             compile=config.compile,
             mixed_precision=config.training.mixed_precision(),
         )
-        model.to_empty(device=self.device)
+        self.parallel.to_empty(self.device)
         model.init_weights(seed=config.debug.seed)
         self.model: nn.Module = model
         self.parallel.set_gradient_hook(self.replica_group.reduce_)
@@ -162,6 +164,9 @@ class Trainer(Configurable):
             parameters=self.model.named_parameters(), names_elsewhere=self.parallel.names_elsewhere
         )
         self.schedule: WarmupStableDecay = config.lr_scheduler.build(training_steps=config.training.steps)
+        rounded = rounded_parameters(self.optimizer.parameters)
+        if self.agree(bool(rounded)) and self.is_first_rank:
+            log.warning(warning_of_rounding(rounded))
 
     def build_checkpointer(self) -> None:
         """Name the parts of a run's state, and build what saves them."""
@@ -181,15 +186,19 @@ class Trainer(Configurable):
     def train(self) -> None:
         """Go on from the newest checkpoint to `training.steps`, or until asked to stop; save the last step."""
         self.validator = self.build_validator()
-        with StopRequest() as stop_request, ExitStack() as stack:
+        with self.stop_request, ExitStack() as stack:
             stack.callback(self.replica_group.close)
             self.resume()
-            self.replica_group.register_state(self.healing_state, self.heal, step=self.step)
+            idle = steps_without_rate(self.config, self.schedule, self.step)
+            if idle and self.is_first_rank:
+                log.warning(idle)
+            identity = self.replica_identity()
+            self.replica_group.register_state(self.healing_state, self.heal, step=self.step, identity=identity)
             self.metrics = stack.enter_context(closing(self.build_metrics()))
             observers = self.build_observers()
             for observer in observers:
                 stack.enter_context(observer)
-            while self.has_next_step() and not self.agree(stop_request.received):
+            while self.has_next_step() and not self.is_stopped():
                 result = self.train_step()
                 if result is not None:
                     self.after_step(result)
@@ -198,7 +207,7 @@ class Trainer(Configurable):
             self.finish()
 
     def has_next_step(self) -> bool:
-        """Whether steps and data are left."""
+        """Return whether steps and data are left."""
         return self.step < self.config.training.steps and not self.data_ended
 
     def train_step(self) -> StepResult | None:
@@ -282,18 +291,25 @@ class Trainer(Configurable):
             self.checkpointer.save(self.step, self.parts)
 
     def agree(self, condition: bool) -> bool:
-        """Whether `condition` holds on any rank of this replica."""
+        """Return whether `condition` holds on any rank of this replica."""
         if dist.get_world_size() == 1:
             return condition
         flag = torch.tensor(int(condition), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    def is_stopped(self) -> bool:
+        """Return whether any rank of this replica was asked to stop."""
+        return self.agree(self.stop_request.received)
+
     def finish(self) -> None:
-        """Save the last step, and wait for what is being written."""
+        """Save the last step, wait for what is being written, and say so if the run was asked to stop."""
         if self.checkpointer is not None:
-            self.checkpointer.save(self.step, self.parts, last=True)
+            self.checkpointer.save(self.step, self.parts, last="stopped" if self.has_next_step() else True)
             self.checkpointer.close()
+        if self.stop_request.received and self.has_next_step() and self.is_first_rank:
+            saved = "saved nothing" if self.checkpointer is None else "saved it; the same command goes on from there"
+            print(f"Stopped after step {self.step} of {self.config.training.steps}, as asked: {saved}.", flush=True)
 
     # State: what is resumed, and what heals a replica
 
@@ -308,7 +324,7 @@ class Trainer(Configurable):
                 if not self.has_next_step():
                     print(f"no step is left: training.steps is {self.config.training.steps}", flush=True)
                 if config_file.exists():
-                    print("".join(f"changed: {line}\n" for line in diff(config_file, self.config)), end="", flush=True)
+                    print(changes_since(config_file, self.config), end="", flush=True)
             try:
                 self.config.dump_folder.mkdir(parents=True, exist_ok=True)
                 save(self.config, config_file)
@@ -329,6 +345,13 @@ class Trainer(Configurable):
     def healing_state(self) -> State:
         """What a replica that joins needs."""
         return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def replica_identity(self) -> State:
+        """Return the settings and the data that all replicas of a group share."""
+        config = to_dict(self.config)
+        names = ("model", "training", "loss", "optimizer", "lr_scheduler", "parallelism", "model_converters")
+        data = self.loader.state_dict().get("identity")
+        return {name: config[name] for name in names if name in config} | {"data": data}
 
     def heal(self, state: State) -> None:
         """Become a copy of the replica whose `healing_state` this is."""
@@ -367,7 +390,11 @@ class Trainer(Configurable):
         config = self.config.validator
         if config is None:
             return None
-        return config.build(loader=self.build_loader(config.dataloader), parallel=self.parallel, loss=self.loss)
+        loader = self.build_loader(config.dataloader)
+        validator: Validator = config.build(
+            loader=loader, parallel=self.parallel, loss=self.loss, is_stopped=self.is_stopped
+        )
+        return validator
 
 
 def model_on_meta(config: Trainer.Config) -> tuple[Any, list[Converter]]:
@@ -382,7 +409,10 @@ def model_on_meta(config: Trainer.Config) -> tuple[Any, list[Converter]]:
             f"there. Set --training.seq_len to {longest} or less, or --model.max_seq_len to what it should be."
         )
     with torch.device("meta"):
-        model = config.model.build().to(dtype=getattr(torch, config.training.dtype))
+        model = config.model.build()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # buffers, such as rotary frequencies, keep the dtype that the model chose
+            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
     converters: list[Converter] = [converter.build() for converter in config.model_converters]
     for converter in converters:
         converter.convert(model)
@@ -408,7 +438,7 @@ def num_tokens(batch: Batch) -> int:
 
 
 def is_finite(gradient: Tensor) -> bool:
-    """Whether this rank's part of a gradient is finite."""
+    """Return whether this rank's part of a gradient is finite."""
     from torch.distributed.tensor import DTensor  # a second of imports, for an error
 
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import torch.distributed as dist
 from titan_config import ConfigError, Configurable
 from titan_parallel import ParallelModel
 
 from titan_trainer.protocols import Loader, Loss
+
+log = logging.getLogger(__name__)
+
+MANY_BATCHES = 10_000
+"""Global batches after which a validation without validator.steps says that it is still going on."""
 
 
 class Validator(Configurable):
@@ -18,7 +26,7 @@ class Validator(Configurable):
         interval: int = 100
         """Training steps from one validation to the next; there is one after step training.steps, too."""
         steps: int | None = None
-        """Global batches to evaluate. None: until the loader ends."""
+        """Global batches to evaluate. None: until the loader ends, so it must not be `infinite`."""
 
         def validate(self) -> None:
             for name in ("interval", "steps"):
@@ -27,17 +35,33 @@ class Validator(Configurable):
                     raise ConfigError(
                         f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} above 0."
                     )
+            if self.steps is None and getattr(self.dataloader, "infinite", False) is True:
+                raise ConfigError(
+                    "validator.steps must be a number where validator.dataloader.infinite is True, got None. Set "
+                    "--validator.steps, or --validator.dataloader.infinite False.",
+                    "steps",
+                )
 
-    def __init__(self, config: Config, *, loader: Loader, parallel: ParallelModel, loss: Loss) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        loader: Loader,
+        parallel: ParallelModel,
+        loss: Loss,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Build the loop. `is_stopped` is asked before each batch, with the same answer on every rank."""
         self.config, self.loader, self.parallel, self.loss = config, loader, parallel, loss
+        self.is_stopped = is_stopped
         self.start = loader.state_dict()
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Whether to validate after step number `step`."""
+        """Return whether to validate after step number `step`."""
         return last or step % self.config.interval == 0
 
-    def validate(self) -> float:
-        """The mean loss over all valid targets, the same on every rank.
+    def validate(self) -> float | None:
+        """Return the mean loss over all valid targets, the same on every rank; None where it was stopped.
 
         Raises ValueError if the loader gives no valid target.
         """
@@ -45,6 +69,10 @@ class Validator(Configurable):
         self.loader.load_state_dict(self.start)
         loss_sum, count, num_batches = 0.0, 0, 0
         while self.config.steps is None or num_batches < self.config.steps:
+            if self.is_stopped():
+                return None
+            if num_batches == MANY_BATCHES and self.config.steps is None:
+                log.warning("Validated on %d batches, and the data has not ended: see --validator.steps.", num_batches)
             batches = self.loader.draw(dims.data_rank, dims.num_data_ranks)
             if not batches:
                 break
