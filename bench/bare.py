@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sizes import sized
 from torch import Tensor, nn
 
-NUM_LAYERS, D, H, K, FEED_FORWARD, V = 6, 256, 16, 16, 768, 2048
-B, T = 8, 256
+NUM_LAYERS, D, H, K, FEED_FORWARD, V = sized((6, 256, 16, 16, 768, 2048), (1, 32, 2, 16, 64, 2048))
+B, T = sized((8, 256), (2, 32))
 
 
 class Block(nn.Module):

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sizes import sized
 from titan_ckpt import Checkpointer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama3_debug.py"
-ROUNDS, STEPS_AFTER_A_SAVE = 40, 4
+ROUNDS, STEPS_AFTER_A_SAVE = sized((40, 4), (1, 1))
 
 
 def build_trainer(dump_folder: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from sizes import sized
 from titan_data import JsonlSource, TiktokenTokenizer, TokenLoader
 from titan_data.tiktoken_tokenizer import LLAMA3_PATTERN
 
@@ -23,16 +24,17 @@ ASSETS = Path(__file__).parent.parent / "recipes" / "assets"
 TOKENIZER = TiktokenTokenizer.Config(
     path=ASSETS / "austen.tiktoken", special_tokens={"<|end_of_text|>": 2047}, eos="<|end_of_text|>"
 )
-ROUNDS, TOKENS_A_ROUND = 7, 3_000_000
-SEQ_LEN, ROWS = 2048, 8
+ROUNDS, TOKENS_A_ROUND = sized((7, 3_000_000), (1, 5_000))
+SEQ_LEN, ROWS = sized((2048, 8), (64, 2))
+NUM_CHAPTERS, BYTES_OF_ONE = sized((None, 4_000_000), (2, 20_000))
 
 
 def documents() -> dict[str, list[str]]:
     """The same text cut in three ways."""
-    lines = (ASSETS / "austen/train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ASSETS / "austen/train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_CHAPTERS]
     chapters = [json.loads(line)["text"] for line in lines]
     paragraphs = [paragraph for chapter in chapters for paragraph in chapter.split("\n\n")]
-    one = "\n\n".join(chapters * 3).encode()[:4_000_000].decode(errors="ignore")
+    one = "\n\n".join(chapters * 3).encode()[:BYTES_OF_ONE].decode(errors="ignore")
     return {"paragraphs": paragraphs, "chapters": chapters, "one of 4 MB": [one]}
 
 

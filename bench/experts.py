@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from sizes import sized
 from titan_models import init_weights
 from titan_models.moe import GroupedMM, Kernel, Loop, SwiGLUExperts
 
-PAIRS = 15
+PAIRS = sized(15, 1)
 SHAPES = {  # dim, hidden_dim, experts, experts of a token, tokens
     "cuda": {
         "Qwen3 30B-A3B": (2048, 768, 128, 8, 8192),
@@ -22,6 +23,7 @@ SHAPES = {  # dim, hidden_dim, experts, experts of a token, tokens
     },
     "cpu": {"qwen3_moe_debug": (256, 256, 8, 2, 2048)},
 }
+TOY_SHAPES = {device: {"toy": (32, 32, 4, 2, 64)} for device in SHAPES}
 
 
 def step_of(kernel: Kernel.Config, shape: tuple[int, ...], device: str) -> Callable[[], None]:
@@ -53,7 +55,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, shape in SHAPES[device].items():
+    for name, shape in sized(SHAPES, TOY_SHAPES)[device].items():
         grouped, loop = (step_of(kernel, shape, device) for kernel in (GroupedMM.Config(), Loop.Config()))
         for _ in range(3):
             grouped(), loop()

@@ -10,9 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from sizes import TOY, sized
+
 HERE = Path(__file__).parent
 RECIPE = str(HERE.parent / "recipes" / "llama3_debug.py")
-ROUNDS = 7
+ROUNDS = sized(7, 1)
 IMPORT_TITAN_CONFIG = """
 import sys, time
 start = time.perf_counter()
@@ -39,7 +41,8 @@ def seconds(*arguments: str, until: str | None = None) -> float:
 
 
 def compare(name: str, limit: float, ours: tuple[str, ...], theirs: tuple[str, ...], until: str | None = None) -> None:
-    seconds(*ours, until=until), seconds(*theirs)
+    if not TOY:  # to warm up
+        seconds(*ours, until=until), seconds(*theirs)
     pairs = [(seconds(*ours, until=until), seconds(*theirs)) for _ in range(ROUNDS)]
     ratio = statistics.median(a / b for a, b in pairs)
     our_seconds, their_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))

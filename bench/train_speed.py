@@ -8,14 +8,14 @@ from __future__ import annotations
 import bare
 import torch
 import turns
+from sizes import sized
 
-BLOCKS, STEPS_A_BLOCK = 12, 5
+BLOCKS, STEPS_A_BLOCK = sized((12, 5), (2, 1))
 
 
 def compare(dtype: str) -> None:
-    config = turns.config_of("llama3_debug", dtype, steps=BLOCKS * STEPS_A_BLOCK)
-    taken = turns.train_in_turns(config, bare.llama_run(getattr(torch, dtype)), STEPS_A_BLOCK)
-    turns.report(dtype, taken, tokens=STEPS_A_BLOCK * bare.B * bare.T, limit=0.97)
+    config = turns.config_of("llama3_debug", dtype)
+    turns.measure(dtype, config, bare.llama_run(getattr(torch, dtype)), BLOCKS, STEPS_A_BLOCK, limit=0.97)
 
 
 if __name__ == "__main__":

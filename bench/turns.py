@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bare
+from sizes import TOY, sized
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 WARMUP_STEPS = 3
@@ -20,14 +21,14 @@ Seconds = tuple[float, float]
 """Of the clock, and of the processor in all threads."""
 
 
-def config_of(recipe: str, dtype: str, steps: int) -> Any:
+def config_of(recipe: str, dtype: str) -> Any:
     """The recipe with what the bare loop has: the same shapes, nothing but training."""
     sys.path.append(str(RECIPES))  # where Python looks when a recipe is run as a script
     config = runpy.run_path(str(RECIPES / f"{recipe}.py"))[recipe]()
     training = config.training
     training.seq_len, training.local_batch_size, training.global_batch_size = bare.T, bare.B, bare.B
     training.mixed_precision_param = dtype
-    training.steps = WARMUP_STEPS + steps
+    config.model.num_layers = sized(config.model.num_layers, 2)
     config.activation_checkpoint = config.compile = config.validator = config.checkpoint = None
     return config
 
@@ -58,6 +59,13 @@ def train_in_turns(config: Any, bare_run: bare.BareRun, steps_a_block: int) -> l
     return taken
 
 
+def measure(what: str, config: Any, bare_run: bare.BareRun, blocks: int, steps_a_block: int, limit: float) -> None:
+    """Let `blocks` of steps of both take turns, and report."""
+    config.training.steps = WARMUP_STEPS + blocks * steps_a_block
+    taken = train_in_turns(config, bare_run, steps_a_block)
+    report(what, taken, tokens=steps_a_block * bare.B * bare.T, limit=limit)
+
+
 def report(what: str, taken: list[tuple[Seconds, Seconds]], tokens: int, limit: float) -> None:
     """Print tokens a second of both, and their ratio, of the clock and of the processor's time."""
     for kind, name in enumerate((what, f"{what}, of processor time")):
@@ -72,7 +80,9 @@ def report(what: str, taken: list[tuple[Seconds, Seconds]], tokens: int, limit: 
 
 
 def in_processes_of_their_own(compare: Callable[[str], None]) -> None:
-    """`compare(dtype)` for fp32 and bf16."""
+    """`compare(dtype)` for fp32 and bf16; a toy in this process."""
+    if TOY:
+        return compare("float32")
     for dtype in ("float32", "bfloat16"):
         process = multiprocessing.get_context("spawn").Process(target=compare, args=(dtype,))
         process.start()
