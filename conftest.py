@@ -1,14 +1,20 @@
-"""Shared by all tests of the repository: `run_ranks` forks ranks of a gloo group and returns what each computed."""
+"""Shared by all tests of the repository: `run_ranks` forks ranks of a gloo group and returns what each computed.
+
+`in_fp64` and `fp64_model` make a reference wholly fp64: its weights, its buffers and what its code computes in fp32.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +47,11 @@ def _rank_main(
         os._exit(0)  # no exit handlers of the parent's libraries
 
 
-def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
+def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 1200) -> list[Any]:
     """Call `function(*args)` on `world_size` forked ranks; return their results in order of rank.
 
     Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError
-    with the traceback of the first rank that failed; the others are ended.
+    with the traceback of the first rank that failed; the others are ended. `timeout_s` is for ranks that hang.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -91,5 +97,81 @@ def run_ranks() -> Callable[..., list[Any]]:
     return _run_ranks
 
 
+@functools.cache
+def _fp32_means_fp64() -> Any:
+    """A mode in which code that asks for fp32 gets fp64. (Made when it is needed: one package has no torch.)"""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils import _pytree as pytree
+
+    class Fp32MeansFp64(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.Tensor.float:
+                function = torch.Tensor.double
+            args, kwargs = pytree.tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+            return function(*args, **kwargs)
+
+    return Fp32MeansFp64()
+
+
+@contextmanager
+def _in_fp64() -> Iterator[None]:
+    import torch
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _fp32_means_fp64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _fp64_model(model: Any, state: Mapping[str, Any] | None = None) -> Any:
+    import torch
+
+    narrow = [name for name, p in model.named_parameters() if p.is_floating_point() and p.dtype is not torch.float64]
+    model.double()
+    if state is not None:
+        missing = [name for name in narrow if name not in state]
+        assert not missing, f"these weights were rounded when they were loaded, and the state has no others: {missing}"
+        with torch.no_grad():
+            for name in narrow:
+                model.get_parameter(name).copy_(state[name])
+    return model
+
+
+@pytest.fixture(scope="session")
+def in_fp64() -> Callable[[], Any]:
+    """`with in_fp64():` what code computes in fp32 whatever it is given (norms, rope, routers) is computed in fp64."""
+    return _in_fp64
+
+
+@pytest.fixture(scope="session")
+def fp64_model() -> Callable[..., Any]:
+    """`fp64_model(model, state=None)`: the model with all parameters and buffers in fp64, whatever its code made them.
+
+    Weights that were loaded into something narrower have lost bits; these are taken from `state`, by their names.
+    Call the model within `in_fp64()`. Its backward may lie outside, where nothing is recomputed.
+    """
+    return _fp64_model
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts of the recipes anew")
+    parser.addoption("--shard", metavar="K/N", type=_shard, default=(1, 1), help="run the K-th of N equal parts")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"--shard must be K/N with 1 <= K <= N, got {text!r}.")
+    return int(index), int(count)
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    index, count = config.getoption("--shard")
+    # Neighbors take about equally long: deal them out in turn. The order stays, so a fixture is made once a shard.
+    config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != index - 1])
+    items[:] = items[index - 1 :: count]

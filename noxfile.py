@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import tomllib
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -18,20 +20,42 @@ nox.options.sessions = ["lint", "boundaries", *PACKAGES, "types", "golden", "tog
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
+LOCK = ROOT / "constraints.txt"
+GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 # torch has thousands of modules and a process imports few: they are compiled when first imported, and then kept.
-PIP = ("--quiet", "--no-compile", "--constraint", str(ROOT / "constraints.txt"))
+PIP = ("--quiet", "--no-compile")
 KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": None}
+NIGHTLY_TORCH = "https://download.pytorch.org/whl/nightly/cpu"
 
 
 def folder_of(package: str) -> Path:
     return ROOT / "packages" / f"titan-{package}"
 
 
-def install_wheels(session: nox.Session, extras: dict[str, str]) -> None:
+def install(session: nox.Session, *requirements: str, constraints: Path | None = LOCK) -> None:
+    """Install `requirements` in the versions of `constraints`, and see that nothing came from elsewhere."""
+    session.install(*PIP, *(("--constraint", str(constraints)) if constraints else ()), *requirements)
+    if constraints:
+        session.run("python", "tools/installed.py", str(constraints), silent=True)
+
+
+def install_wheels(session: nox.Session, extras: dict[str, str], *, constraints: Path | None = LOCK) -> None:
     """Install the wheels of these packages with their extras ("" for none); the index gives only what they declare."""
     wheel = {package: str(next(DIST.glob(f"titan_{package}-*.whl"))) for package in extras}
     session.install(*PIP, "--no-deps", "--force-reinstall", *wheel.values())  # an older build may have the same version
-    session.install(*PIP, *(f"{wheel[name]}[{extra}]" if extra else wheel[name] for name, extra in extras.items()))
+    with_extras = [f"{wheel[name]}[{extra}]" if extra else wheel[name] for name, extra in extras.items()]
+    install(session, *with_extras, constraints=constraints)
+
+
+def install_everything(session: nox.Session, *, constraints: Path | None = LOCK) -> None:
+    """Install the seven wheels, and what tests, recipes, pages of docs/ and mypy need."""
+    extras = dict.fromkeys(PACKAGES, "test") | {"trainer": "test,plot,tensorboard"}
+    install_wheels(session, extras, constraints=constraints)
+    install(session, *GROUPS["types"], *GROUPS["docs"], constraints=constraints)
+
+
+def all_tests() -> Sequence[Path]:
+    return ROOT / "tests", *(folder_of(package) / "tests" for package in PACKAGES)
 
 
 def run_pytest(session: nox.Session, bin_folder: str | Path, *arguments: str | Path) -> None:
@@ -44,7 +68,7 @@ def run_pytest(session: nox.Session, bin_folder: str | Path, *arguments: str | P
 @nox.session(reuse_venv=True)
 def wheels(session: nox.Session) -> None:
     """Build the wheels of the seven packages into dist/."""
-    session.install(*PIP, "hatchling")
+    install(session, *GROUPS["build"])
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
         with session.chdir(folder_of(package)):
@@ -67,8 +91,9 @@ for package in PACKAGES:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: the rules of pyproject.toml, and its formatting."""
-    session.install(*PIP, "ruff")
+    """Ruff: the rules of pyproject.toml, and its formatting. The locks: are they made from what is declared now?"""
+    install(session, *GROUPS["lint"])
+    session.run("python", "tools/lock.py", "--check")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -76,16 +101,15 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def boundaries(session: nox.Session) -> None:
     """import-linter: who may import whom, as docs/design.md draws it."""
-    session.install(*PIP, "import-linter")
+    install(session, *GROUPS["boundaries"])
     sources = os.pathsep.join(str(folder_of(package) / "src") for package in PACKAGES)
     session.run("lint-imports", "--no-cache", "--no-logo", env={"PYTHONPATH": sources})
 
 
 @nox.session(reuse_venv=True, requires=["wheels"])
 def everything(session: nox.Session) -> None:
-    """Install the seven wheels, and what tests, recipes and mypy need: the environment of the sessions below."""
-    install_wheels(session, dict.fromkeys(PACKAGES, "test") | {"trainer": "test,plot,tensorboard"})
-    session.install(*PIP, "mypy", "lightning-fabric", "accelerate")  # the last two for pages of docs/
+    """Make the environment of the sessions below."""
+    install_everything(session)
 
 
 def bin_of_everything(session: nox.Session) -> Path:
@@ -140,6 +164,35 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def full(session: nox.Session) -> None:
-    """All tests with every combination, in one environment."""
-    tests = [folder_of(package) / "tests" for package in PACKAGES]
-    run_pytest(session, bin_of_everything(session), "-m", "full or not full", ROOT / "tests", *tests)
+    """All tests with every combination, in one environment; `-- --shard 2/8` runs the second eighth of them."""
+    run_pytest(session, bin_of_everything(session), "-m", "full or not full", *all_tests())
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Write constraints.txt and minimums.txt anew; `-- --upgrade` moves to the newest versions."""
+    install(session, *GROUPS["lock"])
+    session.run("python", "tools/lock.py", *session.posargs)
+
+
+@nox.session(reuse_venv=True, requires=["wheels"])
+def minimums(session: nox.Session) -> None:
+    """The default tests with the lowest versions that the packages declare."""
+    install_everything(session, constraints=ROOT / "minimums.txt")
+    run_pytest(session, session.bin, *all_tests())
+
+
+@nox.session(reuse_venv=True, requires=["wheels"])
+def canary(session: nox.Session) -> None:
+    """The default tests with the newest releases, and torch nightly where it can be reached; lists what moved."""
+    try:
+        urllib.request.urlopen(f"{NIGHTLY_TORCH}/torch/", timeout=20).close()
+        session.install(*PIP, "--pre", "torch", "--index-url", NIGHTLY_TORCH)
+    except OSError as error:
+        session.warn(f"torch is the newest release: its nightly index cannot be reached ({error}).")
+        session.install(*PIP, "--upgrade", "torch")
+    install_everything(session, constraints=None)
+    try:
+        run_pytest(session, session.bin, *all_tests())
+    finally:
+        session.run("python", "tools/installed.py", str(LOCK), "--moved")
