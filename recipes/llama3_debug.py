@@ -31,7 +31,7 @@ def llama3_debug() -> Trainer.Config:
             global_batch_size=16, local_batch_size=8, seq_len=256, steps=40, mixed_precision_param="float32"
         ),
         optimizer=AdamW.Config(lr=3e-3),
-        lr_scheduler=WarmupStableDecay.Config(warmup_steps=5, total_steps=40),
+        lr_scheduler=WarmupStableDecay.Config(warmup_steps=5),
         validator=Validator.Config(
             dataloader=TokenLoader.Config(
                 source=JsonlSource.Config(path=ASSETS / "austen/validation.jsonl"),

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from titan_data import JsonlSource, TiktokenTokenizer, TokenLoader
 from titan_models.llama3 import llama3_debug
-from titan_parallel import ParallelDims, cross_entropy, init_distributed, parallelize
+from titan_parallel import ParallelDims, cross_entropy, init_distributed, parallelize, per_token
 
 ASSETS = Path(__file__).parent / "assets"
 STEPS = 40
 
 
+@per_token
 def next_token_loss(head, hidden, targets):
     """The sum over the labels that count, and how many do."""
     labels = targets["labels"].flatten()
@@ -40,7 +41,7 @@ def train(steps: int = STEPS) -> list[float]:
     with torch.device("meta"):
         model = llama3_debug().build()
     parallel = parallelize(model, model.roles(), dims)
-    model.to_empty(device=device)
+    parallel.to_empty(device)
     model.init_weights(seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(

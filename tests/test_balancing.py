@@ -243,7 +243,8 @@ def test_runs_have_the_same_losses_loads_and_biases(
     assert len(biases) == 4
     assert all(any(bias) for bias in biases.values())
     for record, expected in zip(records(many), records(one), strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=3e-6)
+        # over 20 steps rounding of fp32 shows 1e-6, a row lost or repeated 1e-3 and more
+        assert record["loss"] == pytest.approx(expected["loss"], rel=3e-5)
         assert record["expert_load"] == expected["expert_load"] > 1
 
 

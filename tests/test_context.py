@@ -6,7 +6,7 @@ import pytest
 import torch
 from titan_models import Block, Chunks, Flex, GroupedQueryAttention, Normal, Rope, Sdpa, SlidingWindow, SwiGLU
 from titan_models.llama3 import Llama3
-from titan_parallel import Compile, SelectiveRecompute, check_parallel
+from titan_parallel import Compile, SelectiveRecompute, check_parallel, per_token
 from titan_parallel.check import meshes
 
 METHODS = ("cp2", "cp2_ulysses", "cp2_ring")
@@ -117,5 +117,6 @@ class SimpleBatch:
         self.sequence_dims = dict.fromkeys([*inputs, "labels"], 1)
 
 
+@per_token
 def loss(head, hidden, targets):
     return head(hidden).sum(), (targets["labels"] >= 0).sum()

@@ -187,5 +187,5 @@ def test_a_killed_replica_heals_and_the_run_is_the_one_that_nobody_left(
 
     whole = small_run("whole", long | {"training.steps": steps})
     run_ranks(1, lambda: whole.build().train())
-    tolerance = 1e-4 if experts else 3e-6  # rounding sends a token to another expert where two are all but equal
+    tolerance = 1e-4 if experts else 3e-5  # fp32; rounding sends a token to another expert where two are all but equal
     assert losses(config_of(0)) == pytest.approx(losses(whole), rel=tolerance)

@@ -45,6 +45,7 @@ def test_a_run_says_what_it_has_learned(say, run_ranks, monkeypatch):
 
     for words, message in [
         (["--temperature", "0"], "Got temperature 0.0"),
+        (["--seed", str(2**64)], f"--seed must be from 0 to 2**64 - 1, got {2**64}."),
         (["--tokenizer", "None"], "Got a run without a tokenizer"),
         (["--checkpoint", "None"], "Got a run without a checkpoint"),
         (["--model.vocab_size", "4096"], "model.embedding.weight"),

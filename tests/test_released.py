@@ -163,16 +163,19 @@ with_each_in_full = pytest.mark.parametrize(
 
 
 @with_each
-def test_released_weights_give_the_logits_of_transformers(released: Any) -> None:
+def test_released_weights_give_the_logits_of_transformers(released: Any, fp64_model: Any, in_fp64: Any) -> None:
     config, folder, plain = released
     model = config.build()
     load_hf(folder, model.state_dict(), config.hf_adapter())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    model, theirs = model.double(), fp64_model(theirs)
     tokens = torch.randint(160, (2, 150), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
+    with torch.no_grad(), in_fp64():
         found, expected = model(tokens, torch.arange(150).expand(2, 150)), theirs(tokens).logits
     assert expected.std() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def in_bfloat16(config: Decoder.Config) -> Decoder:

@@ -122,7 +122,8 @@ def test_parts_on_other_meshes_give_the_same_losses_and_documents(run_ranks, sma
     parts = list(zip(meshes, (7, 13, 20), strict=True))
     found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, short_epoch)
     assert found_documents == documents
-    assert found_losses == pytest.approx(losses, rel=3e-6)
+    # over 20 steps rounding of fp32 shows 1e-6, a row lost or repeated 1e-3 and more
+    assert found_losses == pytest.approx(losses, rel=3e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_parts_on_pipelines_and_other_meshes(run_ranks, small_run, meshes, model
     parts = list(zip(meshes, (7, 13, 20), strict=True))
     found_losses, found_documents = run_in_parts(run_ranks, small_run, "parts", parts, model)
     assert found_documents == documents
-    assert found_losses == pytest.approx(losses, rel=3e-6)
+    # over 20 steps rounding of fp32 shows 1e-6, a row lost or repeated 1e-3 and more
+    assert found_losses == pytest.approx(losses, rel=3e-5)
 
 
 @pytest.mark.parametrize(
