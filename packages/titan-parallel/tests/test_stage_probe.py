@@ -8,6 +8,8 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
+from titan_parallel.probe.stage_run import StageRun
+from titan_parallel.probe.verdict import Verdict
 from torch import nn
 
 WIDTH, TOKENS, VOCABULARY = 8, 6, 12
@@ -208,10 +210,10 @@ class IndexedAfterTheBlocks(ListAfterTheBlocks):
 
 
 class Leaves(Block):
-    """The first block leaves in a dict what all of them add."""
+    """The first block leaves in a dict what all of them add, in training."""
 
     def forward(self, x, seen):
-        return super().forward(x) + seen.setdefault("first", x)
+        return super().forward(x) + (seen.setdefault("first", x) if self.training or "number" in seen else 0)
 
 
 class SharesADict(Model):
@@ -225,6 +227,154 @@ class SharesADict(Model):
         for block in self.blocks:
             x = block(x, seen)
         return self.leave(x)
+
+
+class KeepsAnAttribute(Model):
+    """Each block reads what the one before it kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Keeps() for _ in range(4))
+        for block, before in zip(self.blocks[1:], self.blocks, strict=False):
+            block.before = [before]  # no child of the block
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+
+class Keeps(Block):
+    def __init__(self):
+        super().__init__()
+        self.before, self.last = [], None
+
+    def forward(self, x):
+        self.last = x
+        return super().forward(x) + sum(block.last for block in self.before if block.last is not None)
+
+
+class ForgetsFirst(KeepsAnAttribute):
+    """What blocks keep is forgotten at the start of each forward."""
+
+    def forward(self, tokens):
+        for block in self.blocks:
+            block.last = None
+        return super().forward(tokens)
+
+
+class SharesAFullDict(SharesADict):
+    def forward(self, tokens):
+        x, seen = self.enter(tokens), {"number": 1}
+        for block in self.blocks:
+            x = block(x, seen)
+        return self.leave(x)
+
+
+class SharesAnObject(Model):
+    """Blocks add to what is empty at the start of each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = SimpleNamespace(total=None)
+        self.blocks = nn.ModuleList(Adds(self.seen) for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens):
+        self.seen.total = torch.zeros(())
+        return super().forward(tokens)
+
+
+class Adds(Block):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen.total = self.seen.total + x.square().mean()
+        return super().forward(x) + self.seen.total.sin() * x
+
+
+class FailsAlone(KeepsAnAttribute):
+    """It has no word of what a block before it did not leave."""
+
+    def __init__(self):
+        super().__init__()
+        for block in self.blocks:
+            del block.last
+
+
+class NamesItsInputs(KeepsAnAttribute):
+    """Nothing is known of the second input before there is a batch."""
+
+    def forward(self, tokens, scale):
+        return super().forward(tokens) * scale.mean()
+
+
+MORE_THAN_THE_STREAM = [KeepsAnAttribute, ForgetsFirst, SharesAFullDict, SharesAnObject, FailsAlone]
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_THE_STREAM)
+def test_what_blocks_leave_for_each_other_is_refused(run_ranks, kind):
+    message = r"must exchange the stream alone, got a model of which blocks\.3 (gives other values|fails without)"
+
+    def run():
+        with pytest.raises(ConfigError, match=message):
+            put_on_two_ranks(kind())
+
+    run_ranks(2, run)
+
+
+def test_it_is_refused_at_the_first_batch_of_a_model_of_unknown_inputs(run_ranks):
+    def run():
+        parallel = put_on_two_ranks(NamesItsInputs())
+        batch = make_batch()
+        batch.inputs["scale"] = torch.ones(2)
+        with pytest.raises(ConfigError, match=r"got a model of which blocks\.3 gives other values"):
+            parallel.forward_backward([batch] * 2, loss, 1)
+
+    run_ranks(2, run)
+
+
+class KeepsForTheReader(Model):
+    """Blocks keep what no block reads, as many do for those who look."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(KeepsAlone() for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+
+class KeepsAlone(Block):
+    def forward(self, x):
+        self.last = x.detach()
+        return super().forward(x)
+
+
+class Noisy(Model):
+    """It draws in evaluation, too."""
+
+    def enter(self, tokens):
+        x = super().enter(tokens)
+        return x + torch.rand(x.shape)
+
+
+@pytest.mark.parametrize("kind", [KeepsForTheReader, Noisy, Model])
+def test_what_no_block_reads_is_allowed(run_ranks, kind):
+    def run():
+        put_on_two_ranks(kind()).forward_backward([make_batch()] * 2, loss, 1)
+
+    run_ranks(2, run)
+
+
+def test_the_refusal_is_needed(monkeypatch):
+    """Without it the gradients are those of another model."""
+    monkeypatch.setattr(StageRun, "verdict", lambda self: Verdict(True))
+    report = check_parallel(
+        KeepsAnAttribute,
+        {"pp2": ParallelDims.Config(pipeline_parallel_degree=2)},
+        roles=ROLES,
+        batch=make_batch(8),
+        num_microbatches=2,
+        steps=1,
+    )
+    assert not report.ok
 
 
 REFUSED = [

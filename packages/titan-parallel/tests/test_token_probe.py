@@ -80,6 +80,33 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
+class NormOfTokens(nn.Module):
+    """Batch norm: in train mode alone the tokens of a batch meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class MixesInTraining(Convolution):
+    def forward(self, x):
+        return super().forward(x) if self.training else x
+
+
+class Jitters(nn.Module):
+    """Each token alone, with noise in train mode; and a dropout of either kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(functional.dropout(x, 0.1, self.training))
+
+
 class ShiftInTheFifth(Block):
     """Tokens meet in the code of a block, and of one block alone."""
 
@@ -115,6 +142,8 @@ MIXERS = {
     "blocks.0.mixer (RunningSum)": lambda: Model(RunningSum),
     "blocks.0.mixer (Gated)": lambda: Model(Gated),
     "blocks.0.mixer (TopTokens)": lambda: Model(TopTokens),
+    "blocks.0.mixer (NormOfTokens)": lambda: Model(NormOfTokens),
+    "blocks.0.mixer (MixesInTraining)": lambda: Model(MixesInTraining),
     "blocks.5 (ShiftInTheFifth)": lambda: Model(nn.Identity, ShiftInTheFifth, 6),
 }
 
@@ -133,8 +162,9 @@ def test_sequence_parallel_is_refused_where_parts_of_blocks_mix_tokens_and_off_w
                 parallelize(make(), ROLES, asked)
             messages[name] = str(caught.value)
             assert not parallelize(make(), ROLES, default).dims.sequence_parallel
-        assert parallelize(Model(lambda: nn.Linear(WIDTH, WIDTH)), ROLES, asked).dims.sequence_parallel
-        assert parallelize(Model(lambda: nn.Linear(WIDTH, WIDTH)), ROLES, default).dims.sequence_parallel
+        for mixer in (lambda: nn.Linear(WIDTH, WIDTH), Jitters):
+            assert parallelize(Model(mixer), ROLES, asked).dims.sequence_parallel
+            assert parallelize(Model(mixer), ROLES, default).dims.sequence_parallel
         return messages
 
     for messages in run_ranks(2, said):

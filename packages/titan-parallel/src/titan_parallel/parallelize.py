@@ -116,7 +116,7 @@ def _transformed(
         check_weights_of_blocks(model, roles)
     context = _share_sequences(model, roles, dims, probe)
     tallies = Tallies(model, roles, dims)
-    stages = _cut_into_stages(model, roles, dims, recomputation, compiler, options.precision)
+    stages = _cut_into_stages(model, roles, dims, options, probe)
     held = roles if stages is None else roles.without(stages.taken_out)
     tensor_parallel = _split_over_tensor_ranks(model, held, dims)
     _wrap_blocks(model, roles, tensor_parallel, recomputation, compiler)
@@ -172,12 +172,11 @@ def _cut_into_stages(
     model: nn.Module,
     roles: Roles,
     dims: ParallelDims,
-    recomputation: ActivationCheckpoint | None,
-    compiler: Compile | None,
-    precision: MixedPrecision | None,
+    options: _Options,
+    probe: TokenProbe | None,
 ) -> Stages | None:
     """Take out of the model what other ranks of the pipeline hold."""
-    if dims.num_pipeline == 1:
+    if dims.num_pipeline == 1 or probe is None:
         return None
     from titan_parallel.pipeline_schedules import schedule_of
     from titan_parallel.stages import Stages
@@ -189,14 +188,15 @@ def _cut_into_stages(
             "layers, or set pipeline_parallel_degree to 1."
         )
     schedule = schedule_of(dims)
-    if compiler is not None and schedule.splits_backward:
+    if options.compiler is not None and schedule.splits_backward:
         raise ConfigError(
             f"Got the pipeline schedule {schedule.name} with compiled blocks. It takes the gradients of weights apart "
             "from those of inputs, which compiled code computes together. Set compile to None, or take 1F1B or "
             "Interleaved1F1B."
         )
-    dtype = None if precision is None else precision.param_dtype
-    return Stages(model, roles, schedule, dims, dtype=dtype, recomputes=recomputation is not None)
+    dtype = None if options.precision is None else options.precision.param_dtype
+    recomputes = options.recomputation is not None
+    return Stages(model, roles, schedule, dims, probe=probe, dtype=dtype, recomputes=recomputes)
 
 
 def _first_values(model: nn.Module) -> str:

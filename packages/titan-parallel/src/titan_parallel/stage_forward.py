@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from titan_parallel.roles import Roles
+from titan_parallel.stage_pieces import StageModules, skeleton
 from titan_parallel.stand_in import Call, StandIns, Stream, StreamArgument, as_stream, refuse, stream_in, zeros_of
 
 Result = TypeVar("Result")
@@ -43,6 +46,21 @@ class StageModel:
     """What takes the place of the head, if there is one, where its weight is not gathered."""
     streams: Sequence[StreamArgument]
     """For each block."""
+
+    @classmethod
+    def of(cls, model: nn.Module, roles: Roles, pieces: StageModules, dtype: torch.dtype | None) -> StageModel:
+        """`dtype` is what weights compute in (None: what they are stored in)."""
+        between = [pieces.after[name] for name in roles.named("embedding") if name in pieces.after]
+        return cls(
+            model,
+            blocks=list(pieces.blocks.values()),
+            block_names=list(pieces.blocks),
+            embeddings={module: name for name, module in pieces.embeddings.items()},
+            shapes={module: skeleton(module, dtype) for module in (*pieces.embeddings.values(), *between)},
+            after=list(pieces.after.values()),
+            head={} if roles.head is None else _without_weights(model.get_submodule(roles.head), roles, dtype),
+            streams=[StreamArgument(block) for block in pieces.blocks.values()],
+        )
 
 
 class StageForward:
@@ -102,3 +120,10 @@ def _leave(block: Call) -> Call:
         raise StageEnd(stream_in(block(*args, **kwargs)))
 
     return leave
+
+
+def _without_weights(head: nn.Module, roles: Roles, dtype: torch.dtype | None) -> dict[nn.Module, Call]:
+    """The head as a call that needs no weight: it takes the loss, or makes zeros."""
+    if roles.head is not None and roles.options(roles.head).get("takes_loss", True):
+        return {head: lambda *args, **kwargs: head.forward(*args, **kwargs)}  # which is replaced later
+    return {head: zeros_of(skeleton(head, dtype))}

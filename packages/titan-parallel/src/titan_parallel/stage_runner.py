@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from titan_parallel.agreement import Agreement
 from titan_parallel.batch import Batch, Loss
 from titan_parallel.loss_forward import LossForward
+from titan_parallel.probe.checks import StageCheck
 from titan_parallel.stage_forward import StageForward
 from titan_parallel.stage_probe import Shape, StageProbe
 
@@ -31,11 +32,12 @@ class StageRunner(nn.Module):
         forward: LossForward,
         stages: Mapping[int, StageForward],
         probe: StageProbe,
+        check: StageCheck,
         *,
         num_token_parts: int,
         dtype: torch.dtype | None,
     ) -> None:
-        """`stages` by number; `probe` finds the streams of micro-batches of a new shape.
+        """`stages` by number; `probe` finds the streams of micro-batches of a new shape, `check` wants the first.
 
         `num_token_parts`: among how many ranks the first block splits the tokens of the stream. `dtype` is what blocks
         cast it to (None: they do not).
@@ -46,6 +48,7 @@ class StageRunner(nn.Module):
         self._loss_forward = forward
         self._stages = stages
         self._probe = probe
+        self._check = check
         self._num_token_parts = num_token_parts
         self._dtype = dtype
         self._running = False
@@ -76,6 +79,7 @@ class StageRunner(nn.Module):
 
         def probe() -> None:
             with Agreement("cut the model into stages", self._loss_forward.device_type):
+                self._check.check_batch(batches[0])
                 for batch in batches:
                     if self._layout(batch) not in self._shapes:
                         self._shapes[self._layout(batch)] = self._stream_shape(batch)

@@ -13,16 +13,18 @@ from titan_parallel.dims import ParallelDims
 from titan_parallel.loss_forward import LossForward
 from titan_parallel.pipeline import Pipeline
 from titan_parallel.pipeline_schedules import PipelineSchedule
+from titan_parallel.probe.checks import StageCheck
 from titan_parallel.roles import Roles
 from titan_parallel.stage_cut import cut_by_cost, cut_by_name
 from titan_parallel.stage_forward import StageForward, StageModel
-from titan_parallel.stage_pieces import StageModules, skeleton
+from titan_parallel.stage_pieces import StageModules
 from titan_parallel.stage_probe import StageProbe
 from titan_parallel.stage_runner import StageRunner
-from titan_parallel.stand_in import Call, StreamArgument, zeros_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+    from titan_parallel.probe.token_probe import TokenProbe
 
 
 class Stages:
@@ -40,10 +42,12 @@ class Stages:
         schedule: PipelineSchedule,
         dims: ParallelDims,
         *,
+        probe: TokenProbe,
         dtype: torch.dtype | None,
         recomputes: bool,
     ) -> None:
-        """`dtype` is what weights compute in (None: what they are stored in)."""
+        """`dtype` is what weights compute in (None: what they are stored in). Raises ConfigError where blocks exchange
+        more than their stream."""
         self.schedule = schedule
         self.dims = dims
         self.dtype = dtype
@@ -52,7 +56,8 @@ class Stages:
         self._model = model
         pieces = StageModules.of(model, roles, dims.num_pipeline)
         self._ranges = self._cut(pieces)
-        self._parts = _parts(model, roles, pieces, dtype)
+        self._check = StageCheck(probe, self._ranges, dims.num_pipeline)
+        self._parts = StageModel.of(model, roles, pieces, dtype)
         owners = self._owners(pieces)
         holders = self._holders(owners)
         self._holders_by_name = {
@@ -103,6 +108,7 @@ class Stages:
             forward,
             {stage: StageForward(self._parts, self._ranges[stage]) for stage in self.mine},
             StageProbe(self._parts, has_end=self.schedule.num_stages - 1 in self.mine),
+            self._check,
             num_token_parts=tokens,
             dtype=self.dtype,
         )
@@ -165,27 +171,6 @@ class Stages:
             )
         costs = [_size([block]) for block in pieces.blocks.values()]
         return cut_by_cost(costs, num_stages, last=_size(pieces.after.values()))
-
-
-def _parts(model: nn.Module, roles: Roles, pieces: StageModules, dtype: torch.dtype | None) -> StageModel:
-    between = [pieces.after[name] for name in roles.named("embedding") if name in pieces.after]
-    return StageModel(
-        model,
-        blocks=list(pieces.blocks.values()),
-        block_names=list(pieces.blocks),
-        embeddings={module: name for name, module in pieces.embeddings.items()},
-        shapes={module: skeleton(module, dtype) for module in (*pieces.embeddings.values(), *between)},
-        after=list(pieces.after.values()),
-        head={} if roles.head is None else _without_weights(model.get_submodule(roles.head), roles, dtype),
-        streams=[StreamArgument(block) for block in pieces.blocks.values()],
-    )
-
-
-def _without_weights(head: nn.Module, roles: Roles, dtype: torch.dtype | None) -> dict[nn.Module, Call]:
-    """The head as a call that needs no weight: it takes the loss, or makes zeros."""
-    if roles.head is not None and roles.options(roles.head).get("takes_loss", True):
-        return {head: lambda *args, **kwargs: head.forward(*args, **kwargs)}  # which is replaced later
-    return {head: zeros_of(skeleton(head, dtype))}
 
 
 def _size(modules: Iterable[nn.Module]) -> int:

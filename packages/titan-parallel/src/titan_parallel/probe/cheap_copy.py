@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 LARGE = 2**20
 """Numbers in a parameter above which it gets no memory of its own."""
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def cheap_copy(model: nn.Module, projections: Collection[str]) -> nn.Module:
@@ -36,6 +37,20 @@ def cheap_copy(model: nn.Module, projections: Collection[str]) -> nn.Module:
         if is_matrix and weight is not None and weight.dim() == 2 and weight.numel() > LARGE:
             module.forward = _Projection(weight)
     return copied
+
+
+def sharing_weights(copied: nn.Module) -> nn.Module:
+    """Return a copy of a copy: the same parameters, and all else its own."""
+    memo: dict[int, object] = {id(parameter): parameter for parameter in copied.parameters()}
+    return copy.deepcopy(copied, memo)
+
+
+def let_train(copied: nn.Module) -> None:
+    """Put a copy into train mode, but for modules of dropout."""
+    copied.train()
+    for module in copied.modules():
+        if isinstance(module, _DROPOUTS):
+            module.eval()
 
 
 class _Projection:

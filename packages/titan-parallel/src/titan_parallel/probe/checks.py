@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from titan_config import ConfigError
@@ -20,9 +21,9 @@ _logger = logging.getLogger("titan_parallel")
 
 
 def probe_for(model: nn.Module, roles: Roles, dims: ParallelDims) -> TokenProbe | None:
-    """Return what tells whether the model's parts are token-wise, where that is of interest."""
+    """Return what tells whether the model can be split as `dims` splits it, where that is of interest."""
     splits_sequences = dims.num_context > 1 or (dims.sequence_parallel and has_ends(roles))
-    return TokenProbe(model, roles) if splits_sequences else None
+    return TokenProbe(model, roles) if splits_sequences or dims.num_pipeline > 1 else None
 
 
 def settle_tensor_parallel(
@@ -78,6 +79,35 @@ class ContextCheck:
             self._probe = None
         elif has_batch:
             _warn("context_parallel_degree > 1 without proof that all but attention is token-wise: %s", verdict.why)
+
+
+class StageCheck:
+    """Holds a probe until it has said that blocks exchange their stream alone: at once, or at the first batch."""
+
+    def __init__(self, probe: TokenProbe, ranges: Sequence[range], num_ranks: int) -> None:
+        """`ranges` are the numbers of the blocks of each stage."""
+        self._ranges, self._num_ranks = ranges, num_ranks
+        self._probe: TokenProbe | None = probe
+        self._apply(probe.stages(ranges, num_ranks), has_batch=False)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Ask the probe with the inputs of a batch, if it could not say. Raises ConfigError for blocks that do more."""
+        if self._probe is not None and not any(has_no_memory(tensor) for tensor in batch.inputs.values()):
+            verdict = self._probe.stages(self._ranges, self._num_ranks, batch.inputs, batch.sequence_dims)
+            self._apply(verdict, has_batch=True)
+            self._probe = None
+
+    def _apply(self, verdict: Verdict, *, has_batch: bool) -> None:
+        if verdict.proved is False:
+            raise ConfigError(
+                "Blocks of a pipeline must exchange the stream alone, got a model of which "
+                f"{verdict.why}. An earlier block may leave something in an attribute, a container or a global. Set "
+                "pipeline_parallel_degree to 1."
+            )
+        if verdict.proved:
+            self._probe = None
+        elif has_batch:
+            _warn("pipeline_parallel_degree > 1 without proof that blocks exchange their stream alone: %s", verdict.why)
 
 
 def _turned_off(dims: ParallelDims, why: str) -> ParallelDims:

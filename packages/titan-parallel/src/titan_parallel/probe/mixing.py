@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from titan_parallel.probe import forwards
 
 NamedModules = list[tuple[str, nn.Module]]
+_CHANGES = (1.0, 1.0, 10.0, 10.0)
+"""Standard deviations of new values of a token: a choice among tokens need not turn with each."""
 
 
 def part_that_mixes(
@@ -45,28 +47,28 @@ def _mixes(module: nn.Module, call: forwards.Call, length: int) -> bool | None:
     stream = next((x for x in (*call.args, *call.kwargs.values()) if _has_tokens(x, length)), None)
     if stream is None:
         return None
+
+    def output(given: Tensor) -> Tensor | None:
+        args = (given if argument is stream else argument for argument in call.args)
+        kwargs = {name: given if argument is stream else argument for name, argument in call.kwargs.items()}
+        return forwards.first_tensor(module(*args, **kwargs))
+
     dim = next(d for d in (-2, *range(stream.dim())) if stream.size(d) == length)
-    other = stream.clone()
-    other.select(dim, length // 3).normal_()
+    others = torch.arange(length) != length // 3
     try:
-        before, after = (
-            forwards.first_tensor(
-                module(
-                    *(x if argument is stream else argument for argument in call.args),
-                    **{name: x if argument is stream else argument for name, argument in call.kwargs.items()},
-                )
-            )
-            for x in (stream, other)
-        )
+        before = output(stream)
+        for size in _CHANGES:
+            changed = stream.clone()
+            changed.select(dim, length // 3).normal_(std=size)
+            after = output(changed)
+            if before is None or after is None:
+                return None
+            dims = [d for d in (-2, *range(before.dim())) if before.dim() >= 2 and before.size(d) == length]
+            if not dims or not alike(before.movedim(dims[0], 0)[others], after.movedim(dims[0], 0)[others]):
+                return True
     except Exception:  # third-party code that does not run twice: another module may tell
         return None
-    if before is None or after is None:
-        return None
-    dims = [d for d in (-2, *range(before.dim())) if before.dim() >= 2 and before.size(d) == length]
-    if not dims:
-        return True
-    others = torch.arange(length) != length // 3
-    return not alike(before.movedim(dims[0], 0)[others], after.movedim(dims[0], 0)[others])
+    return False
 
 
 def _has_tokens(argument: Any, length: int) -> bool:

@@ -29,9 +29,14 @@ def first_of_kind(model: nn.Module, roles: Roles, always_run: int = _ALWAYS_RUN)
     return {block: block if index < always else repeats[block] for index, block in enumerate(blocks)}
 
 
-def skipping(first_of_kind: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of blocks: those that do what an earlier one does pass the stream on, as that one returned it."""
-    returned: dict[nn.Module, Any] = {}
+def skipping(
+    first_of_kind: Mapping[nn.Module, nn.Module], returned: dict[nn.Module, Any] | None = None
+) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards of blocks: those that do what an earlier one does pass the stream on, as that one returned it.
+
+    `returned` is what the first blocks have returned so far.
+    """
+    returned = {} if returned is None else returned
     forwards: dict[nn.Module, Callable[..., Any]] = {}
 
     def keeping(block: nn.Module) -> Callable[..., Any]:

@@ -1,13 +1,15 @@
-"""A probe: do parts of a model work on each token alone?
+"""A probe: do parts of a model work on each token alone? Do blocks exchange their stream alone?
 
-Context parallel needs it of all but attention cores, sequence parallel of all in the blocks but regions. A cheap copy
-runs a few tokens once as a whole and once in two parts, as two ranks would: what is token-wise gives the same. So does
-a longer sequence, as far as a run on it is cheap.
+Context parallel needs the first of all but attention cores, sequence parallel of all in the blocks but regions. A cheap
+copy runs a few tokens once as a whole and once in two parts, as two ranks would: what is token-wise gives the same. So
+does a longer sequence, as far as a run on it is cheap, and a run in train mode without dropout. Pipelines need the
+second: the copy runs stage by stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +18,29 @@ from torch import Tensor, nn
 from titan_parallel.hugging_face_attention import is_of_transformers
 from titan_parallel.model_inputs import made_up_inputs
 from titan_parallel.probe import forwards
-from titan_parallel.probe.cheap_copy import cheap_copy
+from titan_parallel.probe.cheap_copy import cheap_copy, let_train, sharing_weights
 from titan_parallel.probe.long_sequence import ALWAYS_RUN, affordable_lengths, passed_heads
 from titan_parallel.probe.repeated_blocks import first_of_kind
 from titan_parallel.probe.split_run import Blocks, SplitRun, WholeModel
+from titan_parallel.probe.stage_run import StageRun
 from titan_parallel.probe.verdict import Verdict, one_line
 from titan_parallel.roles import Roles
 
 _LENGTHS = (24, 16, 8, 4)
 _DTYPES = (torch.float64, torch.float32)
 """What a copy runs in: the first in which it does."""
+_MORE = ({"is_long": True}, {"is_training": True})
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is run on a copy, and what is put in the place of some of its modules."""
+
+    run: Callable[..., SplitRun | StageRun]
+    prepare: Callable[[nn.Module], dict[nn.Module, Callable[..., Any]]]
+    inputs: Mapping[str, Tensor] | None
+    """None: made up of tokens."""
+    dims: Mapping[str, int] | None
 
 
 class TokenProbe:
@@ -54,7 +69,7 @@ class TokenProbe:
                 core.realise = lambda mask: None  # type: ignore[assignment]
             return dict.fromkeys(cores, forwards.attention_of_tokens)
 
-        return self._ask(WholeModel, prepare, inputs, dims)
+        return self._ask(_Question(WholeModel, prepare, inputs, dims), *_MORE)
 
     def sequence(self) -> Verdict:
         """Say whether blocks are token-wise outside regions, by made-up tokens."""
@@ -67,10 +82,24 @@ class TokenProbe:
                 regions = [copied.get_submodule(name) for name in self._roles.named("region")]
                 return {region: forwards.region_of_tokens(region, num_outputs) for region in regions}
 
-            verdict = self._ask(Blocks, prepare, None, None)
+            verdict = self._ask(_Question(Blocks, prepare, None, None), *_MORE)
             if verdict.proved is not None:
                 return verdict
         return verdict
+
+    def stages(
+        self,
+        ranges: Sequence[range],
+        num_ranks: int,
+        inputs: Mapping[str, Tensor] | None = None,
+        dims: Mapping[str, int] | None = None,
+    ) -> Verdict:
+        """Say whether stages with these blocks compute what the whole does, by a batch, or by made-up tokens."""
+
+        def run(copied: nn.Module, roles: Roles, given: Mapping[str, Tensor], *_: Any) -> StageRun:
+            return StageRun(copied, roles, given, ranges, num_ranks)
+
+        return self._ask(_Question(run, lambda _: {}, inputs, dims), {"is_training": True})
 
     def ends_with(self, head: str) -> bool:
         """Say whether the output is what the module `head` returns; False where it could not be found out."""
@@ -108,38 +137,30 @@ class TokenProbe:
             self._copies[dtype] = self._copied(self._copies[torch.float64], dtype)
         return self._copies[dtype]
 
-    def _ask(
-        self,
-        run: type[SplitRun],
-        prepare: Callable[[nn.Module], dict[nn.Module, Callable[..., Any]]],
-        inputs: Mapping[str, Tensor] | None,
-        dims: Mapping[str, int] | None,
-    ) -> Verdict:
+    def _ask(self, question: _Question, *more: dict[str, bool]) -> Verdict:
+        """The answer of a run on a few tokens in eval mode; where that proves it, `more` runs may disprove it."""
         if self._failure:
             return Verdict(None, self._failure)
         for dtype in _DTYPES:
-            verdict = self._ask_in(dtype, run, prepare, inputs, dims)
+            verdict = self._ask_in(dtype, question)
             if verdict.proved is not None:
                 break
-        if verdict.proved and (longer := self._ask_in(dtype, run, prepare, inputs, dims, is_long=True)).proved is False:
-            return longer
+        for kind in more if verdict.proved else ():
+            other = self._ask_in(dtype, question, **kind)
+            if other.proved is False:
+                return other
         return verdict
 
     def _ask_in(
-        self,
-        dtype: torch.dtype,
-        run: type[SplitRun],
-        prepare: Callable[[nn.Module], dict[nn.Module, Callable[..., Any]]],
-        inputs: Mapping[str, Tensor] | None,
-        dims: Mapping[str, int] | None,
-        *,
-        is_long: bool = False,
+        self, dtype: torch.dtype, question: _Question, *, is_long: bool = False, is_training: bool = False
     ) -> Verdict:
-        copied = self._copy_in(dtype)
+        copied = sharing_weights(self._copy_in(dtype))  # what is prepared for one question is not there for another
+        if is_training:
+            let_train(copied)
         why = f"nothing is known of the inputs of {self._model_name}"
         with forwards.leaving_no_trace(dtype):
             try:
-                stand_ins = prepare(copied)
+                stand_ins = question.prepare(copied)
             except Exception as error:  # third-party code
                 return Verdict(None, one_line(error))
             lengths: Iterable[int] = _LENGTHS
@@ -147,16 +168,17 @@ class TokenProbe:
             if is_long:
                 kinds = first_of_kind(copied, self._roles, ALWAYS_RUN)
                 lengths, stand_ins = affordable_lengths(copied, kinds), passed_heads(copied, self._roles) | stand_ins
-            for length in _available(lengths, inputs, dims or {}):
-                given = self._inputs(copied, inputs, dims or {}, length, dtype)
+            for length in _available(lengths, question.inputs, question.dims or {}):
+                given = self._inputs(copied, question, length, dtype)
                 if given is None:
                     return Verdict(None, why)
                 if is_long:
                     given = {name: tensor[:1] for name, tensor in given.items()}
+                dims = question.dims
                 sequence_dims = dims if dims is not None else {n: 1 for n in given if n != "attention_mask"}
                 try:
                     with forwards.replaced(stand_ins):
-                        asked = run(copied, self._roles, given, sequence_dims, length, set(stand_ins), kinds)
+                        asked = question.run(copied, self._roles, given, sequence_dims, length, set(stand_ins), kinds)
                 except Exception as error:  # third-party code
                     why = f"a copy of it does not run ({one_line(error)})"
                     continue
@@ -165,16 +187,11 @@ class TokenProbe:
         return Verdict(None, why)
 
     def _inputs(
-        self,
-        copied: nn.Module,
-        inputs: Mapping[str, Tensor] | None,
-        dims: Mapping[str, int],
-        length: int,
-        dtype: torch.dtype,
+        self, copied: nn.Module, question: _Question, length: int, dtype: torch.dtype
     ) -> dict[str, Tensor] | None:
-        if inputs is None:
+        if question.inputs is None:
             return made_up_inputs(copied, self._roles, length)
-        return _cut(inputs, dims, length, dtype)
+        return _cut(question.inputs, question.dims or {}, length, dtype)
 
 
 def _available(lengths: Iterable[int], inputs: Mapping[str, Tensor] | None, dims: Mapping[str, int]) -> list[int]:
