@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forking is only safe while OpenMP has no pool of threads
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _rank_main(
