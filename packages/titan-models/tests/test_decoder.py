@@ -17,6 +17,7 @@ from titan_models.llama4 import llama4_debug, llama4_scout
 from titan_models.moe import ClampedGating, TopKRouter
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
 from titan_models.rms_norm import RMSNorm
+from titan_models.rope import rotate, rotate_neighbours
 from titan_models.temperature import Temperature
 from titan_models.yarn import Yarn
 from torch import Tensor, nn
@@ -227,7 +228,7 @@ def test_each_call_of_a_flavor_gives_a_config_of_its_own() -> None:
     changed = llama3_8b()
     changed.block.attention.output.weight_init = TruncatedNormal.Config(std=1.0)
     changed.block.feed_forward.hidden_dim = 1
-    assert changed.block.feed_forward.output.weight_init == llama3_8b().block.attention.output.weight_init
+    assert changed.block.feed_forward.down.weight_init == llama3_8b().block.attention.output.weight_init
     assert llama3_8b().block.feed_forward.hidden_dim == 14336
 
 
@@ -302,15 +303,30 @@ def test_layers_that_see_alike_share_a_realised_mask_and_others_do_not(
     assert reached.nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10, 11]  # two more through each window
 
 
-def test_angles_are_exact_in_fp32_however_narrow_the_activations() -> None:
-    rope = Rope.Config(dim=8, scaling=Llama3Scaling.Config(factor=8)).build()
-    positions = torch.tensor([[0, 1, 70_000, 131_071]])
+@pytest.mark.parametrize("rotation", [rotate, rotate_neighbours])
+def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
+    """However far the position, and so the error of q k is that of rounding q and k, not systematic in the distance."""
+    generator = torch.Generator().manual_seed(0)
+    rope = Rope.Config(dim=128, scaling=Llama3Scaling.Config(factor=8)).build()
+    positions = torch.cat((torch.arange(512), torch.arange(8192 - 512, 8192), torch.arange(130_560, 131_072)))[None]
     cos, sin = rope(positions, torch.bfloat16)
-    angles = positions.double()[..., None] * rope.frequencies.double()
-    assert cos.dtype == sin.dtype == torch.bfloat16
-    assert cos.shape == (1, 4, 1, 4)
-    assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-8
-    assert (sin[:, :, 0].double() - angles.sin()).abs().max() < 2**-8
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == (1, 1536, 1, 64)
+    rotated, exact = [], []
+    for _ in range(2):
+        x = torch.randn(1, 1536, 8, 128, generator=generator).bfloat16()
+        rotated.append(rotation(x, cos, sin))
+        exact.append(rotation(x.double(), cos.double(), sin.double()))
+        assert rotated[-1].dtype == torch.bfloat16
+        half_a_step = exact[-1].abs() * 2**-8
+        assert ((rotated[-1].double() - exact[-1]).abs() <= half_a_step * (1 + 1e-3) + 1e-6).all()
+    scores, expected = ((q * k).sum(-1) / 128**0.5 for q, k in (map(torch.Tensor.double, rotated), exact))
+    errors = scores - expected
+    rounded = [x.bfloat16().double() for x in exact]
+    least = (rounded[0] * rounded[1]).sum(-1) / 128**0.5 - expected
+    assert errors.square().mean() <= 1.05 * least.square().mean()
+    for part in errors.chunk(3, dim=1):
+        assert part.mean().abs() <= 4 * part.std() / part.numel() ** 0.5
 
 
 def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str, Tensor]) -> None:

@@ -42,7 +42,7 @@ def lively(model: Decoder) -> Decoder:
             if "bias" in name:
                 parameter.mul_(0.05)
             elif "_proj" in name or "embedding" in name:
-                parameter.mul_(12)
+                parameter.mul_(0.24 / parameter.std())
     return model
 
 
@@ -128,8 +128,7 @@ def test_a_row_ends_with_its_stop_token(model: Decoder) -> None:
 
 def test_drawn_tokens_are_as_frequent_as_their_probabilities(model: Decoder) -> None:
     """Among those that transformers' warpers leave."""
-    logits = full_forward(model, PROMPT)[-1:].float() * 6
-    model.head.weight.data *= 6
+    logits = full_forward(model, PROMPT)[-1:].float()
     warped = transformers.TemperatureLogitsWarper(0.7)(None, logits)
     warped = transformers.TopPLogitsWarper(0.6)(None, warped)
     rows = 4000

@@ -232,7 +232,7 @@ def test_blocks_that_differ_in_training_alone_are_exported() -> None:
     def other_init(config: Any) -> None:
         for layer in (0, 1):
             block = config.blocks()[layer]
-            block.feed_forward.experts.output_init.std *= 1 + layer
+            block.feed_forward.experts.down_init.std *= 1 + layer
             config.exceptions[str(layer)] = block
 
     assert changed(qwen3_moe_debug, other_init).hf_adapter().hf_config()["mlp_only_layers"] == []

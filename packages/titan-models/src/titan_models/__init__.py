@@ -11,7 +11,7 @@ from titan_models.generation import generate
 from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter, Inside
 from titan_models.hugging_face.rules import Stored
-from titan_models.initializers import Constant, Initializer, Normal, TruncatedNormal
+from titan_models.initializers import Constant, DepthScaledNormal, FanInNormal, Initializer, Normal, TruncatedNormal
 from titan_models.kv_cache import KVCache
 from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.linear import Linear
@@ -32,7 +32,9 @@ __all__ = [
     "Chunks",
     "Constant",
     "Decoder",
+    "DepthScaledNormal",
     "Embedding",
+    "FanInNormal",
     "FeedForward",
     "Flex",
     "Flops",

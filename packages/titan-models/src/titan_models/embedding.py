@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_models.flops import Flops
-from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.initializers import Initializer, Normal
 from titan_models.part import Part, new_parameter
 
 
@@ -14,7 +14,7 @@ class Embedding(Part):
     """Row `token` of a table `[vocabulary, D]`. Raises IndexError for a token beyond the vocabulary."""
 
     class Config(Part.Config):
-        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        weight_init: Initializer.Config = Normal.Config()
         """How the table is drawn."""
 
     def __init__(self, config: Config, *, vocab_size: int, dim: int) -> None:

@@ -67,6 +67,50 @@ class TruncatedNormal(Initializer):
         fill_with_uniform_(local, place, lambda uniform: _inverse_normal_(uniform.mul_(self.probability), self.std))
 
 
+class FanInNormal(Initializer):
+    """Normal with mean 0 and standard deviation `fan_in ** -0.5`, conditioned on lying within `cutoff` times that.
+
+    `fan_in` is the last dim of the parameter. Outputs for an input of variance 1 have variance 1.
+    """
+
+    class Config(Initializer.Config):
+        cutoff: float = 3.0
+
+        def validate(self) -> None:
+            _check_positive("cutoff", self.cutoff)
+
+    def __init__(self, config: Config) -> None:
+        self.cutoff = config.cutoff
+
+    def fill_(self, local: Tensor, place: Place) -> None:
+        TruncatedNormal.Config(std=place.shape[-1] ** -0.5, cutoff=self.cutoff).build().fill_(local, place)
+
+
+class DepthScaledNormal(Initializer):
+    """Normal with mean 0 and standard deviation `std / sqrt(2 (layer + 1))`, for layers numbered from 0.
+
+    Projections that add to the residual stream, two in each layer, then add less the deeper they are. Source: Zhang et
+    al., "Improving deep transformer with depth-scaled initialization" (2019).
+    """
+
+    class Config(Initializer.Config):
+        std: float = 0.02
+
+        def validate(self) -> None:
+            _check_positive("std", self.std)
+
+    def __init__(self, config: Config) -> None:
+        self.std = config.std
+
+    def fill_(self, local: Tensor, place: Place) -> None:
+        if place.layer is None:
+            raise ValueError(
+                "DepthScaledNormal must be of a parameter in a numbered layer (layers.0.attention.o_proj.weight), got "
+                "one without a number in its name. Use Normal."
+            )
+        Normal.Config(std=self.std / math.sqrt(2 * (place.layer + 1))).build().fill_(local, place)
+
+
 def _inverse_normal_(uniform: Tensor, std: float) -> Tensor:
     return uniform.erfinv_().mul_(math.sqrt(2) * std)
 

@@ -25,11 +25,15 @@ _NUMBERS_PER_COUNT = 8  # each count of Philox 4x64 makes four times 64 bits, tw
 
 @dataclass(frozen=True)
 class Place:
-    """Which part of which tensor: `key` of the tensor, its global `shape`, and where the part begins in each dim."""
+    """Which part of which tensor: `key` of the tensor, its global `shape`, and where the part begins in each dim.
+
+    `layer` is the number of the layer that the tensor is in. None: it is in none.
+    """
 
     key: int
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
+    layer: int | None = None
 
 
 def key_of(seed: int, name: str) -> int:

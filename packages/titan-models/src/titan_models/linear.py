@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from titan_models.flops import Flops, matmul_flops
-from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.initializers import DepthScaledNormal, Initializer, Normal
 from titan_models.part import Part, new_parameter
 
 
@@ -15,7 +13,7 @@ class Linear(Part, nn.Linear):
     """`y = x W^T + b` with `W [out, in]`. An `nn.Linear`, so that tools which look for these find it."""
 
     class Config(Part.Config):
-        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        weight_init: Initializer.Config = Normal.Config()
         """How the weight is drawn."""
 
         bias_init: Initializer.Config | None = None
@@ -36,9 +34,6 @@ class Linear(Part, nn.Linear):
         return matmul_flops(self.in_features * self.out_features)
 
 
-def into_stream(num_layers: int) -> Linear.Config:
-    """A projection that adds to the stream, two in each block: smaller, so that variance does not grow with depth.
-
-    Source: Radford et al., "Language models are unsupervised multitask learners" (2019), section 2.3.
-    """
-    return Linear.Config(weight_init=TruncatedNormal.Config(std=0.02 / math.sqrt(2 * num_layers)))
+def residual_linear() -> Linear.Config:
+    """Return the config of a projection that adds to the residual stream: drawn smaller in deeper layers."""
+    return Linear.Config(weight_init=DepthScaledNormal.Config())

@@ -121,27 +121,26 @@ class Rope(Configurable, nn.Module):
             self.attention_factor, self.softmax_factor = scaling.attention_factor(), scaling.softmax_factor()
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[B, T, 1, K/2]` for `positions [B, T]`, computed in fp32 or wider and cast to `dtype`.
+        """Return cosines and sines `[B, T, 1, K/2]` for `positions [B, T]` in fp32, or in `dtype` where that is wider.
 
         Both are multiplied by the scaling's attention factor, and so are the features that they rotate.
         """
         precision = torch.promote_types(dtype, torch.float32)
         frequencies = self.frequencies.to(positions.device, precision, non_blocking=True)
         angles = positions[..., None, None].to(precision) * frequencies
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return cos.to(dtype), sin.to(dtype)
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the features of `x [B, T, H, K]` by the angles whose cosines and sines are `[B, T, 1, K/2]`.
 
-    Feature i turns with i + K/2.
+    Feature i turns with i + K/2. The products are of the precision of `cos`, and rounded to that of `x` once.
     """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `rotate`, but feature 2i turns with 2i + 1."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(x.dtype)

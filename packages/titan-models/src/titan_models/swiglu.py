@@ -17,11 +17,14 @@ class SwiGLU(FeedForward):
         hidden_dim: int
         """Width between the projections."""
 
-        input: Linear.Config = Linear.Config()
-        """The two projections in: gate and up."""
+        gate: Linear.Config = Linear.Config()
+        """The gate projection."""
 
-        output: Linear.Config = Linear.Config()
-        """The projection back."""
+        up: Linear.Config = Linear.Config()
+        """The up projection."""
+
+        down: Linear.Config = Linear.Config()
+        """The down projection."""
 
         def validate(self) -> None:
             if self.hidden_dim < 1:
@@ -29,9 +32,9 @@ class SwiGLU(FeedForward):
 
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)
-        self.gate_proj: Linear = config.input.build(in_features=dim, out_features=config.hidden_dim)
-        self.up_proj: Linear = config.input.build(in_features=dim, out_features=config.hidden_dim)
-        self.down_proj: Linear = config.output.build(in_features=config.hidden_dim, out_features=dim)
+        self.gate_proj: Linear = config.gate.build(in_features=dim, out_features=config.hidden_dim)
+        self.up_proj: Linear = config.up.build(in_features=dim, out_features=config.hidden_dim)
+        self.down_proj: Linear = config.down.build(in_features=config.hidden_dim, out_features=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -41,4 +41,10 @@ def init_weights(model: nn.Module, seed: int) -> None:
                     "model.to_empty(device=...) first."
                 )
             local, offsets = local_part(parameter)
-            initializers[name].fill_(local, Place(key_of(seed, full_name), tuple(parameter.shape), offsets))
+            place = Place(key_of(seed, full_name), tuple(parameter.shape), offsets, _layer_of(full_name))
+            initializers[name].fill_(local, place)
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in: `layers.3.attention.q_proj.weight` is in layer 3."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)

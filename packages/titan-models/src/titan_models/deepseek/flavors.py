@@ -1,4 +1,7 @@
-"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own."""
+"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own.
+
+Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import copy
 
 from titan_models.block import Block
 from titan_models.deepseek.model import DeepSeek
+from titan_models.embedding import Embedding
+from titan_models.initializers import DepthScaledNormal, FanInNormal, Normal
 from titan_models.latent_attention import MultiHeadLatentAttention
-from titan_models.linear import into_stream
-from titan_models.moe import BalancingBias, ExpertGroups, MoE, Router, SwiGLUExperts, TopKRouter
+from titan_models.linear import Linear, residual_linear
+from titan_models.moe import BalancingBias, ExpertGroups, MoE, SwiGLUExperts, TopKRouter
 from titan_models.rms_norm import RMSNorm
 from titan_models.rope import Rope
 from titan_models.swiglu import SwiGLU
@@ -125,18 +130,21 @@ def _deepseek(
     hidden_dim: int,
     expert_dim: int,
     num_shared: int,
-    router: Router.Config,
+    router: TopKRouter.Config,
     mscale: float = 1.0,
 ) -> DeepSeek.Config:
-    attention.output, attention.latent_norm = into_stream(num_layers), RMSNorm.Config(eps=1e-6)
+    attention.output, attention.latent_norm = residual_linear(), RMSNorm.Config(eps=1e-6)
+    router.weight_init = DepthScaledNormal.Config()
     experts = MoE.Config(
         router=router,
-        experts=SwiGLUExperts.Config(hidden_dim=expert_dim, output_init=into_stream(num_layers).weight_init),
-        shared=SwiGLU.Config(hidden_dim=num_shared * expert_dim, output=into_stream(num_layers)),
+        experts=SwiGLUExperts.Config(
+            hidden_dim=expert_dim, up_init=DepthScaledNormal.Config(), down_init=DepthScaledNormal.Config()
+        ),
+        shared=SwiGLU.Config(hidden_dim=num_shared * expert_dim, up=residual_linear(), down=residual_linear()),
     )
     block = Block.Config(attention=attention, feed_forward=experts, norm=RMSNorm.Config(eps=1e-6))
     dense = copy.deepcopy(block)
-    dense.feed_forward = SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers))
+    dense.feed_forward = SwiGLU.Config(hidden_dim=hidden_dim, up=residual_linear(), down=residual_linear())
     scaling = Yarn.Config(factor=40.0, mscale=mscale, mscale_all_dim=mscale)
     return DeepSeek.Config(
         vocab_size=vocab_size,
@@ -146,4 +154,6 @@ def _deepseek(
         exceptions={f"0:{num_dense}": dense},
         rope=Rope.Config(dim=attention.rotated_head_dim, theta=10_000.0, scaling=scaling),
         norm=RMSNorm.Config(eps=1e-6),
+        embedding=Embedding.Config(weight_init=Normal.Config(std=1.0)),
+        head=Linear.Config(weight_init=FanInNormal.Config()),
     )

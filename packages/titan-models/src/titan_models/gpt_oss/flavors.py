@@ -1,12 +1,15 @@
-"""The released sizes of GPT-OSS, and a small one for development. Each call makes a config of its own, to change."""
+"""The released sizes of GPT-OSS, and a small one for development. Each call makes a config of its own, to change.
+
+Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+"""
 
 from __future__ import annotations
 
 from titan_models.block import Block
 from titan_models.gpt_oss.model import GptOss
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.initializers import Constant, TruncatedNormal
-from titan_models.linear import Linear, into_stream
+from titan_models.initializers import Constant, DepthScaledNormal, FanInNormal
+from titan_models.linear import Linear
 from titan_models.mask import MaskLimit, SlidingWindow
 from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
 from titan_models.rope import Rope
@@ -33,28 +36,45 @@ def _gpt_oss(*, vocab_size: int = 201_088, dim: int = 2880, num_layers: int, num
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
-        block=_block(num_layers, num_experts, limits=[SlidingWindow.Config(size=128)]),
-        exceptions={"1::2": _block(num_layers, num_experts, limits=[])},
+        block=_block(num_experts, limits=[SlidingWindow.Config(size=128)]),
+        exceptions={"1::2": _block(num_experts, limits=[])},
         rope=Rope.Config(dim=64, theta=150_000.0, scaling=Yarn.Config(factor=32.0, truncate=False)),
+        head=Linear.Config(weight_init=FanInNormal.Config()),
     )
 
 
-def _block(num_layers: int, num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
-    zeros, small = Constant.Config(value=0.0), into_stream(num_layers).weight_init
+def _block(num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
+    def zeros() -> Constant.Config:
+        return Constant.Config(value=0.0)
+
+    def linear() -> Linear.Config:
+        return Linear.Config(weight_init=DepthScaledNormal.Config(), bias_init=zeros())
+
     return Block.Config(
         attention=GroupedQueryAttention.Config(
             num_heads=64,
             num_kv_heads=8,
             head_dim=64,
             limits=limits,
-            input=Linear.Config(bias_init=zeros),
-            output=Linear.Config(weight_init=small, bias_init=zeros),
-            sink_init=TruncatedNormal.Config(std=0.02),
+            input=linear(),
+            output=linear(),
+            sink_init=DepthScaledNormal.Config(),
         ),
         feed_forward=MoE.Config(
-            router=TopKRouter.Config(num_experts=num_experts, top_k=4, renormalise=True, bias_init=zeros),
+            router=TopKRouter.Config(
+                num_experts=num_experts,
+                top_k=4,
+                renormalise=True,
+                weight_init=DepthScaledNormal.Config(),
+                bias_init=zeros(),
+            ),
             experts=SwiGLUExperts.Config(
-                hidden_dim=2880, gating=ClampedGating.Config(), output_init=small, bias_init=zeros
+                hidden_dim=2880,
+                gating=ClampedGating.Config(),
+                gate_init=DepthScaledNormal.Config(),
+                up_init=DepthScaledNormal.Config(),
+                down_init=DepthScaledNormal.Config(),
+                bias_init=DepthScaledNormal.Config(),
             ),
         ),
     )

@@ -1,10 +1,15 @@
-"""The released sizes of Llama 3, and a small one for development. Each call makes a config of its own, to change."""
+"""The released sizes of Llama 3, and a small one for development. Each call makes a config of its own, to change.
+
+Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+"""
 
 from __future__ import annotations
 
 from titan_models.block import Block
+from titan_models.embedding import Embedding
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.linear import Linear, into_stream
+from titan_models.initializers import FanInNormal, Initializer, Normal
+from titan_models.linear import Linear, residual_linear
 from titan_models.llama3.model import Llama3
 from titan_models.rope import Llama3Scaling, Rope
 from titan_models.swiglu import SwiGLU
@@ -67,16 +72,18 @@ def _llama3(
     rope_factor: float,
     tied: bool = False,
 ) -> Llama3.Config:
+    embedding_init: Initializer.Config = FanInNormal.Config() if tied else Normal.Config(std=1.0)
     return Llama3.Config(
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
         block=Block.Config(
             attention=GroupedQueryAttention.Config(
-                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=into_stream(num_layers)
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=residual_linear()
             ),
-            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers)),
+            feed_forward=SwiGLU.Config(hidden_dim=hidden_dim, up=residual_linear(), down=residual_linear()),
         ),
         rope=Rope.Config(dim=head_dim, theta=500_000.0, scaling=Llama3Scaling.Config(factor=rope_factor)),
-        head=None if tied else Linear.Config(),
+        embedding=Embedding.Config(weight_init=embedding_init),
+        head=None if tied else Linear.Config(weight_init=FanInNormal.Config()),
     )

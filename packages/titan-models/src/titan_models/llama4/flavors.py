@@ -1,11 +1,16 @@
-"""The released sizes of Llama 4's text model, and a small one. Each call makes a config of its own, to change."""
+"""The released sizes of Llama 4's text model, and a small one. Each call makes a config of its own, to change.
+
+Initial weights: as in torchtitan 0.2 (see docs/models.md).
+"""
 
 from __future__ import annotations
 
 from titan_models.block import Block
+from titan_models.embedding import Embedding
 from titan_models.feed_forward import FeedForward
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.linear import into_stream
+from titan_models.initializers import DepthScaledNormal, FanInNormal, Normal
+from titan_models.linear import Linear, residual_linear
 from titan_models.llama4.model import Llama4
 from titan_models.mask import Chunks
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
@@ -64,7 +69,7 @@ def _llama4(
 
     def block(rotating: bool, with_experts: bool) -> Block.Config:
         attention = GroupedQueryAttention.Config(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=into_stream(num_layers)
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=residual_linear()
         )
         if rotating:
             attention.rotation = "neighbours"
@@ -74,8 +79,8 @@ def _llama4(
             attention.rotation = None
             attention.temperature = Temperature.Config(step=chunk)
         if with_experts or dense_dim is None:
-            return Block.Config(attention=attention, feed_forward=_moe(num_layers, expert_dim, num_experts))
-        dense = SwiGLU.Config(hidden_dim=dense_dim, output=into_stream(num_layers))
+            return Block.Config(attention=attention, feed_forward=_moe(expert_dim, num_experts))
+        dense = SwiGLU.Config(hidden_dim=dense_dim, up=residual_linear(), down=residual_linear())
         return Block.Config(attention=attention, feed_forward=dense)
 
     exceptions = {"3::4": block(rotating=False, with_experts=True)}
@@ -92,14 +97,20 @@ def _llama4(
             theta=500_000.0,
             scaling=Llama3Scaling.Config(factor=16, low_freq_factor=1, high_freq_factor=1) if scaled else None,
         ),
+        embedding=Embedding.Config(weight_init=Normal.Config(std=1.0)),
+        head=Linear.Config(weight_init=FanInNormal.Config()),
         max_seq_len=max_seq_len,
     )
 
 
-def _moe(num_layers: int, expert_dim: int, num_experts: int) -> FeedForward.Config:
+def _moe(expert_dim: int, num_experts: int) -> FeedForward.Config:
     return MoE.Config(
-        router=TopKRouter.Config(num_experts=num_experts, top_k=1, score="sigmoid"),
-        experts=SwiGLUExperts.Config(hidden_dim=expert_dim, output_init=into_stream(num_layers).weight_init),
+        router=TopKRouter.Config(
+            num_experts=num_experts, top_k=1, score="sigmoid", weight_init=DepthScaledNormal.Config()
+        ),
+        experts=SwiGLUExperts.Config(
+            hidden_dim=expert_dim, up_init=DepthScaledNormal.Config(), down_init=DepthScaledNormal.Config()
+        ),
         weighted="input",
-        shared=SwiGLU.Config(hidden_dim=expert_dim, output=into_stream(num_layers)),
+        shared=SwiGLU.Config(hidden_dim=expert_dim, up=residual_linear(), down=residual_linear()),
     )

@@ -8,7 +8,7 @@ import torch
 from titan_config import Configurable
 from torch import Tensor, nn
 
-from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.initializers import Initializer, Normal
 from titan_models.moe.gating import Gating, SiluGating
 from titan_models.moe.grouped_linear import GroupedLinear
 from titan_models.moe.kernels import GroupedMM, Kernel
@@ -46,11 +46,14 @@ class SwiGLUExperts(Experts):
         kernel: Kernel.Config = GroupedMM.Config()
         """How the products with each expert's matrix are computed."""
 
-        input_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
-        """How the two projections in are drawn: gate and up."""
+        gate_init: Initializer.Config = Normal.Config()
+        """How the weights of the gate projections are drawn."""
 
-        output_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
-        """How the projection back is drawn."""
+        up_init: Initializer.Config = Normal.Config()
+        """How the weights of the up projections are drawn."""
+
+        down_init: Initializer.Config = Normal.Config()
+        """How the weights of the down projections are drawn."""
 
         bias_init: Initializer.Config | None = None
         """How the biases of all three projections are drawn. None: there are none."""
@@ -68,9 +71,9 @@ class SwiGLUExperts(Experts):
             built: GroupedLinear = linear.build(num_experts=num_experts, top_k=top_k, **sizes)
             return built
 
-        self.gate_proj = projection(dim, config.hidden_dim, config.input_init)
-        self.up_proj = projection(dim, config.hidden_dim, config.input_init)
-        self.down_proj = projection(config.hidden_dim, dim, config.output_init)
+        self.gate_proj = projection(dim, config.hidden_dim, config.gate_init)
+        self.up_proj = projection(dim, config.hidden_dim, config.up_init)
+        self.down_proj = projection(config.hidden_dim, dim, config.down_init)
         self.gating: Gating = config.gating.build()
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:

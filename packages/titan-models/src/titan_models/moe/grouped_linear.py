@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_models.flops import Flops, matmul_flops
-from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.initializers import Initializer, Normal
 from titan_models.moe.kernels import GroupedMM, Kernel
 from titan_models.part import Part, new_parameter
 
@@ -20,7 +20,7 @@ class GroupedLinear(Part):
     """
 
     class Config(Part.Config):
-        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        weight_init: Initializer.Config = Normal.Config()
         """How the weights are drawn."""
 
         bias_init: Initializer.Config | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_models.flops import Flops, matmul_flops
-from titan_models.initializers import Initializer, TruncatedNormal
+from titan_models.initializers import Initializer, Normal
 from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.groups import ExpertGroups
 from titan_models.moe.router_losses import RouterLoss
@@ -77,7 +77,7 @@ class TopKRouter(Router):
         scale: float = 1.0
         """What weights are multiplied by in the end."""
 
-        weight_init: Initializer.Config = TruncatedNormal.Config(std=0.02)
+        weight_init: Initializer.Config = Normal.Config()
         """How the projection is drawn."""
 
         bias_init: Initializer.Config | None = None

@@ -1,11 +1,18 @@
-"""The released sizes of Qwen3, and two small ones for development. Each call makes a config of its own, to change."""
+"""The released sizes of Qwen3, and two small ones for development. Each call makes a config of its own, to change.
+
+Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+"""
 
 from __future__ import annotations
+
+import copy
+import math
 
 from titan_models.block import Block
 from titan_models.feed_forward import FeedForward
 from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.linear import Linear, into_stream
+from titan_models.initializers import Normal
+from titan_models.linear import Linear
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
 from titan_models.rms_norm import RMSNorm
@@ -95,11 +102,14 @@ def _qwen3(
     top_k: int = 8,
     tied: bool = False,
 ) -> Qwen3.Config:
-    feed_forward: FeedForward.Config = SwiGLU.Config(hidden_dim=hidden_dim, output=into_stream(num_layers))
+    feed_forward: FeedForward.Config = SwiGLU.Config(hidden_dim=hidden_dim)
+    output = Linear.Config()
     if num_experts is not None:
+        residual = Normal.Config(std=0.02 / math.sqrt(2 * num_layers))
+        output = Linear.Config(weight_init=residual)
         feed_forward = MoE.Config(
             router=TopKRouter.Config(num_experts=num_experts, top_k=top_k, renormalise=True),
-            experts=SwiGLUExperts.Config(hidden_dim=hidden_dim, output_init=into_stream(num_layers).weight_init),
+            experts=SwiGLUExperts.Config(hidden_dim=hidden_dim, down_init=copy.copy(residual)),
         )
     return Qwen3.Config(
         vocab_size=vocab_size,
@@ -110,7 +120,7 @@ def _qwen3(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
-                output=into_stream(num_layers),
+                output=output,
                 qk_norm=RMSNorm.Config(eps=1e-6),
             ),
             feed_forward=feed_forward,
