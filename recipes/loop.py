@@ -45,7 +45,7 @@ def train(steps: int = STEPS) -> list[float]:
     model.init_weights(seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 6, 1 - (step - 5) / (STEPS - 5))
+        optimizer, lambda step: min((step + 1) / 5, 1 - (step - 5) / (STEPS - 5))
     )
 
     losses = []

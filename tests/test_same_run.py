@@ -130,7 +130,7 @@ class FlatLoop:
             for p in self.model.parameters():
                 p.grad.mul_(float((1.0 / (norm + 1e-6)).clamp(max=1)))
             for group in self.optimizer.param_groups:
-                group["lr"] = 3e-3 * ((step + 1) / 6 if step < 5 else 1 - (step - 5) / 15)
+                group["lr"] = 3e-3 * ((step + 1) / 5 if step < 5 else 1 - (step - 5) / 15)
             self.optimizer.step()
             self.model.after_step()
             self.optimizer.zero_grad()

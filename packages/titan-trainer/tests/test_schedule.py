@@ -11,7 +11,7 @@ def factors(training_steps: int = 20, **settings) -> list[float]:
 
 
 def test_warmup_rises_linearly_and_its_first_step_already_learns():
-    assert factors(warmup_steps=4)[:4] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5])
+    assert factors(warmup_steps=4)[:5] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1])
 
 
 def test_without_a_ratio_the_decay_takes_all_steps_after_the_warmup():

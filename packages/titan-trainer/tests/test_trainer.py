@@ -55,7 +55,7 @@ def flat_loop(toy, steps: int, dtype=torch.float32, turned: int = 0) -> list[flo
         loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), labels.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = (step + 1) / 3 if step < 2 else 1 - (step - 2) / 18
+        factor = (step + 1) / 2 if step < 2 else 1 - (step - 2) / 18
         for group in optimizer.param_groups:
             group["lr"] = 3e-2 * factor
         optimizer.step()
@@ -118,7 +118,7 @@ def test_metrics_hold_one_object_a_step(run_ranks, toy_config, capfd):
     assert all(set(record) == keys for record in found)  # no mfu: a CPU has no known peak
     assert all(record["tokens"] == 8 * 12 for record in found)
     assert all(record["tokens_per_second"] == pytest.approx(96 / record["seconds"]) for record in found)
-    assert [record["lr"] for record in found[:3]] == pytest.approx([1e-2, 2e-2, 3e-2])
+    assert [record["lr"] for record in found[:3]] == pytest.approx([1.5e-2, 3e-2, 3e-2])
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
     assert len(lines) == 3  # the first step, then every fifth
     assert all(word in lines[-1] for word in ("loss", "grad norm", "lr", "tokens/s", "GiB", "left"))

@@ -16,7 +16,7 @@ class WarmupStableDecay(Configurable):
 
     class Config(Configurable.Config):
         warmup_steps: int = 200
-        """Steps of linear warm-up; the first step already learns."""
+        """Steps of linear warm-up: the first has a factor of 1 / warmup_steps, the last a factor of 1."""
         total_steps: int | None = None
         """Steps at which the decay ends. None: training.steps."""
         decay_ratio: float | None = None
@@ -62,7 +62,7 @@ class WarmupStableDecay(Configurable):
     def factor(self, step: int) -> float:
         """The factor for the learning rate of the update number `step`, counted from 0."""
         if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+            return (step + 1) / self.warmup_steps
         decay_start = self.total_steps - self.decay_steps
         if step < decay_start or self.decay_steps == 0:
             return 1.0
