@@ -162,6 +162,16 @@ def bench(session: nox.Session) -> None:
         session.run(bin_of_everything(session) / "python", f"bench/{name}.py", env=KEEP_BYTECODE)
 
 
+@nox.session(requires=["everything"])
+def learning_curve(session: nox.Session) -> None:
+    """Set learning curves of Llama 3 beside those of torchtitan, which has an environment of its own."""
+    install(session, "torch", "tyro")
+    session.install(*PIP, "--no-deps", "--requirement", "bench/torchtitan/requirements.txt")
+    python = Path(session.bin, "python").absolute()
+    command = (bin_of_everything(session) / "python", "bench/learning_curve.py", python)
+    session.run(*command, *session.posargs, env=KEEP_BYTECODE, external=True)
+
+
 @nox.session(venv_backend="none", requires=["everything"])
 def full(session: nox.Session) -> None:
     """The combinations that the sessions above leave out; `-- --shard 2/8` runs the second eighth of them."""

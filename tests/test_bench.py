@@ -17,6 +17,7 @@ PRINTED = {
     "checkpoint": "a synchronous save adds",
     "data": "documents (one of 4 MB)",
     "experts": "toy: grouped",
+    "learning_curve": "titan: first loss",
     "moe_speed": "float32, of processor time: titan",
     "parallel_overhead": "TP with SP, two ranks: titan",
     "startup": "import titan_config",
