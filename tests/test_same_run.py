@@ -269,6 +269,40 @@ def test_weights_gradients_and_losses_are_those_of_the_flat_loop(
     assert farthest(losses_of(config), reference.losses) <= reference.allowed
 
 
+SEEDS_AND_SHAPES = {
+    f"seed {seed}, {rows} x {tokens}": {
+        "debug.seed": seed,
+        "training.global_batch_size": rows,
+        "training.seq_len": tokens,
+    }
+    for seed, (rows, tokens) in itertools.product((1, 11, 42), ((8, 192), (16, 48)))
+}
+"""Other weights, other text, other shapes."""
+
+
+@pytest.mark.parametrize(
+    ("flavor", "other", "mesh"),
+    [
+        pytest.param(
+            flavor, other, mesh, id=f"{flavor}, {other}, {mesh}", marks=[pytest.mark.full] * (index not in (2, 9))
+        )
+        for index, ((flavor, other), mesh) in enumerate(
+            zip(
+                itertools.product(FAMILIES, SEEDS_AND_SHAPES),
+                itertools.cycle(mesh for mesh in MESHES if mesh not in ONLY_IN_FULL),
+                strict=False,
+            )
+        )
+    ],
+)
+def test_losses_part_no_further_than_by_permuted_rows(small_run, run_ranks, reference_of, flavor, other, mesh):
+    world_size, parallelism = MESHES[mesh]
+    config = small_run(changes=changes(parallelism) | SEEDS_AND_SHAPES[other], flavor=flavor)
+    reference = reference_of(flavor, SEEDS_AND_SHAPES[other])
+    run_ranks(world_size, lambda: config.build().train())
+    assert farthest(losses_of(config), reference.losses) <= reference.allowed
+
+
 @pytest.mark.parametrize(
     ("mesh", "tied"),
     [
@@ -294,7 +328,7 @@ def test_pipelines_too(small_run, run_ranks, reference_of, mesh, tied):
 @pytest.mark.parametrize("flavor", FAMILIES)
 def test_each_family_learns_the_text(reference_of, flavor):
     losses = reference_of(flavor).losses
-    assert losses[-1] < losses[0] - 0.8
+    assert losses[-1] < losses[0] - 0.3
 
 
 def losses_of(config) -> list[float]:
