@@ -40,7 +40,7 @@ def llama3_debug() -> Trainer.Config:
                 add_eos=True,
             ),
             interval=20,
-            steps=2,
+            tokens=8192,
         ),
         checkpoint=Checkpointer.Config(interval=20, keep_latest_k=2),
         dump_folder=Path("outputs/llama3_debug"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from titan_data import ByteTokenizer, HuggingFaceSource, JsonlSource, TextSource, TokenLoader, loader, packing, step
+from titan_data.arrow_texts import ArrowTexts
 from titan_data.testing import check_loader, commit, global_batch
 
 TOKENIZER = ByteTokenizer.Config().build()
@@ -428,3 +430,28 @@ def test_a_document_larger_than_a_step_is_read_piece_by_piece(tmp_path: Path) ->
         assert int(batches[0].inputs["positions"].max()) < 1000
         loader.commit(loader.advance())
     assert TOKENIZER.decode(tokens) == "".join(words)
+
+
+def test_many_streams_of_a_downloaded_dataset_read_what_they_give(
+    tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 of 2048 streams, 8 files: a rank reads the text of its own rows, and of documents that these begin."""
+    generator = random.Random(0)
+    for number in range(8):
+        write_jsonl(["x" * generator.randrange(100, 3000) for _ in range(1500)], f"part-{number}.jsonl")
+    files, cache = str(tmp_path / "part-*.jsonl"), tmp_path / "cache"
+    source = HuggingFaceSource.Config(path="json", data_files=files, streaming=False, cache_dir=cache)
+    loader = TokenLoader.Config(source=source, shuffle=False, infinite=False, prefetch=0).build(
+        tokenizer=ByteTokenizer.Config().build(), seq_len=512, global_batch_size=2048, local_batch_size=8, seed=0
+    )
+    num_bytes = []
+    text = ArrowTexts.text
+
+    def counted(self: ArrowTexts, index: int) -> str:
+        num_bytes.append(len(text(self, index)))
+        return text(self, index)
+
+    monkeypatch.setattr(ArrowTexts, "text", counted)
+    given = sum(batch.inputs["tokens"].numel() for batch in loader.draw(1, 4))
+    assert given == 512 * 512
+    assert sum(num_bytes) < given + 512 * 3000

@@ -49,7 +49,7 @@ def test_sigterm_while_resuming_ends_before_a_step(run_ranks, toy_config, toy):
 def test_a_signal_in_a_validation_ends_it_within_a_batch_on_every_rank_and_saves(run_ranks, toy_config, toy, number):
     def stopped():
         config = toy_config(
-            validator=Validator.Config(dataloader=toy.Loader.Config(), interval=2, steps=1000),
+            validator=Validator.Config(dataloader=toy.Loader.Config(), interval=2, tokens=100_000),
             checkpoint=toy.Checkpointer.Config(interval=100),
         )
         trainer = config.build()

@@ -149,10 +149,10 @@ class EndlessLoader(Configurable):
 
 
 def test_a_validation_without_an_end_is_refused():
-    for changes in ({"steps": 3}, {"steps": None, "dataloader": EndlessLoader.Config(infinite=False)}):
+    for changes in ({"tokens": 3}, {"tokens": None, "dataloader": EndlessLoader.Config(infinite=False)}):
         Validator.Config(**{"dataloader": EndlessLoader.Config()} | changes).validate()
     with pytest.raises(
-        ConfigError, match=r"validator\.steps must be a number .*--validator\.dataloader\.infinite False"
+        ConfigError, match=r"validator\.tokens must be a number .*--validator\.dataloader\.infinite False"
     ):
         Validator.Config(dataloader=EndlessLoader.Config()).validate()
 
@@ -166,7 +166,7 @@ def test_a_loader_that_does_not_end_and_does_not_say_so_is_told(toy, caplog):
     loader.draw = lambda rank, num_ranks: batch if loader.next_row < 10_001 else []
     assert validator.validate() == 1.0
     assert [record.getMessage() for record in caplog.records] == [
-        "Validated on 10000 batches, and the data has not ended: see --validator.steps."
+        "Validated on 10000 batches, and goes on: see --validator.tokens."
     ]
 
 

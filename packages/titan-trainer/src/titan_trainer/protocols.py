@@ -93,7 +93,7 @@ class Loader(Protocol):
 
 
 class LoaderConfig(Protocol):
-    """What `--plan` reads of a loader's config. One that has an `infinite` which is True needs validator.steps."""
+    """What `--plan` reads of a loader's config. One that has an `infinite` which is True needs validator.tokens."""
 
     def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
         """A micro-batch and an `advance`, of which only the shapes count: nothing is read."""

@@ -14,32 +14,32 @@ from titan_trainer.protocols import Loader, Loss
 log = logging.getLogger(__name__)
 
 MANY_BATCHES = 10_000
-"""Global batches after which a validation without validator.steps says that it is still going on."""
+"""Global batches after which a validation says that it is still going on."""
 
 
 class Validator(Configurable):
-    """Evaluates the mean loss over the same rows each time: the first `steps` global batches of its loader."""
+    """Evaluates the mean loss over the same rows each time: the first of its loader, until they hold enough targets."""
 
     class Config(Configurable.Config):
         dataloader: Configurable.Config
-        """Of the validation text; one that ends after an epoch where `steps` is None."""
+        """Of the validation text; one that ends after an epoch where `tokens` is None."""
         interval: int = 100
         """Training steps from one validation to the next; there is one after step training.steps, too."""
-        steps: int | None = None
-        """Global batches to evaluate. None: until the loader ends, so it must not be `infinite`."""
+        tokens: int | None = None
+        """Valid targets to evaluate, in whole global batches. None: until the loader ends; it is not `infinite`."""
 
         def validate(self) -> None:
-            for name in ("interval", "steps"):
+            for name in ("interval", "tokens"):
                 value = getattr(self, name)
                 if value is not None and value < 1:
                     raise ConfigError(
                         f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} above 0."
                     )
-            if self.steps is None and getattr(self.dataloader, "infinite", False) is True:
+            if self.tokens is None and getattr(self.dataloader, "infinite", False) is True:
                 raise ConfigError(
-                    "validator.steps must be a number where validator.dataloader.infinite is True, got None. Set "
-                    "--validator.steps, or --validator.dataloader.infinite False.",
-                    "steps",
+                    "validator.tokens must be a number where validator.dataloader.infinite is True, got None. Set "
+                    "--validator.tokens, or --validator.dataloader.infinite False.",
+                    "tokens",
                 )
 
     def __init__(
@@ -68,11 +68,11 @@ class Validator(Configurable):
         dims = self.parallel.dims
         self.loader.load_state_dict(self.start)
         loss_sum, count, num_batches = 0.0, 0, 0
-        while self.config.steps is None or num_batches < self.config.steps:
+        while self.config.tokens is None or count < self.config.tokens:
             if self.is_stopped():
                 return None
-            if num_batches == MANY_BATCHES and self.config.steps is None:
-                log.warning("Validated on %d batches, and the data has not ended: see --validator.steps.", num_batches)
+            if num_batches == MANY_BATCHES:
+                log.warning("Validated on %d batches, and goes on: see --validator.tokens.", num_batches)
             batches = self.loader.draw(dims.data_rank, dims.num_data_ranks)
             if not batches:
                 break
