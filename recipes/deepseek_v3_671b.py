@@ -21,7 +21,11 @@ from titan_trainer import LookAhead, Trainer, main
 
 
 def deepseek_v3_671b() -> Trainer.Config:
-    """Eight million tokens a step, and two predicted from each."""
+    """Eight million tokens a step, 18,000 steps, and two tokens predicted from each.
+
+    Rate, warm-up, floor, balancing and the weight of the second token: "DeepSeek-V3 technical report" (2024), section
+    4.2, whose batches begin at 13 million tokens.
+    """
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
     config.model.look_ahead = config.dataloader.look_ahead = True
     config.loss = LookAhead.Config(weight=0.3)

@@ -17,7 +17,7 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_120b() -> Trainer.Config:
-    """Four million tokens a step."""
+    """Four million tokens a step, 36,000 steps."""
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 8
     config.training.local_batch_size = 8

@@ -20,7 +20,10 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """What the GPT-OSS recipes share: the run of the Llama 3 recipes on GPT-OSS's tokens, which only end documents."""
+    """Return what the GPT-OSS recipes share: the run of llama3_8b on GPT-OSS's tokens, which only end documents.
+
+    OpenAI has not published rates, batches and balancing: those of the recipes are chosen.
+    """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), eos="<|endoftext|>")
     config.dataloader.add_bos = config.validator.dataloader.add_bos = False
@@ -30,7 +33,7 @@ def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: flo
 
 
 def gpt_oss_20b() -> Trainer.Config:
-    """A million tokens a step."""
+    """A million tokens a step, 143,000 steps."""
     config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=128, lr=3e-4)
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16

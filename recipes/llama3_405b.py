@@ -18,8 +18,9 @@ from titan_trainer import Trainer, main
 
 
 def llama3_405b() -> Trainer.Config:
-    """Four million tokens a step."""
-    config = llama3_run(llama3.llama3_405b(), global_batch_size=512, lr=8e-5)
+    """Four million tokens a step, 36,000 steps. Rate, warm-up, floor and batch: the paper's at the beginning."""
+    config = llama3_run(llama3.llama3_405b(), global_batch_size=512, lr=8e-5, warmup_steps=8000)
+    config.lr_scheduler.min_lr_factor = 0.01
     config.parallelism.tensor_parallel_degree = 8
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/llama3_405b")

@@ -20,7 +20,10 @@ from titan_trainer import Trainer, main
 
 
 def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """What the Llama 4 recipes share: the run of the Llama 3 recipes on Llama 4's tokens."""
+    """Return what the Llama 4 recipes share: the run of llama3_8b on Llama 4's tokens.
+
+    Meta has not published rates, batches and balancing: those of the recipes are chosen.
+    """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
     config.parallelism.tensor_parallel_degree = 8
@@ -32,7 +35,7 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
 
 
 def llama4_scout() -> Trainer.Config:
-    """Two million tokens a step."""
+    """Two million tokens a step, 72,000 steps."""
     config = llama4_run(llama4.llama4_scout(), global_batch_size=256, lr=1.5e-4)
     config.training.local_batch_size = 16
     config.dump_folder = Path("outputs/llama4_scout")

@@ -18,7 +18,7 @@ from titan_trainer import Trainer, main
 
 
 def qwen3_30b_a3b() -> Trainer.Config:
-    """A million tokens a step."""
+    """A million tokens a step, 143,000 steps. Rate and batch: chosen. Balancing: Megatron's for this model."""
     config = qwen3_run(qwen3.qwen3_30b_a3b(), global_batch_size=128, lr=3e-4)
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]

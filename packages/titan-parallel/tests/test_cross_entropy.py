@@ -18,9 +18,10 @@ def random_logits(dtype, vocab=11):
     return logits, labels
 
 
-def reference(logits, labels):
+def reference(logits, labels, z_loss=0.0):
     logits = logits.double().clone().requires_grad_()
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = loss + z_loss * sum(row.exp().sum().log() ** 2 for row in logits[labels != -100])
     loss.backward()
     return loss.detach(), logits.grad
 
@@ -76,7 +77,29 @@ def test_another_ignore_index_counts_for_nothing(run_ranks):
 
 def test_no_valid_label_gives_zero():
     logits, labels = random_logits(torch.float32)
-    assert cross_entropy(logits, torch.full_like(labels, -100)) == 0
+    for z_loss in (0.0, 0.1):
+        assert cross_entropy(logits, torch.full_like(labels, -100), z_loss=z_loss) == 0
+
+
+def test_a_z_loss_is_added_on_whole_and_on_split_logits(run_ranks):
+    logits, labels = random_logits(torch.float64)
+    expected, expected_grad = reference(logits, labels, z_loss=0.1)
+    plain = logits.clone().requires_grad_()
+    loss = cross_entropy(plain, labels, z_loss=0.1)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(plain.grad, expected_grad, rtol=0, atol=1e-11)
+
+    def on_rank():
+        local, whole = split(logits, 3, torch.distributed.get_rank())
+        loss = cross_entropy(whole, labels, z_loss=0.1)
+        loss.backward()
+        return loss.detach(), local.grad
+
+    results = run_ranks(3, on_rank)
+    for loss, _ in results:
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results], -1), expected_grad, rtol=0, atol=1e-11)
 
 
 def test_a_label_beyond_the_vocabulary_fails_on_every_rank(run_ranks):

@@ -54,3 +54,24 @@ def test_all_labels_ignored_give_zero():
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="chunk_tokens 0"):
         CrossEntropy.Config(chunk_tokens=0).build()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_a_z_loss_is_added_where_gradients_are_taken(chunk_tokens):
+    head, hidden, targets = example()
+    logits = head(hidden)[targets["labels"] != -100]
+    plain = F.cross_entropy(logits, targets["labels"][targets["labels"] != -100], reduction="sum")
+    expected = plain + 0.1 * logits.exp().sum(-1).log().square().sum()
+    loss = CrossEntropy.Config(chunk_tokens=chunk_tokens, z_loss=0.1).build()
+    total, _ = loss(head, hidden, targets)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    (found,) = torch.autograd.grad(total, hidden)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, hidden)[0], rtol=1e-11, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(head, hidden, targets)[0], plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("z_loss", [-1e-4, float("nan"), float("inf")])
+def test_a_z_loss_without_meaning_is_refused(z_loss):
+    with pytest.raises(ConfigError, match="z_loss"):
+        CrossEntropy.Config(z_loss=z_loss).build()

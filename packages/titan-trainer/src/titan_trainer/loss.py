@@ -5,6 +5,7 @@ B batch, T tokens, D width, N tokens of a chunk, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,8 +26,13 @@ class CrossEntropy(Configurable):
     class Config(Configurable.Config):
         chunk_tokens: int | None = 2048
         """Tokens whose logits exist at once. None: all."""
+        z_loss: float = 0.0
+        """Times the square of each token's log-sum-exp of logits, which keeps logits small; 1e-5 in OLMo. Not added in
+        validations."""
 
         def validate(self) -> None:
+            if not 0 <= self.z_loss < math.inf:
+                raise ConfigError(f"loss.z_loss must be a finite number, 0 or more, got {self.z_loss}.")
             if self.chunk_tokens is not None and self.chunk_tokens < 1:
                 raise ConfigError(
                     f"Got chunk_tokens {self.chunk_tokens}. A chunk holds at least one token. "
@@ -36,7 +42,7 @@ class CrossEntropy(Configurable):
     ignore_index = -100
 
     def __init__(self, config: Config) -> None:
-        self.chunk_tokens = config.chunk_tokens
+        self.chunk_tokens, self.z_loss = config.chunk_tokens, config.z_loss
 
     def count(self, targets: Mapping[str, Tensor]) -> Tensor:
         """How many labels count: an int64 scalar."""
@@ -58,4 +64,5 @@ class CrossEntropy(Configurable):
         return torch.stack(sums).sum(), self.count(targets)
 
     def _chunk_loss(self, head: Callable[[Tensor], Tensor], hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
-        return cross_entropy(head(hidden_ND), labels_N, ignore_index=self.ignore_index)
+        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0
+        return cross_entropy(head(hidden_ND), labels_N, ignore_index=self.ignore_index, z_loss=z_loss)
