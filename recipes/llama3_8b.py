@@ -74,6 +74,7 @@ def llama3_8b() -> Trainer.Config:
     Rate: the paper's 3e-4 for four million tokens a step, divided by the square root of 4.
     """
     config = llama3_run(llama3.llama3_8b(), global_batch_size=128, lr=1.5e-4)
+    config.training.local_batch_size = 2
     config.dump_folder = Path("outputs/llama3_8b")
     return config
 
