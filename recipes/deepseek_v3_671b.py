@@ -17,18 +17,28 @@ from pathlib import Path
 from deepseek_v2_lite_16b import deepseek_run
 from titan_models import deepseek
 from titan_parallel import FullRecompute
-from titan_trainer import LookAhead, Trainer, main
+from titan_trainer import LookAhead, ScheduledNumber, Trainer, main
 
 
 def deepseek_v3_671b() -> Trainer.Config:
     """Eight million tokens a step, 18,000 steps, and two tokens predicted from each.
 
-    Rate, warm-up, floor, balancing and the weight of the second token: "DeepSeek-V3 technical report" (2024), section
-    4.2, whose batches begin at 13 million tokens.
+    Rate, warm-up, floor, balancing and the weight of the second token, 0.3 for the first two thirds of the run and 0.1
+    afterwards: "DeepSeek-V3 technical report" (2024), section 4.2, whose batches begin at 13 million tokens.
     """
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
     config.model.look_ahead = config.dataloader.look_ahead = True
     config.loss = LookAhead.Config(weight=0.3)
+    steps = config.training.steps
+    config.scheduled = [
+        ScheduledNumber.Config(
+            attribute="loss.weight", points=[(0, 0.3), (2 * steps // 3, 0.3), (2 * steps // 3, 0.1)]
+        ),
+        ScheduledNumber.Config(
+            attribute="model.layers.*.feed_forward.router.balancing.rate",
+            points=[(0, 1e-3), (29 * steps // 30, 1e-3), (29 * steps // 30, 0.0)],
+        ),
+    ]
     config.parallelism.tensor_parallel_degree = 8
     config.parallelism.pipeline_parallel_degree = 16
     config.activation_checkpoint = FullRecompute.Config()

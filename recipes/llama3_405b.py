@@ -22,6 +22,7 @@ def llama3_405b() -> Trainer.Config:
     config = llama3_run(llama3.llama3_405b(), global_batch_size=512, lr=8e-5, warmup_steps=8000)
     config.lr_scheduler.min_lr_factor = 0.01
     config.parallelism.tensor_parallel_degree = 8
+    config.training.local_batch_size = 8
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/llama3_405b")
     return config

@@ -10,6 +10,7 @@ from titan_trainer.plot import draw_loss_curve
 from titan_trainer.profiling import Profiler
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
+from titan_trainer.scheduled import ScheduledNumber
 from titan_trainer.settings import Comm, Debug, Training
 from titan_trainer.trainer import StepResult, Trainer
 from titan_trainer.validation import Validator
@@ -25,6 +26,7 @@ __all__ = [
     "Optimizer",
     "ParameterGroup",
     "Profiler",
+    "ScheduledNumber",
     "SingleReplica",
     "StepResult",
     "TensorBoard",

@@ -37,6 +37,7 @@ from titan_trainer.profiling import Profiler
 from titan_trainer.protocols import Batch, Checkpointer, Converter, Loader, Loss, ModelConfig, State, Stateful
 from titan_trainer.replica_group import SingleReplica
 from titan_trainer.schedule import WarmupStableDecay
+from titan_trainer.scheduled import ScheduledNumber
 from titan_trainer.settings import Comm, Debug, Training
 from titan_trainer.stop import StopRequest
 from titan_trainer.validation import Validator
@@ -73,6 +74,8 @@ class Trainer(Configurable):
         loss: Configurable.Config = CrossEntropy.Config()
         optimizer: Optimizer.Config = AdamW.Config()
         lr_scheduler: WarmupStableDecay.Config = WarmupStableDecay.Config()
+        scheduled: list[ScheduledNumber.Config] = []
+        """Other numbers that change in the course of the run."""
         parallelism: ParallelDims.Config = ParallelDims.Config()
         activation_checkpoint: ActivationCheckpoint.Config | None = None
         compile: Compile.Config | None = None
@@ -158,12 +161,14 @@ class Trainer(Configurable):
         self.parallel.set_gradient_hook(self.replica_group.reduce_)
 
     def build_optimizer(self) -> None:
-        """Build the optimizer over the model's parameters, and the course of its learning rate."""
+        """Build the optimizer over the model's parameters, the schedule of its learning rate, and of other numbers."""
         config = self.config
         self.optimizer: Optimizer = config.optimizer.build(
             parameters=self.model.named_parameters(), names_elsewhere=self.parallel.names_elsewhere
         )
         self.schedule: WarmupStableDecay = config.lr_scheduler.build(training_steps=config.training.steps)
+        numbers: list[ScheduledNumber] = [each.build() for each in config.scheduled]
+        self.scheduled = [(number, number.owners(self)) for number in numbers]
         rounded = rounded_parameters(self.optimizer.parameters)
         if self.agree(bool(rounded)) and self.is_first_rank:
             log.warning(warning_of_rounding(rounded))
@@ -216,6 +221,8 @@ class Trainer(Configurable):
         Returns None, with weights and data as before, if the data has ended or the replica group did not get through.
         """
         replica, num_replicas = self.replica_group.begin_step()
+        for number, owners in self.scheduled:
+            number.apply(owners, self.step)
         ranks_each = self.dims.num_data_ranks
         batches = self.loader.draw(replica * ranks_each + self.dims.data_rank, num_replicas * ranks_each)
         if not batches:

@@ -32,6 +32,7 @@ class BalancingBias(Fp32State):
     def __init__(self, config: Config, *, num_experts: int) -> None:
         nn.Module.__init__(self)
         self.config = config
+        self.rate = config.rate
         self.register_buffer("bias", torch.full((num_experts,), torch.nan, dtype=torch.float32))
 
     def forward(self, scores_NE: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class BalancingBias(Fp32State):
     def move(self, counts_E: Tensor) -> None:
         """Move the bias against the load: `counts` are the tokens of each expert in a step, of all ranks."""
         excess_E = counts_E * len(counts_E) - counts_E.sum()
-        self.bias.sub_(excess_E.sign(), alpha=self.config.rate)
+        self.bias.sub_(excess_E.sign(), alpha=self.rate)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"bias": Constant.Config(value=0.0).build()}

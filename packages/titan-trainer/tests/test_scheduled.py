@@ -1,0 +1,74 @@
+"""Numbers that change in the course of a run."""
+
+from types import SimpleNamespace
+
+import pytest
+from titan_config import ConfigError
+from titan_trainer import CrossEntropy, ScheduledNumber
+from torch import nn
+
+
+def test_values_are_linear_between_points_and_constant_outside_of_them():
+    number = ScheduledNumber.Config(attribute="loss.weight", points=[(2, 1.0), (4, 2.0), (6, 2.0), (6, 0.5)]).build()
+    assert [number.value(step) for step in range(9)] == [1, 1, 1, 1.5, 2, 2, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("points", [[], [(5, 0.1), (4, 0.2)]])
+def test_points_without_order_are_refused(points):
+    with pytest.raises(ConfigError, match="points must be one or more in the order of their steps"):
+        ScheduledNumber.Config(attribute="loss.weight", points=points).build()
+
+
+class Router(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+
+def trainer_of_layers():
+    layers = nn.ModuleList([nn.Identity(), nn.Sequential(Router(0.1)), nn.Sequential(Router(0.2))])
+    model = nn.Module()
+    model.layers = layers
+    return SimpleNamespace(model=model, loss=SimpleNamespace(weight=0.3, is_on=True))
+
+
+def test_a_path_with_a_star_leads_to_all_layers_that_have_the_rest_of_it():
+    trainer = trainer_of_layers()
+    number = ScheduledNumber.Config(attribute="model.layers.*.0.rate", points=[(0, 0.5), (2, 0.0)]).build()
+    number.apply(number.owners(trainer), 1)
+    assert [layer[0].rate for layer in trainer.model.layers[1:]] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("loss.wieght", "'loss.wieght': trainer.loss has none of that name. Did you mean 'weight'"),
+        ("lss.weight", "trainer has no 'lss'. Did you mean 'loss'"),
+        ("loss.is_on", "must lead to a number, got 'loss.is_on'"),
+        ("model.layers.*.1.rate", "must lead to a number"),
+        ("model.layer.*.rate", "trainer.model has no 'layer'. Did you mean 'layers'"),
+    ],
+)
+def test_a_path_that_leads_to_no_number_is_an_error(attribute, message):
+    number = ScheduledNumber.Config(attribute=attribute, points=[(0, 1.0)]).build()
+    with pytest.raises(ConfigError) as caught:
+        number.owners(trainer_of_layers())
+    assert message in str(caught.value)
+
+
+def test_a_run_and_its_continuation_have_the_value_of_each_step(run_ranks, toy_config, toy):
+    number = ScheduledNumber.Config(attribute="loss.z_loss", points=[(0, 0.0), (8, 0.8)])
+
+    def train():
+        found = []
+        for steps in (4, 10):
+            config = toy_config(loss=CrossEntropy.Config(), scheduled=[number], checkpoint=toy.Checkpointer.Config())
+            config.training.steps = steps
+            trainer = config.build()
+            after_step = trainer.after_step
+            trainer.after_step = lambda result: found.append(trainer.loss.z_loss) or after_step(result)
+            trainer.train()
+        return found
+
+    ((found),) = run_ranks(1, train)
+    assert found == pytest.approx([0.1 * step for step in range(8)] + [0.8, 0.8])
