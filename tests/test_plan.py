@@ -89,7 +89,7 @@ def test_a_recipe_is_planned_from_its_command_line_and_leaves_nothing(tmp_path):
     made = Plan.from_json(result.stdout)
     assert json.loads(made.to_json()) == json.loads(result.stdout)
     assert (made.world_size, made.num_parameters, made.fits) == (16, 8_030_261_248, True)
-    assert made.tokens_per_step == 64 * 4096
+    assert made.tokens_per_step == 128 * 4096
     assert made.stages[0].parameters == pytest.approx(4 * made.num_parameters / 16, rel=1e-6)
     assert list(tmp_path.iterdir()) == []
 

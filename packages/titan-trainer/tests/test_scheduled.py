@@ -1,5 +1,6 @@
 """Numbers that change in the course of a run."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,12 @@ def test_a_path_that_leads_to_no_number_is_an_error(attribute, message):
     assert message in str(caught.value)
 
 
+def train_and_note(train_step, trainer, found):
+    result = train_step()
+    found.append(trainer.loss.z_loss)
+    return result
+
+
 def test_a_run_and_its_continuation_have_the_value_of_each_step(run_ranks, toy_config, toy):
     number = ScheduledNumber.Config(attribute="loss.z_loss", points=[(0, 0.0), (8, 0.8)])
 
@@ -65,8 +72,7 @@ def test_a_run_and_its_continuation_have_the_value_of_each_step(run_ranks, toy_c
             config = toy_config(loss=CrossEntropy.Config(), scheduled=[number], checkpoint=toy.Checkpointer.Config())
             config.training.steps = steps
             trainer = config.build()
-            after_step = trainer.after_step
-            trainer.after_step = lambda result: found.append(trainer.loss.z_loss) or after_step(result)
+            trainer.train_step = functools.partial(train_and_note, trainer.train_step, trainer, found)
             trainer.train()
         return found
 
