@@ -36,6 +36,7 @@ def deepseek_v2_lite_16b() -> Trainer.Config:
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.parallelism.tensor_parallel_degree = 2
+    config.parallelism.data_parallel_replicate_degree = 4  # weights are gathered within a machine
     config.training.local_batch_size = 8
     config.dump_folder = Path("outputs/deepseek_v2_lite_16b")
     return config

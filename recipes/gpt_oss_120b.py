@@ -6,21 +6,23 @@
 # ///
 """GPT-OSS 120B on C4, from scratch: 256 GPUs of 80 GiB or more; the eight of a machine share each expert.
 
-torchrun --nnodes 32 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
+torchrun --nnodes 16 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
 """
 
 from pathlib import Path
 
 from gpt_oss_20b import gpt_oss_run
 from titan_models import gpt_oss
+from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
 
 def gpt_oss_120b() -> Trainer.Config:
     """Four million tokens a step, 36,000 steps."""
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
-    config.parallelism.tensor_parallel_degree = 8
-    config.training.local_batch_size = 8
+    config.parallelism.tensor_parallel_degree = 4
+    config.training.local_batch_size = 16
+    config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/gpt_oss_120b")
     return config
 

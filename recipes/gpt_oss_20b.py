@@ -33,9 +33,9 @@ def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: flo
 
 
 def gpt_oss_20b() -> Trainer.Config:
-    """A million tokens a step, 143,000 steps."""
-    config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=128, lr=3e-4)
-    config.parallelism.tensor_parallel_degree = 4
+    """Two million tokens a step, 72,000 steps."""
+    config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=256, lr=3e-4)
+    config.parallelism.tensor_parallel_degree = 2
     config.training.local_batch_size = 16
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/gpt_oss_20b")

@@ -20,7 +20,7 @@ from titan_trainer import Trainer, main
 def llama3_70b() -> Trainer.Config:
     """Four million tokens a step, 36,000 steps. Rate: the paper's."""
     config = llama3_run(llama3.llama3_70b(), global_batch_size=512, lr=1.5e-4)
-    config.parallelism.tensor_parallel_degree = 8
+    config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16
     config.activation_checkpoint = FullRecompute.Config()
     config.dump_folder = Path("outputs/llama3_70b")

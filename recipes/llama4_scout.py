@@ -26,7 +26,6 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
     """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
-    config.parallelism.tensor_parallel_degree = 8
     config.training.local_batch_size = 8
     config.activation_checkpoint = FullRecompute.Config()
     for router in config.model.routers():
@@ -35,9 +34,9 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
 
 
 def llama4_scout() -> Trainer.Config:
-    """Two million tokens a step, 72,000 steps."""
-    config = llama4_run(llama4.llama4_scout(), global_batch_size=256, lr=1.5e-4)
-    config.training.local_batch_size = 16
+    """Four million tokens a step, 36,000 steps."""
+    config = llama4_run(llama4.llama4_scout(), global_batch_size=512, lr=1.5e-4)
+    config.parallelism.tensor_parallel_degree = 2
     config.dump_folder = Path("outputs/llama4_scout")
     return config
 

@@ -6,7 +6,7 @@
 # ///
 """Qwen3 30B-A3B on C4, from scratch: 64 GPUs of 80 GiB or more; four ranks share each expert.
 
-torchrun --nnodes 8 --nproc-per-node 8 ... recipes/qwen3_30b_a3b.py --tokenizer.path /path/to/tokenizer.json
+torchrun --nnodes 4 --nproc-per-node 8 ... recipes/qwen3_30b_a3b.py --tokenizer.path /path/to/tokenizer.json
 """
 
 from pathlib import Path
@@ -14,16 +14,21 @@ from pathlib import Path
 from qwen3_8b import qwen3_run
 from titan_models import qwen3
 from titan_models.moe import LoadBalancingLoss
+from titan_parallel import FullRecompute
 from titan_trainer import Trainer, main
 
 
 def qwen3_30b_a3b() -> Trainer.Config:
-    """A million tokens a step, 143,000 steps. Rate and batch: chosen. Balancing: Megatron's for this model."""
-    config = qwen3_run(qwen3.qwen3_30b_a3b(), global_batch_size=128, lr=3e-4)
+    """Two million tokens a step, 72,000 steps. Rate and batch: chosen. Balancing: Megatron's for this model.
+
+    Full recomputation makes room for so many tokens that weights are gathered behind the computation.
+    """
+    config = qwen3_run(qwen3.qwen3_30b_a3b(), global_batch_size=256, lr=3e-4)
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
-    config.parallelism.tensor_parallel_degree = 4
-    config.training.local_batch_size = 8
+    config.parallelism.tensor_parallel_degree = 2
+    config.activation_checkpoint = FullRecompute.Config()
+    config.training.local_batch_size = 16
     config.dump_folder = Path("outputs/qwen3_30b_a3b")
     return config
 
