@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 120B on C4, from scratch: 256 GPUs of 80 GiB or more; the eight of a machine share each expert.
+"""GPT-OSS 120B on C4, from scratch: 128 GPUs of 80 GiB or more; four ranks share each expert.
 
 torchrun --nnodes 16 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
 """

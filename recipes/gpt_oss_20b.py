@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 20B on C4, from scratch: 32 GPUs of 80 GiB or more; four ranks share each expert.
+"""GPT-OSS 20B on C4, from scratch: 32 GPUs of 80 GiB or more; two ranks share each expert.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/gpt_oss_20b.py --tokenizer.path /path/to/tokenizer.json
 """

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more; the eight of a machine share each expert.
+"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more; two ranks share each expert.
 
 torchrun --nnodes 16 --nproc-per-node 8 ... recipes/llama4_scout.py --tokenizer.path /path/to/tokenizer.json
 """

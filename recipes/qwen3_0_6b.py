@@ -19,7 +19,7 @@ from titan_trainer import Trainer, main
 def qwen3_0_6b() -> Trainer.Config:
     """Half a million tokens a step, 286,000 steps. Rate: chosen, as for other models of this size."""
     config = qwen3_run(qwen3.qwen3_0_6b(), global_batch_size=64, lr=1e-3)
-    config.training.local_batch_size = 8
+    config.training.local_batch_size = 4
     config.dump_folder = Path("outputs/qwen3_0_6b")
     return config
 

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Qwen3 30B-A3B on C4, from scratch: 64 GPUs of 80 GiB or more; four ranks share each expert.
+"""Qwen3 30B-A3B on C4, from scratch: 32 GPUs of 80 GiB or more; two ranks share each expert.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/qwen3_30b_a3b.py --tokenizer.path /path/to/tokenizer.json
 """

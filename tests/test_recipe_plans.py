@@ -36,10 +36,12 @@ SEEN = {"dp_shard", "dp_replicate", "dp_replicate x dp_shard"}
 
 
 def plan_of(name: str, folder: Path) -> Plan:
-    """The plan of a recipe on the GPUs that the `torchrun` in its docstring names."""
+    """The plan of a recipe on the GPUs that its docstring names."""
     text = (RECIPES / f"{name}.py").read_text()
+    count, memory = re.search(r"(\d+) GPUs of (\d+) GiB", text).groups()
     nodes, ranks = re.search(r"torchrun (?:--nnodes (\d+) )?--nproc-per-node (\d+)", text).groups()
-    flags = ["--plan", "--json", "--world-size", str(int(nodes or 1) * int(ranks)), "--device-memory", "80GiB"]
+    assert int(nodes or 1) * int(ranks) == int(count)
+    flags = ["--plan", "--json", "--world-size", count, "--device-memory", f"{memory}GiB"]
     command = [sys.executable, str(RECIPES / f"{name}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
