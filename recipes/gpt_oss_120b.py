@@ -18,7 +18,11 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_120b() -> Trainer.Config:
-    """Four million tokens a step, 36,000 steps."""
+    """Four million tokens a step, 36,000 steps.
+
+    Ranks wait for communication half as long as they compute: the weights of all experts are gathered, for want of
+    expert parallelism.
+    """
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16

@@ -17,7 +17,11 @@ from titan_trainer import Trainer, main
 
 
 def llama4_maverick() -> Trainer.Config:
-    """Four million tokens a step, 36,000 steps."""
+    """Four million tokens a step, 36,000 steps.
+
+    Ranks wait for communication twice as long as they compute, and half of the memory is free: the weights of all
+    experts are gathered, for want of expert parallelism.
+    """
     config = llama4_run(llama4.llama4_maverick(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 8
     config.dump_folder = Path("outputs/llama4_maverick")
