@@ -174,7 +174,7 @@ def learning_curve(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def full(session: nox.Session) -> None:
-    """The combinations that the sessions above leave out; `-- --shard 2/8` runs the second eighth of them."""
+    """Run the tests marked full, which the sessions above leave out; `-- --shard 2/8` runs the second eighth."""
     run_pytest(session, bin_of_everything(session), "-m", "full", *all_tests())
 
 

@@ -18,7 +18,7 @@ from titan_trainer import Trainer, main
 
 
 def llama3_405b() -> Trainer.Config:
-    """Four million tokens a step, 36,000 steps. Rate, warm-up, floor and batch: the paper's at the beginning."""
+    """Four million tokens a step, 36,000 steps. Rate, warm-up and floor: the paper's; batch: the paper's first."""
     config = llama3_run(llama3.llama3_405b(), global_batch_size=512, lr=8e-5, warmup_steps=8000)
     config.lr_scheduler.min_lr_factor = 0.01
     config.parallelism.tensor_parallel_degree = 8

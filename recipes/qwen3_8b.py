@@ -32,7 +32,7 @@ def qwen3_run(model: Configurable.Config, *, global_batch_size: int, lr: float) 
 def qwen3_8b() -> Trainer.Config:
     """A million tokens a step, 143,000 steps. Rate: that of llama3_8b."""
     config = qwen3_run(qwen3.qwen3_8b(), global_batch_size=128, lr=1.5e-4)
-    config.loss.chunk_tokens = 8192
+    config.loss.chunk_tokens = 8192  # there is room for the logits of a whole row
     config.dump_folder = Path("outputs/qwen3_8b")
     return config
 

@@ -76,7 +76,7 @@ def test_a_recipe_fills_its_gpus_and_does_not_wait(recipe, name, tmp_path):
     assert plan.peak <= 0.9 * plan.device_memory
     assert (plan.bubble or 0) < 0.1
     if name in WITHOUT_EXPERT_PARALLELISM:
-        assert "for want of" in getattr(recipe(name), name).__doc__
+        assert waiting(plan, recomputes=recomputes) >= 0.2  # else it belongs with the others
         return
     assert plan.peak >= 0.6 * plan.device_memory
     assert waiting(plan, recomputes=recomputes) < 0.2

@@ -312,6 +312,9 @@ def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
     cos, sin = rope(positions, torch.bfloat16)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == (1, 1536, 1, 64)
+    angles = positions.double()[..., None] * rope.frequencies.double()
+    assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-6  # fp32 knows an angle of 131,071 to 0.008
+    assert (sin[:, :, 0].double() - angles.sin()).abs().max() < 2**-6
     rotated, exact = [], []
     for _ in range(2):
         x = torch.randn(1, 1536, 8, 128, generator=generator).bfloat16()

@@ -102,6 +102,7 @@ def test_fan_in_normal_keeps_the_variance_of_its_input() -> None:
     inside = math.erf(1 / math.sqrt(2)) / math.erf(3 / math.sqrt(2))
     assert abs((x.abs() < 1).double().mean() - inside) < 0.002
     assert 2.99 < x.abs().max() <= 3.001
+    assert abs(x.std() - 0.986) < 0.003
 
 
 def test_depth_scaled_normal_shrinks_with_the_layer() -> None:

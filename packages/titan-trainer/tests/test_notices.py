@@ -166,8 +166,27 @@ def test_a_loader_that_does_not_end_and_does_not_say_so_is_told(toy, caplog):
     loader.draw = lambda rank, num_ranks: batch if loader.next_row < 10_001 else []
     assert validator.validate() == 1.0
     assert [record.getMessage() for record in caplog.records] == [
-        "Validated on 10000 batches, and goes on: see --validator.tokens."
+        "Validated on 10000 batches, and is not done: see --validator.tokens."
     ]
+
+
+def test_a_validation_ends_with_the_batch_that_makes_its_tokens(toy):
+    loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
+    dims = SimpleNamespace(data_rank=0, num_data_ranks=1)
+    parallel = SimpleNamespace(dims=dims, evaluate=lambda batches, loss: (1.0, 7))
+    config = Validator.Config(dataloader=toy.Loader.Config(), tokens=10)
+    validator = config.build(loader=loader, parallel=parallel, loss=None)
+    assert validator.validate() == 2 / 14
+
+
+def test_a_validation_without_targets_ends(toy):
+    loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
+    dims = SimpleNamespace(data_rank=0, num_data_ranks=1)
+    parallel = SimpleNamespace(dims=dims, evaluate=lambda batches, loss: (0.0, 0))
+    config = Validator.Config(dataloader=toy.Loader.Config(), tokens=10)
+    validator = config.build(loader=loader, parallel=parallel, loss=None)
+    with pytest.raises(ValueError, match="Got no valid target in 10000 batches"):
+        validator.validate()
 
 
 def test_a_validation_that_is_stopped_gives_no_loss(toy):

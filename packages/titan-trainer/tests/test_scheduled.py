@@ -14,7 +14,7 @@ def test_values_are_linear_between_points_and_constant_outside_of_them():
     assert [number.value(step) for step in range(9)] == [1, 1, 1, 1.5, 2, 2, 0.5, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("points", [[], [(5, 0.1), (4, 0.2)]])
+@pytest.mark.parametrize("points", [[], [(5, 0.1), (4, 0.2)], [(-1, 0.1)]])
 def test_points_without_order_are_refused(points):
     with pytest.raises(ConfigError, match="points must be one or more in the order of their steps"):
         ScheduledNumber.Config(attribute="loss.weight", points=points).build()
@@ -43,11 +43,13 @@ def test_a_path_with_a_star_leads_to_all_layers_that_have_the_rest_of_it():
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
-        ("loss.wieght", "'loss.wieght': trainer.loss has none of that name. Did you mean 'weight'"),
-        ("lss.weight", "trainer has no 'lss'. Did you mean 'loss'"),
+        ("loss.wieght", "'loss.wieght': trainer.loss has no number 'wieght'. Did you mean 'weight'"),
+        ("lss.weight", "got trainer without 'lss'. Did you mean 'loss'"),
+        ("loss.weight.x", "must lead to a number, got 'loss.weight.x'"),
+        ("loss.weight.x.y", "got trainer.loss.weight without 'x'"),
         ("loss.is_on", "must lead to a number, got 'loss.is_on'"),
         ("model.layers.*.1.rate", "must lead to a number"),
-        ("model.layer.*.rate", "trainer.model has no 'layer'. Did you mean 'layers'"),
+        ("model.layer.*.rate", "got trainer.model without 'layer'. Did you mean 'layers'"),
     ],
 )
 def test_a_path_that_leads_to_no_number_is_an_error(attribute, message):

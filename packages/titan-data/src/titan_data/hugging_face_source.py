@@ -36,7 +36,8 @@ class HuggingFaceSource(Source):
         """The files to read, or patterns of them; None: all. Here, and only here, URLs are read: `hf://`, `https://`,
         and what fsspec has a package for, such as `s3://`."""
         streaming: bool = True
-        """Read while training; otherwise download it all first, and shuffle it perfectly."""
+        """Read while training; otherwise download it all first, and shuffle it perfectly. `datasets` downloads every
+        split of `path`: to have one alone, name its files in `data_files`."""
         text_field: str = "text"
         """The field that holds the text."""
         shuffle_buffer: int = 1000

@@ -28,8 +28,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_lo
         axis = Axis.of(logits.device_mesh)  # type: ignore[attr-defined]
         local_Nv = logits.to_local().flatten(0, -2)  # type: ignore[attr-defined]
         start, _ = axis.chunk(logits.size(-1))
-        sizes = start, logits.size(-1)
-        return _SplitCrossEntropy.apply(local_Nv, labels_N, ignore_index, z_loss, *sizes, axis.group_name)
+        return _SplitCrossEntropy.apply(
+            local_Nv, labels_N, ignore_index, z_loss, start, logits.size(-1), axis.group_name
+        )
     wide_NV = _upcast(logits.flatten(0, -2))
     loss = functional.cross_entropy(wide_NV, labels_N, reduction="sum", ignore_index=ignore_index)
     if z_loss:

@@ -176,8 +176,9 @@ def _cut_into_stages(
     probe: TokenProbe | None,
 ) -> Stages | None:
     """Take out of the model what other ranks of the pipeline hold."""
-    if dims.num_pipeline == 1 or probe is None:
+    if dims.num_pipeline == 1:
         return None
+    assert probe is not None  # probe_for makes one for pipelines
     from titan_parallel.pipeline_schedules import schedule_of
     from titan_parallel.stages import Stages
 

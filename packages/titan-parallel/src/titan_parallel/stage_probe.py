@@ -40,8 +40,6 @@ class StageProbe:
         self._followed = Followed()
         self._shape: Shape | None = None
         self._past_blocks = False
-        self._containers: dict[int, tuple[Any, int]] = {}
-        """By identity, the empty containers that blocks got, with the first block that did."""
         calls: dict[nn.Module, Call] = {
             module: self._marked(zeros_of(shape_of)) for module, shape_of in parts.shapes.items()
         }
@@ -57,7 +55,6 @@ class StageProbe:
         Raises ConfigError for what blocks exchange beside the stream.
         """
         self._shape, self._past_blocks, self._followed = None, False, Followed()
-        self._containers.clear()
         try:
             with _no_trace(self._parts.model), self._stand_ins.in_place(), self._refusing_calls(), self._followed:
                 run()
@@ -94,7 +91,6 @@ class StageProbe:
             for place, value in stream.others(args, kwargs).items():
                 if labels := self._followed.labels_of(value):
                     raise self._error(labels, f"in {place} of {name}")
-                self._refuse_shared(value, number, place)
             if not number:
                 self._shape = entering.shape, entering.dtype
             output = torch.zeros_like(entering)
@@ -106,19 +102,6 @@ class StageProbe:
             return as_stream(output)
 
         return passed
-
-    def _refuse_shared(self, value: Any, number: int, place: str) -> None:
-        """Refuse an empty container that two blocks get: one can leave there what another reads."""
-        if not isinstance(value, dict | list | set) or value:
-            return
-        _, giver = self._containers.setdefault(id(value), (value, number))
-        if giver != number:
-            names = self._parts.block_names
-            raise ConfigError(
-                f"Blocks of a pipeline must exchange the stream alone, got an empty {type(value).__name__} that "
-                f"{names[giver]} and {names[number]} share, in {place} of {names[number]}. What one stage leaves in it "
-                "does not reach another. Give None if it stays empty, or set pipeline_parallel_degree to 1."
-            )
 
     def _embedding(self, module: nn.Module, name: str) -> Call:
         zeros = zeros_of(self._parts.shapes[module])

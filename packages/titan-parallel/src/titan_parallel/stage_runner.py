@@ -37,7 +37,8 @@ class StageRunner(nn.Module):
         num_token_parts: int,
         dtype: torch.dtype | None,
     ) -> None:
-        """`stages` by number; `probe` finds the streams of micro-batches of a new shape, `check` wants the first.
+        """`stages` by number; `probe` finds the streams of micro-batches of a new shape, `check` is given the first
+        of all, where the model could not be checked without one.
 
         `num_token_parts`: among how many ranks the first block splits the tokens of the stream. `dtype` is what blocks
         cast it to (None: they do not).

@@ -27,12 +27,12 @@ class CrossEntropy(Configurable):
         chunk_tokens: int | None = 2048
         """Tokens whose logits exist at once. None: all."""
         z_loss: float = 0.0
-        """Times the square of each token's log-sum-exp of logits, which keeps logits small; 1e-5 in OLMo. Not added in
-        validations."""
+        """Factor of the square of each token's log-sum-exp of logits, which is added to the loss and keeps logits
+        small; 1e-5 in OLMo. The training loss that is reported holds it, that of validations does not."""
 
         def validate(self) -> None:
             if not 0 <= self.z_loss < math.inf:
-                raise ConfigError(f"loss.z_loss must be a finite number, 0 or more, got {self.z_loss}.")
+                raise ConfigError(f"z_loss must be a finite number, 0 or more, got {self.z_loss}.", "z_loss")
             if self.chunk_tokens is not None and self.chunk_tokens < 1:
                 raise ConfigError(
                     f"Got chunk_tokens {self.chunk_tokens}. A chunk holds at least one token. "

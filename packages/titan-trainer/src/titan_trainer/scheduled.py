@@ -12,7 +12,10 @@ from titan_trainer.errors import nearest
 
 
 class ScheduledNumber(Configurable):
-    """Sets an attribute before each step, by its number alone: a run that resumes goes on with the same values."""
+    """Sets an attribute of the trainer's parts before each step.
+
+    The value follows from the number of the step alone, so that a resumed run goes on with the same values.
+    """
 
     class Config(Configurable.Config):
         attribute: str
@@ -24,9 +27,9 @@ class ScheduledNumber(Configurable):
 
         def validate(self) -> None:
             steps = [step for step, _ in self.points]
-            if not steps or steps != sorted(steps):
+            if not steps or steps != sorted(steps) or steps[0] < 0:
                 raise ConfigError(
-                    f"points must be one or more in the order of their steps, got steps {steps}.", "points"
+                    f"points must be one or more in the order of their steps, from 0, got steps {steps}.", "points"
                 )
 
     def __init__(self, config: Config) -> None:
@@ -50,11 +53,10 @@ class ScheduledNumber(Configurable):
             reached = f"{reached}.{part}"
         odd = [owner for owner in owners if not _is_number(getattr(owner, name, None))]
         if odd or not owners:
-            known = [key for owner in odd[:1] for key, value in vars(owner).items() if _is_number(value)]
-            hint = f" Did you mean {nearest(name, known)}?" if known else ""
+            known = [key for owner in odd[:1] for key, value in _attributes(owner).items() if _is_number(value)]
             raise ConfigError(
-                f"scheduled.attribute must lead to a number, got {self.config.attribute!r}: {reached} has none of that "
-                f"name.{hint}"
+                f"scheduled.attribute must lead to a number, got {self.config.attribute!r}: {reached} has no number "
+                f"{name!r}.{_hint(name, known)}"
             )
         return owners
 
@@ -74,6 +76,16 @@ def _children(owner: Any, name: str, reached: str) -> list[Any]:
         return list(owner.children())
     child = getattr(owner, name, None)
     if child is None and "*" not in reached:
-        known = [key for key in {**vars(owner), **getattr(owner, "_modules", {})} if not key.startswith("_")]
-        raise ConfigError(f"scheduled.attribute: {reached} has no {name!r}. Did you mean {nearest(name, known)}?")
+        known = [key for key in {**_attributes(owner), **getattr(owner, "_modules", {})} if not key.startswith("_")]
+        raise ConfigError(
+            f"scheduled.attribute must lead to a number, got {reached} without {name!r}.{_hint(name, known)}"
+        )
     return [] if child is None else [child]
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    return getattr(owner, "__dict__", {})
+
+
+def _hint(name: str, known: list[str]) -> str:
+    return f" Did you mean {nearest(name, known)}?" if known else ""

@@ -26,7 +26,8 @@ class Validator(Configurable):
         interval: int = 100
         """Training steps from one validation to the next; there is one after step training.steps, too."""
         tokens: int | None = None
-        """Valid targets to evaluate, in whole global batches. None: until the loader ends; it is not `infinite`."""
+        """Valid targets to evaluate, in whole global batches. None: until the loader ends, so it must not be
+        `infinite`."""
 
         def validate(self) -> None:
             for name in ("interval", "tokens"):
@@ -72,7 +73,9 @@ class Validator(Configurable):
             if self.is_stopped():
                 return None
             if num_batches == MANY_BATCHES:
-                log.warning("Validated on %d batches, and goes on: see --validator.tokens.", num_batches)
+                if count == 0:
+                    break
+                log.warning("Validated on %d batches, and is not done: see --validator.tokens.", num_batches)
             batches = self.loader.draw(dims.data_rank, dims.num_data_ranks)
             if not batches:
                 break

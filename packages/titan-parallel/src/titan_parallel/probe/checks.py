@@ -21,7 +21,7 @@ _logger = logging.getLogger("titan_parallel")
 
 
 def probe_for(model: nn.Module, roles: Roles, dims: ParallelDims) -> TokenProbe | None:
-    """Return what tells whether the model can be split as `dims` splits it, where that is of interest."""
+    """Return a probe of the model, or None where `dims` splits neither sequences nor the stack of blocks."""
     splits_sequences = dims.num_context > 1 or (dims.sequence_parallel and has_ends(roles))
     return TokenProbe(model, roles) if splits_sequences or dims.num_pipeline > 1 else None
 
@@ -100,9 +100,9 @@ class StageCheck:
     def _apply(self, verdict: Verdict, *, has_batch: bool) -> None:
         if verdict.proved is False:
             raise ConfigError(
-                "Blocks of a pipeline must exchange the stream alone, got a model of which "
-                f"{verdict.why}. An earlier block may leave something in an attribute, a container or a global. Set "
-                "pipeline_parallel_degree to 1."
+                "Blocks of a pipeline must exchange the stream alone, got a stage beginning with "
+                f"{verdict.why}. Look for a tensor that an earlier block leaves in an attribute, a container or a "
+                "global, or set pipeline_parallel_degree to 1."
             )
         if verdict.proved:
             self._probe = None

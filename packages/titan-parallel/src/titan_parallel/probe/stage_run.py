@@ -32,7 +32,7 @@ class StageRun:
         """`ranges` are the numbers of the blocks of each stage."""
         self._roles, self._inputs, self._ranges, self._num_ranks = roles, inputs, ranges, num_ranks
         self._untouched = sharing_weights(copied)
-        self._first_of_kind = first_of_kind(copied, roles)
+        self._first_of_kind = self._kinds(copied)
         self._returned: dict[nn.Module, Any] = {}
         self._streams, self._whole = self._run_whole(copied, self._first_of_kind, self._returned)
         if not self._whole.isfinite().all():
@@ -45,7 +45,7 @@ class StageRun:
         """
         model = sharing_weights(self._untouched)
         parts = StageModel.of(model, self._roles, StageModules.of(model, self._roles, self._num_ranks), None)
-        kinds = first_of_kind(model, self._roles)
+        kinds = self._kinds(model)
         returned = {
             first: self._returned[own]
             for first, own in zip(kinds.values(), self._first_of_kind.values(), strict=True)
@@ -54,13 +54,19 @@ class StageRun:
         with forwards.replaced(skipping(kinds, returned)):
             for stage in reversed(range(len(self._ranges))):  # so that none finds what an earlier one left
                 if why := self._difference(model, parts, stage):
-                    return self._refused(f"{parts.block_names[self._ranges[stage].start]} {why}")
+                    return self._refused(f"{parts.block_names[self._ranges[stage].start]}, which {why}")
         return Verdict(True)
+
+    def _kinds(self, model: nn.Module) -> dict[nn.Module, nn.Module]:
+        """Block -> the first block that does the same; the ends of stages always run."""
+        kinds = first_of_kind(model, self._roles)
+        blocks = list(kinds)
+        return kinds | {blocks[i]: blocks[i] for own in self._ranges for i in (own.start, own.stop - 1)}
 
     def _difference(self, model: nn.Module, parts: StageModel, stage: int) -> str:
         """How a stage differs from the whole; "" if it does not."""
         own, is_last = self._ranges[stage], stage == len(self._ranges) - 1
-        received = self._streams[own.start - 1] if stage else None
+        received = self._streams[own.start - 1].clone() if stage else None  # blocks may add in place
         expected = self._whole if is_last else self._streams[own.stop - 1]
         try:
             result = StageForward(parts, own)(lambda: forwards.logits_of(model(**self._inputs)), received)
@@ -96,7 +102,10 @@ class StageRun:
         """A difference, unless the model gives other values each time."""
         torch.manual_seed(1)
         model = sharing_weights(self._untouched)
-        streams, whole = self._run_whole(model, first_of_kind(model, self._roles), {})
+        try:
+            streams, whole = self._run_whole(model, self._kinds(model), {})
+        except Exception:  # third-party code that does not run twice
+            return Verdict(False, why)
         if all(map(alike, [*streams, whole], [*self._streams, self._whole])):
             return Verdict(False, why)
         return Verdict(None, "it gives other values each time it runs")

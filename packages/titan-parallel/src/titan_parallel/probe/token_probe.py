@@ -1,9 +1,9 @@
-"""A probe: do parts of a model work on each token alone? Do blocks exchange their stream alone?
+"""A probe that answers two questions about a model.
 
-Context parallel needs the first of all but attention cores, sequence parallel of all in the blocks but regions. A cheap
-copy runs a few tokens once as a whole and once in two parts, as two ranks would: what is token-wise gives the same. So
-does a longer sequence, as far as a run on it is cheap, and a run in train mode without dropout. Pipelines need the
-second: the copy runs stage by stage.
+Does a part work on each token alone? Context parallel needs it of all but attention cores, sequence parallel of all in
+the blocks but regions: a cheap copy gives the same on a few tokens as a whole and in two parts, also on a longer
+sequence and in train mode without dropout. Do blocks exchange their stream alone? Pipelines need it: the copy gives the
+same as a whole and stage by stage.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TokenProbe:
         return self._failure == "" and any(self._ends_with(head, dtype) for dtype in _DTYPES)
 
     def _ends_with(self, head: str, dtype: torch.dtype) -> bool:
-        copied = self._copy_in(dtype)
+        copied = sharing_weights(self._copy_in(dtype))
         returned: list[Tensor | None] = []
         module = copied.get_submodule(head)
         handle = module.register_forward_hook(lambda _, __, output: returned.append(forwards.first_tensor(output)))
