@@ -26,6 +26,9 @@ def deepseek_v3_671b() -> Trainer.Config:
     Rate, warm-up, floor, the rate of the balancing bias, and the weight of the second token, 0.3 for the first two
     thirds of the run and 0.1 afterwards: "DeepSeek-V3 technical report" (2024), section 4.2, whose batches begin at 13
     million tokens. The report's loss of balance in each sequence is left out.
+
+    Ranks wait for communication half as long as they compute: eight of them share each expert, for want of expert
+    parallelism.
     """
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
     config.model.look_ahead = config.dataloader.look_ahead = True

@@ -31,8 +31,8 @@ WITHIN_A_NODE, BETWEEN_NODES = 350e9, 50e9
 """Bytes a second of a GPU, each way: NVLink, and one network card of 400 Gbit/s for each GPU."""
 FLOPS = 450e12
 """A second, of an H100 in bf16 as large models reach it."""
-WITHOUT_EXPERT_PARALLELISM = {"llama4_maverick", "gpt_oss_120b"}
-"""They gather the weights of so many experts that no mesh hides it; their docstrings say so."""
+WITHOUT_EXPERT_PARALLELISM = {"deepseek_v3_671b", "llama4_maverick", "gpt_oss_120b"}
+"""They gather or split the weights of so many experts that no mesh hides it; their docstrings say so."""
 BESIDE = {"dp_shard", "dp_replicate", "dp_replicate x dp_shard"}
 """Axes whose collectives run beside the computation. Ranks wait for those of other axes."""
 

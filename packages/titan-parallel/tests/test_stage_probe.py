@@ -8,7 +8,7 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
-from titan_parallel.probe.stage_run import StageRun
+from titan_parallel.probe.stage_run import StageCut, StageRun
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
 from titan_parallel.roles import Roles
@@ -317,7 +317,28 @@ class Deep(SharesAnObject):
 def test_blocks_at_the_ends_of_stages_are_compared_however_many_look_alike():
     halves = [range(0, 16), range(16, 32)]
     for model, is_right in ((Deep(), False), (Model(32), True)):
-        assert TokenProbe(model.double(), Roles(model, ROLES)).stages(halves, 2).proved is is_right
+        assert TokenProbe(model.double(), Roles(model, ROLES)).stages(StageCut(halves, [0, 1], 2)).proved is is_right
+
+
+SHARED_BY_ALL = {}
+
+
+class InAGlobal(Block):
+    def __init__(self, is_first):
+        super().__init__()
+        self.is_first = is_first
+
+    def forward(self, x):
+        if self.is_first:
+            SHARED_BY_ALL["first"] = x
+        return super().forward(x) + SHARED_BY_ALL["first"]
+
+
+class SharesAGlobal(Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(InAGlobal(number == 0) for number in range(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
 
 
 class FailsAlone(KeepsAnAttribute):
@@ -336,7 +357,15 @@ class NamesItsInputs(KeepsAnAttribute):
         return super().forward(tokens) * scale.mean()
 
 
-MORE_THAN_THE_STREAM = [KeepsAnAttribute, ForgetsFirst, SharesADict, SharesAFullDict, SharesAnObject, FailsAlone]
+MORE_THAN_THE_STREAM = [
+    KeepsAnAttribute,
+    ForgetsFirst,
+    SharesADict,
+    SharesAFullDict,
+    SharesAnObject,
+    SharesAGlobal,
+    FailsAlone,
+]
 
 
 @pytest.mark.parametrize("kind", MORE_THAN_THE_STREAM)
@@ -386,7 +415,70 @@ class Noisy(Model):
 
 def test_a_block_that_adds_in_place_is_proved():
     model = AddsInPlace().double()
-    assert TokenProbe(model, Roles(model, ROLES)).stages([range(0, 2), range(2, 4)], 2) == Verdict(True)
+    assert TokenProbe(model, Roles(model, ROLES)).stages(StageCut([range(0, 2), range(2, 4)], [0, 1], 2)) == Verdict(
+        True
+    )
+
+
+class Anneals(Model):
+    """State that each forward changes, before the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+        self.register_buffer("step", torch.tensor(0))
+
+    def enter(self, tokens):
+        if self.training:
+            self.step = self.step + 1
+        return super().enter(tokens) * (1 + 1 / (1 + self.step))
+
+
+class DropsPaths(Model):
+    """Blocks that do nothing once in a while."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Drops() for _ in range(8))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+
+class Drops(Block):
+    def forward(self, x):
+        return x if self.training and torch.rand(()) < 0.05 else super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Anneals, DropsPaths])
+def test_state_and_chance_are_no_exchange(kind):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = kind().double()
+        probe = TokenProbe(model, Roles(model, ROLES))
+        number = len(model.blocks)
+        assert probe.stages(StageCut([range(0, 2), range(2, number)], [0, 1], 2)) == Verdict(True)
+        assert probe.context() == Verdict(True)
+
+
+class DropsBlocks(Model):
+    """Layer-drop: the loop passes over a block in training."""
+
+    skipped = 2
+
+    def forward(self, tokens):
+        x = self.enter(tokens)
+        for number, block in enumerate(self.blocks):
+            x = x if self.training and number == self.skipped else block(x)
+        return self.leave(x)
+
+
+def test_a_stage_that_is_passed_over_ends_the_run(run_ranks):
+    def run():
+        parallel = put_on_two_ranks(DropsBlocks())
+        with pytest.raises((RuntimeError, ConfigError)) as caught:
+            parallel.forward_backward([make_batch()] * 2, loss, 1)
+        return str(caught.value)
+
+    assert any("must call every block" in message or "block" in message for message in run_ranks(2, run))
 
 
 @pytest.mark.parametrize("kind", [KeepsForTheReader, Noisy, Model])

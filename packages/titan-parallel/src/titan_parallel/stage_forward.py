@@ -69,6 +69,8 @@ class StageForward:
     def __init__(self, parts: StageModel, own: range) -> None:
         """`own` are the stage's among the blocks."""
         self._received: Tensor | None = None
+        self._has_entered = True
+        self._first = parts.block_names[own.start]
         blocks, streams = parts.blocks, parts.streams
         calls: dict[nn.Module, Call] = {
             block: _pass_on(stream) for block, stream in zip(blocks[: own.start], streams, strict=False)
@@ -85,17 +87,24 @@ class StageForward:
 
     def __call__(self, run: Callable[[], Result], received: Tensor | None) -> Result | Tensor:
         """What `run` returns on the last stage, and the stream `[B, T, D]` on others."""
-        self._received = received
+        self._received, self._has_entered = received, received is None
         try:
             with self._stand_ins.in_place():
-                return run()
+                result: Result | Tensor = run()
         except StageEnd as end:
-            return end.stream
+            result = end.stream
         finally:
             self._received = None
+        if not self._has_entered:
+            raise RuntimeError(
+                f"A model of a pipeline must call every block in each forward, got one that passed over the block "
+                f"before {self._first}, by layer-drop perhaps. Set pipeline_parallel_degree to 1."
+            )
+        return result
 
     def _stream(self) -> Tensor:
         assert self._received is not None
+        self._has_entered = True
         return self._received
 
 

@@ -14,6 +14,7 @@ from titan_parallel.loss_forward import LossForward
 from titan_parallel.pipeline import Pipeline
 from titan_parallel.pipeline_schedules import PipelineSchedule
 from titan_parallel.probe.checks import StageCheck
+from titan_parallel.probe.stage_run import StageCut
 from titan_parallel.roles import Roles
 from titan_parallel.stage_cut import cut_by_cost, cut_by_name
 from titan_parallel.stage_forward import StageForward, StageModel
@@ -56,7 +57,7 @@ class Stages:
         self._model = model
         pieces = StageModules.of(model, roles, dims.num_pipeline)
         self._ranges = self._cut(pieces)
-        self._check = StageCheck(probe, self._ranges, dims.num_pipeline)
+        self._check = StageCheck(probe, StageCut(self._ranges, self.mine, dims.num_pipeline))
         self._parts = StageModel.of(model, roles, pieces, dtype)
         owners = self._owners(pieces)
         holders = self._holders(owners)

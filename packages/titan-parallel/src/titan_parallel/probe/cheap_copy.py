@@ -40,8 +40,9 @@ def cheap_copy(model: nn.Module, projections: Collection[str]) -> nn.Module:
 
 
 def sharing_weights(copied: nn.Module) -> nn.Module:
-    """Return a copy of a copy: the same parameters, and all else its own."""
+    """Return a copy of a copy: the same parameters and large buffers, and all else its own."""
     memo: dict[int, object] = {id(parameter): parameter for parameter in copied.parameters()}
+    memo |= {id(buffer): buffer for buffer in copied.buffers() if buffer.numel() > LARGE}
     return copy.deepcopy(copied, memo)
 
 

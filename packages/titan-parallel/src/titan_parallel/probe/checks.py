@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch.distributed as dist
 from titan_config import ConfigError
@@ -12,6 +11,7 @@ from torch import nn
 from titan_parallel._torch import has_no_memory
 from titan_parallel.batch import Batch
 from titan_parallel.dims import ParallelDims
+from titan_parallel.probe.stage_run import StageCut
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
 from titan_parallel.roles import Roles
@@ -84,17 +84,15 @@ class ContextCheck:
 class StageCheck:
     """Holds a probe until it has said that blocks exchange their stream alone: at once, or at the first batch."""
 
-    def __init__(self, probe: TokenProbe, ranges: Sequence[range], num_ranks: int) -> None:
-        """`ranges` are the numbers of the blocks of each stage."""
-        self._ranges, self._num_ranks = ranges, num_ranks
+    def __init__(self, probe: TokenProbe, cut: StageCut) -> None:
+        self._cut = cut
         self._probe: TokenProbe | None = probe
-        self._apply(probe.stages(ranges, num_ranks), has_batch=False)
+        self._apply(probe.stages(cut), has_batch=False)
 
     def check_batch(self, batch: Batch) -> None:
         """Ask the probe with the inputs of a batch, if it could not say. Raises ConfigError for blocks that do more."""
         if self._probe is not None and not any(has_no_memory(tensor) for tensor in batch.inputs.values()):
-            verdict = self._probe.stages(self._ranges, self._num_ranks, batch.inputs, batch.sequence_dims)
-            self._apply(verdict, has_batch=True)
+            self._apply(self._probe.stages(self._cut, batch.inputs, batch.sequence_dims), has_batch=True)
             self._probe = None
 
     def _apply(self, verdict: Verdict, *, has_batch: bool) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -38,12 +39,31 @@ class Call:
 @contextmanager
 def leaving_no_trace(dtype: torch.dtype) -> Iterator[None]:
     """Run without gradients on the CPU in `dtype`; restore random state."""
-    state = random.getstate()
+    state, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), computing_in(dtype):
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(of_numpy)
+
+
+class Draws:
+    """Notes whether random numbers were drawn while it was entered, once or more often."""
+
+    def __init__(self) -> None:
+        self.any = False
+
+    def __enter__(self) -> None:
+        self._before = _random_state()
+
+    def __exit__(self, *_: object) -> None:
+        self.any = self.any or self._before != _random_state()
+
+
+def _random_state() -> tuple[Any, ...]:
+    """The state of the generators of torch (on the CPU), of Python and of numpy."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state(legacy=False))
 
 
 @contextmanager
@@ -127,4 +147,6 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def logits_of(output: Any) -> Tensor | None:
     """The logits in what a model returns, or else its first tensor."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return first_tensor(output["logits"])
     return first_tensor(getattr(output, "logits", output))

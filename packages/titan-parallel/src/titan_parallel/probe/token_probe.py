@@ -8,7 +8,7 @@ same as a whole and stage by stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from titan_parallel.hugging_face_attention import is_of_transformers
 from titan_parallel.model_inputs import made_up_inputs
-from titan_parallel.probe import forwards
+from titan_parallel.probe import forwards, long_sequence
 from titan_parallel.probe.cheap_copy import cheap_copy, let_train, sharing_weights
-from titan_parallel.probe.long_sequence import ALWAYS_RUN, affordable_lengths, passed_heads
-from titan_parallel.probe.repeated_blocks import first_of_kind
+from titan_parallel.probe.long_sequence import affordable_lengths, passed_heads
+from titan_parallel.probe.repeated_blocks import ALWAYS_RUN, first_of_kind
 from titan_parallel.probe.split_run import Blocks, SplitRun, WholeModel
-from titan_parallel.probe.stage_run import StageRun
+from titan_parallel.probe.stage_run import StageCut, StageRun
 from titan_parallel.probe.verdict import Verdict, one_line
 from titan_parallel.roles import Roles
 
 _LENGTHS = (24, 16, 8, 4)
+_FEW_TOKENS = (8, 4)
 _DTYPES = (torch.float64, torch.float32)
 """What a copy runs in: the first in which it does."""
 _MORE = ({"is_long": True}, {"is_training": True})
@@ -41,6 +42,8 @@ class _Question:
     inputs: Mapping[str, Tensor] | None
     """None: made up of tokens."""
     dims: Mapping[str, int] | None
+    lengths: tuple[int, ...] = _LENGTHS
+    has_one_row: bool = False
 
 
 class TokenProbe:
@@ -89,17 +92,17 @@ class TokenProbe:
 
     def stages(
         self,
-        ranges: Sequence[range],
-        num_ranks: int,
+        cut: StageCut,
         inputs: Mapping[str, Tensor] | None = None,
         dims: Mapping[str, int] | None = None,
     ) -> Verdict:
-        """Say whether stages with these blocks compute what the whole does, by a batch, or by made-up tokens."""
+        """Say whether stages compute what the whole does, by a batch, or by made-up tokens."""
 
         def run(copied: nn.Module, roles: Roles, given: Mapping[str, Tensor], *_: Any) -> StageRun:
-            return StageRun(copied, roles, given, ranges, num_ranks)
+            return StageRun(copied, roles, given, cut)
 
-        return self._ask(_Question(run, lambda _: {}, inputs, dims), {"is_training": True})
+        question = _Question(run, lambda _: {}, inputs, dims, lengths=_FEW_TOKENS, has_one_row=True)
+        return self._ask(question, {"is_training": True})
 
     def ends_with(self, head: str) -> bool:
         """Say whether the output is what the module `head` returns; False where it could not be found out."""
@@ -163,22 +166,24 @@ class TokenProbe:
                 stand_ins = question.prepare(copied)
             except Exception as error:  # third-party code
                 return Verdict(None, one_line(error))
-            lengths: Iterable[int] = _LENGTHS
-            kinds = None
+            lengths: Iterable[int] = question.lengths
+            always_run = long_sequence.ALWAYS_RUN if is_long else ALWAYS_RUN
             if is_long:
-                kinds = first_of_kind(copied, self._roles, ALWAYS_RUN)
+                kinds = first_of_kind(copied, self._roles, always_run)
                 lengths, stand_ins = affordable_lengths(copied, kinds), passed_heads(copied, self._roles) | stand_ins
             for length in _available(lengths, question.inputs, question.dims or {}):
                 given = self._inputs(copied, question, length, dtype)
                 if given is None:
                     return Verdict(None, why)
-                if is_long:
+                if is_long or question.has_one_row:
                     given = {name: tensor[:1] for name, tensor in given.items()}
                 dims = question.dims
                 sequence_dims = dims if dims is not None else {n: 1 for n in given if n != "attention_mask"}
                 try:
                     with forwards.replaced(stand_ins):
-                        asked = question.run(copied, self._roles, given, sequence_dims, length, set(stand_ins), kinds)
+                        asked = question.run(
+                            copied, self._roles, given, sequence_dims, length, set(stand_ins), always_run
+                        )
                 except Exception as error:  # third-party code
                     why = f"a copy of it does not run ({one_line(error)})"
                     continue
