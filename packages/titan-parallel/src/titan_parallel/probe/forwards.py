@@ -6,12 +6,12 @@ T tokens, D width, H heads, G key-value heads, V features of a value.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -39,13 +39,15 @@ class Call:
 @contextmanager
 def leaving_no_trace(dtype: torch.dtype) -> Iterator[None]:
     """Run without gradients on the CPU in `dtype`; restore random state."""
-    state, of_numpy = random.getstate(), np.random.get_state()
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), computing_in(dtype):
             yield
     finally:
         random.setstate(state)
-        np.random.set_state(of_numpy)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
 
 class Draws:
@@ -62,8 +64,11 @@ class Draws:
 
 
 def _random_state() -> tuple[Any, ...]:
-    """The state of the generators of torch (on the CPU), of Python and of numpy."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state(legacy=False))
+    """The state of the generators of torch (on the CPU), of Python and of numpy, where somebody imported it."""
+    numpy = sys.modules.get("numpy")
+    state = None if numpy is None else numpy.random.get_state()
+    of_numpy = None if state is None else (state[1].tolist(), state[2])
+    return torch.get_rng_state().tolist(), random.getstate(), of_numpy
 
 
 @contextmanager
