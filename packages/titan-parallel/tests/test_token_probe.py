@@ -11,6 +11,7 @@ from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
 from titan_parallel.check import meshes
 from titan_parallel.probe.cheap_copy import cheap_copy
+from titan_parallel.probe.forwards import Draws
 from titan_parallel.probe.repeated_blocks import first_of_kind
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
@@ -306,6 +307,17 @@ def test_what_is_not_known_before_is_found_out_with_the_first_batch(run_ranks):
 
     for message in run_ranks(2, said):
         assert "mixer (Convolution) mixes tokens" in message
+
+
+def test_draws_of_random_numbers_are_noticed():
+    for draw in (lambda: torch.rand(1), random.random):
+        draws = Draws()
+        with draws:
+            pass
+        assert not draws.any
+        with draws:
+            draw()
+        assert draws.any
 
 
 def test_a_probe_leaves_no_trace():
