@@ -13,6 +13,8 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token, shared_weights, stages
+from titan_parallel.probe.stage_run import StageRun
+from titan_parallel.probe.verdict import Verdict
 from torch import nn
 from torch.nn import functional as F
 
@@ -337,6 +339,7 @@ def count_them_in_the_norm_of_every_rank(patch):
 )
 def test_conditioning_that_is_lost_is_noticed(monkeypatch, sabotage):
     found = sabotage(monkeypatch)
+    monkeypatch.setattr(StageRun, "verdict", lambda self: Verdict(True))  # the probe refuses some of it before
     report = check(Model, {"pp2": pipeline()})
     names = [finding.name for finding in report.meshes["pp2"].findings]
     assert any(re.search(found, name) for name in names), report

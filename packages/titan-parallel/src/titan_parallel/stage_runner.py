@@ -80,10 +80,10 @@ class StageRunner(nn.Module):
 
         def probe() -> None:
             with Agreement("cut the model into stages", self._loss_forward.device_type):
-                self._check.check_batch(batches[0])
                 for batch in batches:
                     if self._layout(batch) not in self._shapes:
                         self._shapes[self._layout(batch)] = self._stream_shape(batch)
+                self._check.check_batch(batches[0])
 
         try:
             with torch.no_grad():

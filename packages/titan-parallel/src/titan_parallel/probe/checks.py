@@ -82,30 +82,31 @@ class ContextCheck:
 
 
 class StageCheck:
-    """Holds a probe until it has said that blocks exchange their stream alone: at once, or at the first batch."""
+    """Asks a probe whether blocks exchange their stream alone, and says so at the first batch.
+
+    By then the first step has said what it knows better: which output of which block is read where.
+    """
 
     def __init__(self, probe: TokenProbe, cut: StageCut) -> None:
         self._cut = cut
-        self._probe: TokenProbe | None = probe
-        self._apply(probe.stages(cut), has_batch=False)
+        self._verdict: Verdict | None = probe.stages(cut)
+        self._probe = probe if self._verdict.proved is None else None
 
     def check_batch(self, batch: Batch) -> None:
-        """Ask the probe with the inputs of a batch, if it could not say. Raises ConfigError for blocks that do more."""
+        """Raise ConfigError for blocks that exchange more; ask with the inputs of the batch, if there is no answer."""
+        verdict, self._verdict = self._verdict, None
         if self._probe is not None and not any(has_no_memory(tensor) for tensor in batch.inputs.values()):
-            self._apply(self._probe.stages(self._cut, batch.inputs, batch.sequence_dims), has_batch=True)
-            self._probe = None
-
-    def _apply(self, verdict: Verdict, *, has_batch: bool) -> None:
-        if verdict.proved is False:
-            raise ConfigError(
-                "Blocks of a pipeline must exchange the stream alone, got a stage beginning with "
-                f"{verdict.why}. Look for a tensor that an earlier block leaves in an attribute, a container or a "
-                "global, or set pipeline_parallel_degree to 1."
-            )
-        if verdict.proved:
-            self._probe = None
-        elif has_batch:
+            verdict, self._probe = self._probe.stages(self._cut, batch.inputs, batch.sequence_dims), None
+        if verdict is None or verdict.proved:
+            return
+        if verdict.proved is None:
             _warn("pipeline_parallel_degree > 1 without proof that blocks exchange their stream alone: %s", verdict.why)
+            return
+        raise ConfigError(
+            "Blocks of a pipeline must exchange the stream alone, got a stage beginning with "
+            f"{verdict.why}. Look for a tensor that an earlier block leaves in an attribute, a container or a "
+            "global, or set pipeline_parallel_degree to 1."
+        )
 
 
 def _turned_off(dims: ParallelDims, why: str) -> ParallelDims:
