@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from titan_parallel.roles import Roles
 from titan_parallel.stand_in import StreamArgument
 
-ALWAYS_RUN = 16
+_ALWAYS_RUN = 16
 """So many of the first blocks run though they seem alike: some do other things by their number."""
 _LARGE = 2**28
 """Numbers in the parameters of a block above which none runs twice."""
 
 
-def first_of_kind(model: nn.Module, roles: Roles, always_run: int = ALWAYS_RUN) -> dict[nn.Module, nn.Module]:
+def first_of_kind(model: nn.Module, roles: Roles, always_run: int = _ALWAYS_RUN) -> dict[nn.Module, nn.Module]:
     """Block -> the first block that does the same; `always_run` of the first blocks are their own."""
     firsts: dict[str, nn.Module] = {}
     blocks = [model.get_submodule(name) for name in roles.named("block")]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from titan_parallel.probe import forwards
-from titan_parallel.probe.cheap_copy import sharing_weights
 from titan_parallel.probe.mixing import NamedModules, alike, part_that_mixes
 from titan_parallel.probe.repeated_blocks import first_of_kind, skipping
 from titan_parallel.probe.verdict import Verdict, one_line
@@ -19,7 +18,7 @@ from titan_parallel.stand_in import StreamArgument
 
 
 class SplitRun(abc.ABC):
-    """The copy run on the whole sequence, and on parts of it, each time from the same state."""
+    """The copy run on the whole sequence, and on parts of it."""
 
     def __init__(
         self,
@@ -29,35 +28,41 @@ class SplitRun(abc.ABC):
         dims: Mapping[str, int],
         length: int,
         stand_ins: set[nn.Module],
-        always_run: int,
+        kinds: Mapping[nn.Module, nn.Module] | None = None,
     ) -> None:
-        """`always_run` of the first blocks run though they seem alike."""
-        self._roles, self._inputs, self._dims, self._length = roles, inputs, dims, length
-        self._untouched, self._always_run = copied, always_run
-        self._copied = sharing_weights(copied)
-        names = [name for name, module in copied.named_modules() if module in stand_ins]
-        self._stand_ins = {self._copied.get_submodule(name) for name in names}
+        """`kinds`: block -> the first block that does the same, which alone runs."""
+        self._copied, self._roles, self._inputs, self._dims, self._length = copied, roles, inputs, dims, length
+        self._stand_ins = stand_ins
+        self._first_of_kind = kinds if kinds is not None else first_of_kind(copied, roles)
         self._draws = forwards.Draws()
-        with forwards.watched(self._copied) as self._calls, self._draws:
-            self._whole = self._output(self._copied, slice(0, length))
+        with forwards.watched(copied) as self._calls, self._draws:
+            self._whole = self._output(slice(0, length))
         if not self._whole.isfinite().all():
             raise ArithmeticError("its made-up weights give values that are not finite")
 
     def verdict(self) -> Verdict:
-        """Compare the parts with the whole. A difference says nothing where random numbers were drawn."""
+        """Compare the parts with the whole.
+
+        A difference says nothing where random numbers were drawn, or where a run changes the next.
+        """
         verdict = self._compared()
         if verdict.proved is False and self._draws.any:
             return Verdict(None, "it draws random numbers")
+        if verdict.proved is False and not self._is_repeatable():
+            return Verdict(None, "it gives other values each time it runs")
         return verdict
+
+    def _is_repeatable(self) -> bool:
+        try:
+            return alike(self._output(slice(0, self._length)), self._whole)
+        except Exception:  # third-party code that does not run twice
+            return True
 
     def _compared(self) -> Verdict:
         cut = max(1, self._length * 3 // 8)
         try:
             with self._draws:
-                parts = [
-                    self._output(sharing_weights(self._untouched), part)
-                    for part in (slice(0, cut), slice(cut, self._length))
-                ]
+                parts = [self._output(part) for part in (slice(0, cut), slice(cut, self._length))]
         except Exception as error:  # third-party code: it counts tokens
             return Verdict(False, self._blame or f"{self._where} fail on a part of a sequence ({one_line(error)})")
         dim = next((d for d in range(self._whole.dim()) if self._is_sequence(d, parts)), None)
@@ -84,11 +89,8 @@ class SplitRun(abc.ABC):
         return len(set(sizes)) == 2 and sum(sizes) == self._whole.size(dim) == self._length
 
     @abc.abstractmethod
-    def _output(self, model: nn.Module, part: slice) -> Tensor:
-        """Return what a copy makes of a part of the sequence."""
-
-    def _skipping(self, model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-        return skipping(first_of_kind(model, self._roles, self._always_run))
+    def _output(self, part: slice) -> Tensor:
+        """Return what the copy makes of a part of the sequence."""
 
     def _parts(self) -> NamedModules:
         return list(self._copied.named_children())
@@ -97,13 +99,13 @@ class SplitRun(abc.ABC):
 class WholeModel(SplitRun):
     """From the inputs to the logits: context parallel."""
 
-    def _output(self, model: nn.Module, part: slice) -> Tensor:
+    def _output(self, part: slice) -> Tensor:
         inputs = {
             name: tensor.narrow(self._dims[name], part.start, part.stop - part.start) if name in self._dims else tensor
             for name, tensor in self._inputs.items()
         }
-        with forwards.replaced(self._skipping(model)):
-            output = model(**inputs)
+        with forwards.replaced(skipping(self._first_of_kind)):
+            output = self._copied(**inputs)
         tensor = forwards.logits_of(output)
         if tensor is None:
             raise TypeError("it returns no tensor")
@@ -116,12 +118,14 @@ class Blocks(SplitRun):
     _where = "the blocks"
     _left: Tensor | None = None
 
-    def _output(self, model: nn.Module, part: slice) -> Tensor:
+    def _output(self, part: slice) -> Tensor:
         names = self._roles.named("block")
-        first, last = model.get_submodule(names[0]), model.get_submodule(names[-1])
-        changed = self._skipping(model)
+        first, last = self._copied.get_submodule(names[0]), self._copied.get_submodule(names[-1])
+        changed = skipping(self._first_of_kind)
         between = [n for n in self._roles.named("embedding") if self._roles.options(n).get("between_blocks")]
-        changed |= {module: _own_part(module.forward, part) for module in (model.get_submodule(n) for n in between)}
+        changed |= {
+            module: _own_part(module.forward, part) for module in (self._copied.get_submodule(n) for n in between)
+        }
 
         stream = StreamArgument(first)
         self._left = None
@@ -138,7 +142,7 @@ class Blocks(SplitRun):
         handles = [first.register_forward_pre_hook(split, with_kwargs=True), last.register_forward_hook(stop)]
         try:
             with forwards.replaced(changed):
-                model(**self._inputs)
+                self._copied(**self._inputs)
         except forwards.Stopped:
             pass
         finally:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from titan_parallel.hugging_face_attention import is_of_transformers
 from titan_parallel.model_inputs import made_up_inputs
-from titan_parallel.probe import forwards, long_sequence
+from titan_parallel.probe import forwards
 from titan_parallel.probe.cheap_copy import cheap_copy, let_train, sharing_weights
-from titan_parallel.probe.long_sequence import affordable_lengths, passed_heads
-from titan_parallel.probe.repeated_blocks import ALWAYS_RUN, first_of_kind
+from titan_parallel.probe.long_sequence import ALWAYS_RUN, affordable_lengths, passed_heads
+from titan_parallel.probe.repeated_blocks import first_of_kind
 from titan_parallel.probe.split_run import Blocks, SplitRun, WholeModel
 from titan_parallel.probe.stage_run import StageCut, StageRun
 from titan_parallel.probe.verdict import Verdict, one_line
@@ -167,9 +167,9 @@ class TokenProbe:
             except Exception as error:  # third-party code
                 return Verdict(None, one_line(error))
             lengths: Iterable[int] = question.lengths
-            always_run = long_sequence.ALWAYS_RUN if is_long else ALWAYS_RUN
+            kinds = None
             if is_long:
-                kinds = first_of_kind(copied, self._roles, always_run)
+                kinds = first_of_kind(copied, self._roles, ALWAYS_RUN)
                 lengths, stand_ins = affordable_lengths(copied, kinds), passed_heads(copied, self._roles) | stand_ins
             for length in _available(lengths, question.inputs, question.dims or {}):
                 given = self._inputs(copied, question, length, dtype)
@@ -181,9 +181,7 @@ class TokenProbe:
                 sequence_dims = dims if dims is not None else {n: 1 for n in given if n != "attention_mask"}
                 try:
                     with forwards.replaced(stand_ins):
-                        asked = question.run(
-                            copied, self._roles, given, sequence_dims, length, set(stand_ins), always_run
-                        )
+                        asked = question.run(copied, self._roles, given, sequence_dims, length, set(stand_ins), kinds)
                 except Exception as error:  # third-party code
                     why = f"a copy of it does not run ({one_line(error)})"
                     continue
