@@ -381,7 +381,7 @@ def test_a_saved_run_is_the_start(tmp_path, fails):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{\n 1}", "run.json:2: Got text that is not JSON at column 2"),
+        ("{\n 1}", "run.json:2: A saved config must be JSON, got '1}', column 2"),
         ('{"$type": "T:Trainer.Config", "nte": ""}', "run.json: Got the name nte. Trainer.Config has no such field."),
         (
             '{"$type": "os:Trainer.Config"}',

@@ -253,9 +253,12 @@ def test_files_come_back_equal_and_are_written_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n  "a": 1,\n  b: 2\n}', "config.json:3: Got text that is not JSON at column 3: Expecting property name"),
-        ("", "config.json:1: Got text that is not JSON at column 1: Expecting value"),
-        ("{\n", "config.json:2: Got text that is not JSON at column 1: Expecting property name"),
+        (
+            '{\n  "a": 1,\n  b: 2\n}',
+            "config.json:3: A saved config must be JSON, got 'b: 2', column 3: Expecting property name",
+        ),
+        ("", "config.json:1: A saved config must be JSON, got '', column 1: Expecting value"),
+        ("{\n", "config.json:2: A saved config must be JSON, got '', column 1: Expecting property name"),
         ('{"a": 1, "a": 2}', "config.json: A key must be in an object once, got a twice."),
         ("[1]", "config.json: Got [1] (list). A config is an object that names its class."),
         ('{"i": 1}', "config.json: Got {'i': 1} (dict). A config is an object that names its class."),

@@ -48,9 +48,10 @@ class HFReader:
         absent = [key for key, name in known.items() if name == path.name and key not in found]
         if absent or found.keys() & self._file_of.keys():
             raise CheckpointError(
-                f"Got {path}, which lacks {listed(absent) or 'nothing'} of what {INDEX} says is there, and repeats "
-                f"{listed(sorted(found.keys() & self._file_of.keys())) or 'nothing'} of other files. The folder "
-                f"must be whole. Download or export it again."
+                f"A file must hold the tensors that {INDEX} names for it, once, got {path}, which lacks "
+                f"{listed(absent) or 'none'} and repeats "
+                f"{listed(sorted(found.keys() & self._file_of.keys())) or 'none'} of other files. Download or export "
+                "the folder again."
             )
         self._stand_ins |= found
         self._file_of |= dict.fromkeys(found, file)

@@ -78,8 +78,8 @@ class Shelf:
         final = self.path(step)
         if final.is_dir():
             raise CheckpointError(
-                f"Got step {step} to save, and {final} is there already. A checkpoint is never written over. "
-                f"Move it away, or save into another folder."
+                f"A step to save must not be in the folder yet, got step {step}, which is in {final}. Move it away, or "
+                f"save into another folder."
             )
         if os.path.lexists(final):
             aside = _set_aside(final)

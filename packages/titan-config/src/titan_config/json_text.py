@@ -22,8 +22,8 @@ def parse_json(text: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         line = text[: error.pos].rpartition("\n")[2] + text[error.pos :].partition("\n")[0]
         raise ConfigError(
-            f"Got text that is not JSON at column {error.colno}: {error.msg} ({line.strip()[:80]!r}). A saved config "
-            "is one JSON object. Correct the line.",
+            f"A saved config must be JSON, got {line.strip()[:80]!r}, column {error.colno}: {error.msg}. Correct the "
+            "line.",
             file=f"{name}:{error.lineno}",
         ) from error
     except ConfigError as error:

@@ -33,8 +33,8 @@ def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any], left_out: Le
     model_type = theirs.get("model_type")
     if model_type != own["model_type"] and (model_type, own["model_type"]) not in _SAME_MODELS:
         raise ValueError(
-            f"Got a config.json of model_type {model_type!r}. The model here is {own['model_type']!r} to "
-            "transformers. Take the family and flavor that the weights belong to."
+            f"model_type of config.json must be {own['model_type']!r}, which is this model in transformers, got "
+            f"{model_type!r}. Take the family and flavor that the weights belong to."
         )
     _check_quantisation(mapping_in(theirs, "quantization_config"))
     _check_rope(read_rope(theirs, left_out), read_rope(own, left_out))
