@@ -142,7 +142,7 @@ def test_a_step_is_saved_once_and_never_over_another(tmp_path):
     assert checkpointer.save(1, {"part": Values(run="first")}, last=True)
     assert not checkpointer.save(1, {"part": Values(run="again")}, last=True)
     stranger = build(tmp_path, async_mode="disabled")
-    with pytest.raises(CheckpointError, match="not be in the folder yet, got step 1, which is in .*step-1"):
+    with pytest.raises(CheckpointError, match=r"not be in the folder yet, got step 1, which is in .*step-1"):
         stranger.save(1, {"part": Values(run="other")})
     restored = Values()
     checkpointer.load({"part": restored})
