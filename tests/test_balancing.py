@@ -20,7 +20,7 @@ from titan_models.moe import (
     ZLoss,
 )
 from titan_models.qwen3 import qwen3_moe_debug
-from titan_models.tally import Tally
+from titan_models.training.step_counter import Tally
 from titan_parallel import (
     Compile,
     EveryNthBlock,
@@ -32,8 +32,8 @@ from titan_parallel import (
     parallelize,
 )
 from titan_parallel.check import meshes
-from titan_parallel.own_losses import OwnLosses
-from titan_parallel.tallies import Tallies
+from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.statistics import Tallies
 from titan_parallel.testing import check_same_gradients, full_gradients
 
 TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")

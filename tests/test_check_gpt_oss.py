@@ -39,7 +39,7 @@ def test_gpt_oss_is_the_same_on_other_meshes():
 @pytest.mark.parametrize("lost", ["sinks", "bias"])
 def test_what_a_rank_does_to_all_heads_or_once_too_often_is_noticed(monkeypatch, lost):
     """A tensor rank that keeps the sinks of the first heads; a bias that every rank adds to the sum of all."""
-    from titan_parallel.tensor_parallel import TensorParallel
+    from titan_parallel.tensor_parallel.apply import TensorParallel
 
     split, find = TensorParallel._split_dims, TensorParallel._find_parts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from titan_models import modes
-from titan_parallel import modes as modes_of_parallel
+from titan_models.training import eval_mode as modes
+from titan_parallel.step import eval_mode as modes_of_parallel
 
 
 def test_titan_models_and_titan_parallel_restore_modes_by_the_same_code():

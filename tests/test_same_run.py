@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute
-from titan_parallel.equality import compare, norm_of, roundings
+from titan_parallel.check.tolerances import compare, norm_of, roundings
 from torch.distributed.tensor import DTensor
 
 CONTEXT_2 = {"context_parallel_degree": 2}
@@ -365,7 +365,9 @@ def test_bf16_mixed_precision_gives_the_same_losses_on_any_mesh(small_run, run_r
 
 
 def drop_the_sum_of_partial_gradients(monkeypatch) -> None:
-    monkeypatch.setattr("titan_parallel.partial_gradients.PartialGradients._sum", lambda self, model: None)
+    monkeypatch.setattr(
+        "titan_parallel.tensor_parallel.partial_gradients.PartialGradients._sum", lambda self, model: None
+    )
 
 
 def shift_positions(monkeypatch) -> None:

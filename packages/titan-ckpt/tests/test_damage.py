@@ -1,7 +1,7 @@
 """A checkpoint that is not whole is noticed and named before a weight is touched, and never loaded."""
 
 import pytest
-import titan_ckpt.manifest
+import titan_ckpt.format.manifest
 import torch
 from titan_ckpt import BrokenCheckpoint, Checkpointer, CheckpointError, check_whole
 
@@ -99,13 +99,13 @@ def test_every_byte_of_the_tensors_is_watched(checkpoints):
 
 def test_without_checksums_a_flipped_byte_would_load(checkpoints, monkeypatch):
     flip(checkpoints / "step-2" / FILES[0], -3)
-    monkeypatch.setattr("titan_ckpt.loading.find_damage", lambda folder, manifest, names: [])
+    monkeypatch.setattr("titan_ckpt.load.load.find_damage", lambda folder, manifest, names: [])
     model = Weights(0)
     assert Checkpointer.Config().build(dump_folder=checkpoints.parent).load({"model": model}) == 2
     assert not model.w.eq(2).all()
 
 
 def test_a_manifest_of_another_format_is_not_loaded(checkpoints, monkeypatch):
-    monkeypatch.setattr(titan_ckpt.manifest, "FORMAT", 2)
+    monkeypatch.setattr(titan_ckpt.format.manifest, "FORMAT", 2)
     with pytest.raises(BrokenCheckpoint, match="its format is 1, and this titan-ckpt reads format 2"):
         check_whole(checkpoints / "step-1")

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
-from titan_ckpt import Checkpointer, CheckpointError, check_whole, direct_io
-from titan_ckpt.direct_io import whole_pages, write_pages
+from titan_ckpt import Checkpointer, CheckpointError, check_whole
+from titan_ckpt.save import direct_io
+from titan_ckpt.save.direct_io import whole_pages, write_pages
 
 SIZES = [0, 1, 511, 512, 4095, 4096, 4097, 3 * mmap.PAGESIZE + 5]
 FILE = "checkpoint/step-1/rank-00000.safetensors"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from titan_ckpt import Checkpointer, CheckpointError, Renamed, export_hf, load_hf, save_hf
 from titan_ckpt.__main__ import main
-from titan_ckpt.hf_reader import HFReader
+from titan_ckpt.hugging_face.folder_reader import HFReader
 from titan_config import Configurable
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -441,7 +441,9 @@ def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, mo
     with pytest.raises(CheckpointError, match="must hold a tokenizer, got none"):
         save_hf(toy().state_dict(), Ends(), tmp_path / "other", tokenizer=tmp_path)
     path = checkpoint(tmp_path / "run", Run.Config())
-    monkeypatch.setattr("titan_ckpt.hf_export.from_dict", lambda data: Toy.Config())  # a test module is not imported
+    monkeypatch.setattr(
+        "titan_ckpt.hugging_face.export.from_dict", lambda data: Toy.Config()
+    )  # a test module is not imported
     assert main(["export-hf", str(path), str(tmp_path / "by-command"), "--tokenizer", str(tmp_path / "from")]) == 0
     assert (tmp_path / "by-command" / "tokenizer.json").is_file()
 

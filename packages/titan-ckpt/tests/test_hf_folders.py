@@ -345,7 +345,13 @@ def test_a_config_cannot_have_a_file_of_the_current_folder_executed(tmp_path, mo
     (tmp_path / "titan_theirs.py").write_text(executes)
     (tmp_path / "titan_ft").mkdir()
     (tmp_path / "titan_ft/__init__.py").write_text(executes)
-    paths = ["titan_theirs:X.Config", "titan_ft:X.Config", "titan_ckpt.files:os.system", "titan_ckpt.__main__:X", 7]
+    paths = [
+        "titan_theirs:X.Config",
+        "titan_ft:X.Config",
+        "titan_ckpt.format.durable_files:os.system",
+        "titan_ckpt.__main__:X",
+        7,
+    ]
     for number, path in enumerate(paths):
         monkeypatch.setattr("titan_ckpt.checkpointer.to_dict", lambda config, path=path: {"model": {"$type": path}})
         checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path / str(number), config=Run.Config())

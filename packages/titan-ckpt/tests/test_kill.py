@@ -79,7 +79,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_leftovers_are_cleaned(tmp_pat
 def test_a_save_that_is_renamed_before_its_manifest_would_be_noticed(tmp_path, monkeypatch):
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
     checkpointer.save(1, {"part": Holder({"w": torch.ones(3)})}, last=True)
-    monkeypatch.setattr("titan_ckpt.saving.write_manifest", lambda folder, manifest: None)
+    monkeypatch.setattr("titan_ckpt.save.save.write_manifest", lambda folder, manifest: None)
     checkpointer.save(2, {"part": Holder({"w": torch.ones(3)})}, last=True)
     again = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
     assert again.load({"part": Holder({"w": torch.ones(3)})}) == 1

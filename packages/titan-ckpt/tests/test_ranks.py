@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from titan_ckpt import Checkpointer, CheckpointError, TensorReader, check_whole, loading
+from titan_ckpt import Checkpointer, CheckpointError, TensorReader, check_whole
+from titan_ckpt.load import load as loading
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

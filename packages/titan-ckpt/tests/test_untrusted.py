@@ -363,7 +363,7 @@ def test_mutated_folders_are_loaded_as_they_were_or_passed_over_or_refused(run_r
 
 def test_without_the_checks_of_contents_these_edits_would_load(checkpoints, monkeypatch):
     edit(checkpoints / "step-2", "state.json", VALUES_EDITS["NaN"][0])
-    monkeypatch.setattr("titan_ckpt.loading.find_contradictions", lambda folder, manifest: [])
+    monkeypatch.setattr("titan_ckpt.load.load.find_contradictions", lambda folder, manifest: [])
     assert load(checkpoints)[0] == 2
 
 

@@ -140,16 +140,31 @@ def test_the_attack_would_work_without_the_check(packages, monkeypatch):
 
 
 def test_a_name_that_is_imported_says_where_it_is_defined(packages):
-    (packages / "pkg" / "__init__.py").write_text("from .sub import A as B, Color\nfrom pkg import sub")
+    source = "from .sub import A as B\nfrom evil import Color\nfrom pkg import sub"
+    (packages / "pkg" / "__init__.py").write_text(source)
     message = r"path pkg:B must be that of .* got a name that is imported there, not defined\. Write pkg\.sub:A\.$"
     with pytest.raises(ConfigError, match=message):
         titan_config.importing.find_config("pkg:B", ("pkg",))
-    with pytest.raises(ConfigError, match=r"Write pkg\.sub:Color\.$"):
+    with pytest.raises(ConfigError, match=r"Write evil:Color\.$"):
         decode({"$enum": "pkg:Color", "name": "RED"}, "pkg")
-    assert "pkg" not in sys.modules
+    assert "pkg" not in sys.modules and "evil" not in sys.modules
     assert titan_config.importing.find_config("pkg.sub:A", ("pkg",)).__qualname__ == "A.Config"
     with pytest.raises(ConfigError, match=r"got the class pkg\.sub:A\. Correct the path\.$"):
         titan_config.importing.find_config("pkg:B", ("pkg",))
+
+
+def test_a_class_goes_by_the_package_that_offers_it_wherever_its_module_lies(packages):
+    (packages / "pkg" / "__init__.py").write_text('from pkg.sub import A, Color\n__all__ = ["A"]')
+    saved = {"$type": "pkg:A.Config", "x": 3}
+    config = decode(saved, "pkg")
+    assert type(config).__module__ == "pkg.sub" and to_dict(config) == saved
+    assert titan_config.importing.path_of(sys.modules["pkg.sub"].Color) == "pkg.sub:Color"  # not in __all__
+    assert decode({"$type": "pkg.sub:A.Config", "x": 3}, "pkg") == config  # where it is defined works too
+    (packages / "pkg" / "sub.py").rename(packages / "pkg" / "moved.py")
+    (packages / "pkg" / "__init__.py").write_text('from pkg.moved import A\n__all__ = ["A"]')
+    for name in ("pkg", "pkg.sub"):
+        del sys.modules[name]
+    assert decode(saved, "pkg").x == 3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from titan_models import Flops
-from titan_models.counts import count_flops_per_token
 from titan_models.deepseek import (
     deepseek_debug,
     deepseek_v2_236b,
@@ -18,6 +17,7 @@ from titan_models.deepseek import (
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_120b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
+from titan_models.model_size import count_flops_per_token
 from titan_models.moe import Loop, MoE
 from titan_models.qwen3 import (
     qwen3_0_6b,

@@ -11,15 +11,15 @@ import pytest
 import titan_config
 import torch
 from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal, Varlen
+from titan_models.attention.temperature import Temperature
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.rope import rotate, rotate_neighbours
+from titan_models.layers.yarn import Yarn
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_scout
 from titan_models.moe import ClampedGating, TopKRouter
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b, qwen3_debug, qwen3_moe_debug
-from titan_models.rms_norm import RMSNorm
-from titan_models.rope import rotate, rotate_neighbours
-from titan_models.temperature import Temperature
-from titan_models.yarn import Yarn
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint

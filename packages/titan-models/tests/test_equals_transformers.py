@@ -265,7 +265,7 @@ def test_a_swapped_rotation_is_noticed(
         first, second = x[..., 0::2], x[..., 1::2]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
 
-    monkeypatch.setattr("titan_models.grouped_query_attention.rotate", neighbours)
+    monkeypatch.setattr("titan_models.attention.grouped_query_attention.rotate", neighbours)
     assert (model(**batch) - theirs).abs().max() > 1e-4
 
 

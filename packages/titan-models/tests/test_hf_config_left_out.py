@@ -15,11 +15,11 @@ from titan_models.deepseek import deepseek_debug, deepseek_v3_debug
 from titan_models.gpt_oss import gpt_oss_debug
 from titan_models.hugging_face.config_check import check_config
 from titan_models.hugging_face.config_reading import read_config, read_rope
+from titan_models.layers.yarn import Yarn
 from titan_models.llama3 import llama3_debug
 from titan_models.llama4 import llama4_debug
 from titan_models.moe import ClampedGating
 from titan_models.qwen3 import qwen3_debug, qwen3_moe_debug
-from titan_models.yarn import Yarn
 
 FLAVORS = (llama3_debug, qwen3_debug, qwen3_moe_debug, deepseek_debug, deepseek_v3_debug, llama4_debug, gpt_oss_debug)
 SIZES = {"hidden_size", "intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "num_hidden_layers"}

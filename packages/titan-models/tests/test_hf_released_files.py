@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from titan_models.deepseek import deepseek_v3_debug
 from titan_models.gpt_oss import gpt_oss_20b
+from titan_models.layers.yarn import Yarn
 from titan_models.llama3 import llama3_1b, llama3_8b
 from titan_models.qwen3 import qwen3_8b, qwen3_30b_a3b
-from titan_models.yarn import Yarn
 from torch import Tensor
 
 FP32 = ("norm.weight", "lm_head.weight", "mlp.gate.weight", "mlp.router.weight", "sinks", "layernorm.weight")

@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 import titan_config
 import torch
-from titan_models import (
-    Constant,
-    DepthScaledNormal,
-    FanInNormal,
-    Initializer,
-    Normal,
-    TruncatedNormal,
-    init_weights,
-    keyed,
-)
+from titan_models import Constant, DepthScaledNormal, FanInNormal, Initializer, Normal, TruncatedNormal, init_weights
 from titan_models.deepseek import deepseek_v3_debug
 from titan_models.gpt_oss import gpt_oss_debug
+from titan_models.initialization import counter_based_rng as keyed
 from titan_models.llama3 import llama3_8b, llama3_debug
 from titan_models.llama4 import llama4_debug
 from titan_models.qwen3 import qwen3_debug, qwen3_moe_debug

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import Decoder, keyed
+from titan_models import Decoder
+from titan_models.initialization import counter_based_rng as keyed
 from titan_models.llama3 import llama3_1b, llama3_8b
 
 

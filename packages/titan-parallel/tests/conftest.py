@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # these two take a second: once here, and not in every forked rank
 import torch.distributed.fsdp
 from titan_parallel import ParallelDims, ParallelModel, cross_entropy, parallelize, per_token
-from titan_parallel.equality import compare, norm_of
+from titan_parallel.check.tolerances import compare, norm_of
 from titan_parallel.testing import check_same_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import transformers
 from titan_config import ConfigError
 from titan_parallel import Compile, FullRecompute, MixedPrecision, ParallelDims, parallelize, set_collective_timeout
-from titan_parallel.agreement import Agreement
+from titan_parallel.mesh.rank_consistency import Agreement
 
 LIMIT_S = 900
 """Only reached where ranks wait for each other: a group gives up after half an hour."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_parallel import (
-    accumulation,
-    check_parallel,
-    collectives,
-    gradient_norm,
-    parallel_model,
-    partial_gradients,
-    tensor_parallel,
-)
+from titan_parallel import check_parallel, parallel_model
 from titan_parallel.check import meshes
 from titan_parallel.check.factor import explain, sizes_of
-from titan_parallel.equality import compare, norm
+from titan_parallel.check.tolerances import compare, norm
+from titan_parallel.mesh import collectives
+from titan_parallel.step import grad_norm as gradient_norm
+from titan_parallel.step import gradient_accumulation as accumulation
+from titan_parallel.tensor_parallel import apply as tensor_parallel
+from titan_parallel.tensor_parallel import partial_gradients
 from titan_parallel.testing import check_same_gradients
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, check_parallel, hugging_face_attention, parallelize, per_token
+from titan_parallel import FullRecompute, ParallelDims, check_parallel, parallelize, per_token
+from titan_parallel.context_parallel import transformers_attention as hugging_face_attention
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,13 +20,13 @@ from titan_parallel import (
     MixedPrecision,
     ParallelDims,
     SelectiveRecompute,
-    context_gather,
-    context_parallel,
-    context_ring,
-    context_shards,
-    context_ulysses,
     parallelize,
 )
+from titan_parallel.context_parallel import all_gather as context_gather
+from titan_parallel.context_parallel import apply as context_parallel
+from titan_parallel.context_parallel import ring as context_ring
+from titan_parallel.context_parallel import sequence_sharding as context_shards
+from titan_parallel.context_parallel import ulysses as context_ulysses
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 

@@ -118,9 +118,9 @@ def test_the_loss_without_its_sum_over_the_vocabulary_is_wrong(run_ranks):
     logits, labels = random_logits(torch.float64)
 
     def on_rank():
-        import titan_parallel.cross_entropy  # noqa: F401, the module and not the function of that name
+        import titan_parallel.tensor_parallel.vocab_parallel_loss  # noqa: F401, the module and not the function of that name
 
-        module = __import__("sys").modules["titan_parallel.cross_entropy"]
+        module = __import__("sys").modules["titan_parallel.tensor_parallel.vocab_parallel_loss"]
         module.all_reduce = lambda tensor, operation, group_name: tensor
         return cross_entropy(split(logits, 2, torch.distributed.get_rank())[1], labels).detach()
 

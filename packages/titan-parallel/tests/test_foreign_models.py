@@ -9,7 +9,7 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import FullRecompute, ParallelDims, parallelize
-from titan_parallel.lift import computing_in
+from titan_parallel.probe.float64 import computing_in
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 

@@ -17,7 +17,7 @@ OVERLAPPING_GATHERS = """
 import sys
 import torch
 import torch.distributed as dist
-from titan_parallel._torch import backend_of_axes
+from titan_parallel._torch.distributed import backend_of_axes
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 group = dist.new_group(backend=backend_of_axes("cpu") if sys.argv[1] == "axis" else "gloo").group_name

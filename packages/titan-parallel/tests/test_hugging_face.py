@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, ParallelDims, collectives, parallelize, tensor_parallel
-from titan_parallel.equality import MULTIPLE
-from titan_parallel.features import parts
-from titan_parallel.lift import computing_in
+from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
+from titan_parallel.check.tolerances import MULTIPLE
+from titan_parallel.mesh import collectives
+from titan_parallel.probe.float64 import computing_in
+from titan_parallel.sharding_plan.features import parts
+from titan_parallel.tensor_parallel import apply as tensor_parallel
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from titan_parallel.launchers import first_host, ranks_of_launcher
+from titan_parallel.mesh.launchers import first_host, ranks_of_launcher
 
 SRUN = {
     "SLURM_JOB_ID": "77",

@@ -12,17 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from titan_parallel import (
-    ParallelDims,
-    check_parallel,
-    context_parallel,
-    loss_unit,
-    parallelize,
-    per_sequence,
-    per_token,
-    sum_over_sequence,
-)
+from titan_parallel import ParallelDims, check_parallel, parallelize, per_sequence, per_token, sum_over_sequence
 from titan_parallel.check import meshes
+from titan_parallel.context_parallel import apply as context_parallel
+from titan_parallel.step import loss_unit
 from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", reason="builds models of transformers")

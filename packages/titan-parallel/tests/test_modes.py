@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from titan_parallel.modes import in_eval_mode
+from titan_parallel.step.eval_mode import in_eval_mode
 from torch import nn
 
 

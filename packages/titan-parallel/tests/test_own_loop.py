@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_parallel import Compile, FullRecompute, partial_gradients
+from titan_parallel import Compile, FullRecompute
+from titan_parallel.tensor_parallel import partial_gradients
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from titan_parallel import FullRecompute, MixedPrecision, parallelize
-from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
+from titan_parallel.step.grad_norm import gradient_norm, scale_gradients_
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -14,7 +14,7 @@ from titan_parallel import (
     SelectiveRecompute,
     parallelize,
 )
-from titan_parallel.stage_cut import cut_by_cost
+from titan_parallel.pipeline_parallel.split_points import cut_by_cost
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -325,13 +325,13 @@ def test_a_module_of_the_wrong_stage_is_named_on_every_rank(run_ranks, small):
 
 
 def drop_the_sum_of_tied_gradients():
-    import titan_parallel.pipeline
+    import titan_parallel.pipeline_parallel.schedule
 
-    titan_parallel.pipeline.sum_over_holders = lambda *_: None
+    titan_parallel.pipeline_parallel.schedule.sum_over_holders = lambda *_: None
 
 
 def give_the_second_stage_other_activations():
-    from titan_parallel.stage_runner import StageRunner
+    from titan_parallel.pipeline_parallel.stage_runner import StageRunner
 
     run, before = StageRunner.run, {}
 
@@ -345,7 +345,7 @@ def give_the_second_stage_other_activations():
 
 
 def count_tied_weights_twice():
-    from titan_parallel.stages import Stages
+    from titan_parallel.pipeline_parallel.partition import Stages
 
     Stages.counted_elsewhere = ()
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import ParallelDims, check_parallel, parallelize, per_token, shared_weights, stages
+from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
+from titan_parallel.pipeline_parallel import partition as stages
+from titan_parallel.pipeline_parallel import tied_weights as shared_weights
 from titan_parallel.probe.stage_run import StageRun
 from titan_parallel.probe.verdict import Verdict
 from torch import nn
@@ -315,7 +317,7 @@ def give_zeros_for_all_that_is_before_the_blocks(patch):
 
     patch.setattr(stages.StageModules, "of", classmethod(wrong))
     patch.setattr(stages.StageProbe, "_error", lambda *_: AssertionError)
-    patch.setattr("titan_parallel.stage_probe.Followed.labels_of", lambda self, value: set())
+    patch.setattr("titan_parallel.pipeline_parallel.shape_probe.Followed.labels_of", lambda self, value: set())
     return "time.out|blocks.2.modulation"
 
 

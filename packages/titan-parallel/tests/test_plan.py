@@ -28,9 +28,9 @@ from titan_parallel import (
     parallelize,
     plan,
 )
-from titan_parallel.partial_gradients import PartialGradients
 from titan_parallel.planning.alike import Alike
 from titan_parallel.planning.simulate import Step
+from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F

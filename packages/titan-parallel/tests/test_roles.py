@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from titan_config import ConfigError
 from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
-from titan_parallel.roles import Roles
+from titan_parallel.sharding_plan.roles import Roles
 from torch import nn
 
 GROUPED_6_TO_3 = [("q", "num_heads", 6), ("k", "num_kv_heads", 3), ("v", "num_kv_heads", 3)]

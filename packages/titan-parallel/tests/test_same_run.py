@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from titan_parallel import Compile, EveryNthBlock, FullRecompute, MixedPrecision, SelectiveRecompute
-from titan_parallel.equality import MULTIPLE
+from titan_parallel.check.tolerances import MULTIPLE
 from titan_parallel.testing import full_gradients
 from torch.nn import functional as F
 

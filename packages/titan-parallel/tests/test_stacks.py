@@ -9,10 +9,10 @@ import torch
 from titan_config import ConfigError
 from titan_parallel import check_parallel
 from titan_parallel.check import meshes
-from titan_parallel.own_losses import OwnLosses
-from titan_parallel.roles import Roles
-from titan_parallel.tensor_parallel import TensorParallel
-from titan_parallel.tensor_parallel_checks import check_can_be_split
+from titan_parallel.sharding_plan.roles import Roles
+from titan_parallel.sharding_plan.validation import check_can_be_split
+from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.tensor_parallel.apply import TensorParallel
 from torch import nn
 
 EXPERTS, WIDTH, HIDDEN = 3, 16, 24

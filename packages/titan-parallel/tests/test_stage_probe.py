@@ -8,12 +8,12 @@ import pytest
 import torch
 from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
+from titan_parallel.pipeline_parallel.stage_forward import StageForward, StageModel
+from titan_parallel.pipeline_parallel.stage_modules import StageModules
 from titan_parallel.probe.stage_run import StageCut, StageRun
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
-from titan_parallel.roles import Roles
-from titan_parallel.stage_forward import StageForward, StageModel
-from titan_parallel.stage_pieces import StageModules
+from titan_parallel.sharding_plan.roles import Roles
 from torch import nn
 
 WIDTH, TOKENS, VOCABULARY = 8, 6, 12

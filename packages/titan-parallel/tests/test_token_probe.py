@@ -15,7 +15,7 @@ from titan_parallel.probe.forwards import Draws
 from titan_parallel.probe.repeated_blocks import first_of_kind
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
-from titan_parallel.roles import Roles
+from titan_parallel.sharding_plan.roles import Roles
 from torch import nn
 from torch.nn import functional
 

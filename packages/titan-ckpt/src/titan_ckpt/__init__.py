@@ -1,14 +1,14 @@
 """Distributed checkpoints that can be trusted: async, atomic, verified, resharding, Hugging Face in and out."""
 
-from titan_ckpt.adapter import HFAdapter, Piece, Renamed
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
-from titan_ckpt.hf_export import export_hf, save_hf
-from titan_ckpt.hf_import import load_hf
-from titan_ckpt.manifest import check_whole
+from titan_ckpt.format.readers import TensorReader, read_config
+from titan_ckpt.format.state_tree import Part
+from titan_ckpt.format.verify import check_whole
+from titan_ckpt.hugging_face.adapter import HFAdapter, Piece, Renamed
+from titan_ckpt.hugging_face.export import export_hf, save_hf
+from titan_ckpt.hugging_face.load import load_hf
 from titan_ckpt.model_export import export_model
-from titan_ckpt.reading import TensorReader, read_config
-from titan_ckpt.state import Part
 
 __all__ = [
     "BrokenCheckpoint",

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from titan_ckpt.checkpoint_folder import Shelf
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.hf_export import export_hf
-from titan_ckpt.manifest import check_whole, read_manifest
+from titan_ckpt.format.manifest import read_manifest
+from titan_ckpt.format.verify import check_whole
+from titan_ckpt.hugging_face.export import export_hf
 from titan_ckpt.model_export import export_model
 from titan_ckpt.paths import local_path
-from titan_ckpt.shelf import Shelf
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,26 +11,26 @@ from typing import Any, Literal
 import torch
 from titan_config import Configurable, to_dict
 
-from titan_ckpt.adapter import adapter_of
-from titan_ckpt.chunks import Chunk, is_dtensor, is_writer, local_chunks
-from titan_ckpt.hf_base import BASE_MODEL
-from titan_ckpt.hf_export import export_checkpoint
-from titan_ckpt.hf_metadata import companions, ids_of_run
-from titan_ckpt.initial_model import begin_with
-from titan_ckpt.loading import PassedOver, find_asked, find_newest_whole, load_parts, was_followed
-from titan_ckpt.manifest import check_whole
+from titan_ckpt.checkpoint_folder import Shelf
+from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.format.chunks import Chunk, is_dtensor, is_writer, local_chunks
+from titan_ckpt.format.safetensors_writer import write_tensors
+from titan_ckpt.format.state_tree import Part, split_parts
+from titan_ckpt.format.step_names import require_step, to_step
+from titan_ckpt.format.verify import check_whole
+from titan_ckpt.hugging_face.adapter import adapter_of
+from titan_ckpt.hugging_face.base_folder import BASE_MODEL
+from titan_ckpt.hugging_face.export import export_checkpoint
+from titan_ckpt.hugging_face.metadata import companions, ids_of_run
+from titan_ckpt.load.initial_model import begin_with
+from titan_ckpt.load.load import PassedOver, find_asked, find_newest_whole, load_parts, was_followed
 from titan_ckpt.paths import local_path
-from titan_ckpt.plan import Planner
-from titan_ckpt.random_state import RandomState
-from titan_ckpt.ranks import Ranks
-from titan_ckpt.saving import Snapshot, save
-from titan_ckpt.shelf import Shelf
-from titan_ckpt.staging import Staging
-from titan_ckpt.state import Part, split_parts
-from titan_ckpt.steps import require_step, to_step
-from titan_ckpt.tensor_file import write_tensors
+from titan_ckpt.rng_state import RandomState
+from titan_ckpt.save.background_writer import Writer
+from titan_ckpt.save.save import Snapshot, save
+from titan_ckpt.save.staging import Staging
+from titan_ckpt.save.write_plan import Planner
 from titan_ckpt.torch_parts import to_parts
-from titan_ckpt.writer import Writer
 
 logger = logging.getLogger(__name__)
 

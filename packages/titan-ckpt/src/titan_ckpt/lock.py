@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.hf_json import is_there
+from titan_ckpt.format.strict_json import is_there
 
 logger = logging.getLogger(__name__)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from titan_ckpt.chunks import Chunk
+from titan_ckpt.checkpoint_folder import Shelf
+from titan_ckpt.collective_guard import Ranks
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.hf_base import BASE_MODEL, keep_base_model
-from titan_ckpt.manifest import check_whole
-from titan_ckpt.plan import make_plan
-from titan_ckpt.ranks import Ranks
-from titan_ckpt.reading import TensorReader, read_config, read_values
-from titan_ckpt.saving import Snapshot, save
-from titan_ckpt.shelf import Shelf
-from titan_ckpt.tensor_file import write_tensors
+from titan_ckpt.format.chunks import Chunk
+from titan_ckpt.format.readers import TensorReader, read_config, read_values
+from titan_ckpt.format.safetensors_writer import write_tensors
+from titan_ckpt.format.verify import check_whole
+from titan_ckpt.hugging_face.base_folder import BASE_MODEL, keep_base_model
+from titan_ckpt.save.save import Snapshot, save
+from titan_ckpt.save.write_plan import make_plan
 
 
 def export_model(checkpoint: Path, folder: Path) -> Path:

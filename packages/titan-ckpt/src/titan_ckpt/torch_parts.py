@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from titan_ckpt.errors import CheckpointError, listed
-from titan_ckpt.index import Index, StoredTensor
-from titan_ckpt.state import Part
+from titan_ckpt.format.index import Index, StoredTensor
+from titan_ckpt.format.state_tree import Part
 
 _KEYS = ("class", "state", "groups", "group_of")
 

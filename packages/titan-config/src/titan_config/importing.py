@@ -1,6 +1,7 @@
 """Import paths of classes and functions ("module:qualname"), and the way back, through a list of what may be imported.
 
-A class of the script that runs as `__main__` goes by the script's name: "llama3_debug:Experiment.Config".
+A class that a package re-exports in its `__all__` goes by the package's name: "titan_models:RMSNorm.Config", wherever
+its module lies. A class of the script that runs as `__main__` goes by the script's name: "llama3_debug:Run.Config".
 """
 
 from __future__ import annotations
@@ -43,8 +44,18 @@ def path_of(value: Any) -> str | None:
                 return f"{public}:{value.__name__}"
     module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if module and qualname and _lookup(sys.modules.get(module), qualname) is value:
-        return f"{_script_name() if module == '__main__' else module}:{qualname}"
+        return f"{_script_name() if module == '__main__' else _public(module, qualname, value)}:{qualname}"
     return None
+
+
+def _public(module: str, qualname: str, value: Any) -> str:
+    """Return the outermost package around `module` whose `__all__` offers `value`, else `module`."""
+    names = module.split(".")
+    for depth in range(1, len(names)):
+        package = sys.modules.get(".".join(names[:depth]))
+        if qualname.partition(".")[0] in getattr(package, "__all__", ()) and _lookup(package, qualname) is value:
+            return ".".join(names[:depth])
+    return module
 
 
 def find_class(path: str, allow: Sequence[str]) -> type:
@@ -176,12 +187,15 @@ def _check_installed(package: str) -> None:
 
 
 def _defines(module: str, name: str) -> bool:
-    """Return whether the source of a module defines the name, and does not import it. True without a source to ask."""
+    """Return whether the source of a module defines the name, or takes it from a submodule. True without a source."""
     import ast
     import importlib.util
 
     nodes = _nodes_of(importlib.util.find_spec(module))
-    return nodes is None or any(
+    if nodes is None:
+        return True
+    home, _, imported = (_imported_from(module, name) or "").partition(":")
+    return (home.startswith(f"{module}.") and imported == name) or any(
         (isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
         or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name)
         for node in nodes
@@ -232,7 +246,7 @@ def _lookup(root: Any, qualname: str) -> Any:
 def _says(found: Any, path: str) -> bool:
     module, _, qualname = path.partition(":")
     home = "__main__" if module == _script_name() else module
-    return found.__module__ == home and found.__qualname__ == qualname
+    return f"{found.__module__}.".startswith(f"{home}.") and found.__qualname__ == qualname
 
 
 def _lie(path: str, found: Any, need: str) -> ConfigError:

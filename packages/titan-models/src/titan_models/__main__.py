@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from titan_models.download import DownloadError, download
+from titan_models.hugging_face.download import DownloadError, download
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 from titan_config import Configurable
 from torch import Tensor, nn
 
-from titan_models.attention import Attention, Places
-from titan_models.feed_forward import FeedForward
-from titan_models.rms_norm import RMSNorm
-from titan_models.roles import Roles, under
+from titan_models.attention.base import Attention, Places
+from titan_models.layers.feed_forward import FeedForward
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.roles import Roles, under
 
 
 class Block(Configurable, nn.Module):

@@ -9,16 +9,17 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from titan_models.attention import Masks, Places
+from titan_models.attention.base import Masks, Places
 from titan_models.block import Block
-from titan_models.embedding import Embedding
-from titan_models.linear import Linear
+from titan_models.generation.generate import generate
+from titan_models.layers.embedding import Embedding
+from titan_models.layers.linear import Linear
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.roles import Roles, under
+from titan_models.layers.rope import Rope
+from titan_models.layers.tied import TiedLinear
 from titan_models.model import Model
 from titan_models.moe import MoE, Router
-from titan_models.rms_norm import RMSNorm
-from titan_models.roles import Roles, under
-from titan_models.rope import Rope
-from titan_models.tied_linear import TiedLinear
 
 
 class Decoder(Model):
@@ -26,6 +27,8 @@ class Decoder(Model):
 
     A family derives from it, states in its config how long its sequences are, and adds its Hugging Face adapter.
     """
+
+    config: Config
 
     class Config(Model.Config):
         dim: int
@@ -51,9 +54,6 @@ class Decoder(Model):
 
         head: Linear.Config | None = Linear.Config()
         """The projection to the vocabulary. None: it is tied, its weight is the embedding's."""
-
-        max_seq_len: int
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
 
         def blocks(self) -> list[Block.Config]:
             """The config of each block."""
@@ -115,8 +115,6 @@ class Decoder(Model):
 
     def generate(self, prompts: Sequence[Sequence[int]], **choices: Any) -> list[list[int]]:
         """What the model continues each prompt with: `titan_models.generate(self, prompts, **choices)`."""
-        from titan_models.generation import generate
-
         return generate(self, prompts, **choices)
 
     def roles(self) -> Roles:

@@ -8,20 +8,25 @@ import torch
 from titan_config import Configurable
 from torch import nn
 
-from titan_models.counts import count_active_parameters, count_flops_per_token, count_parameters
-from titan_models.flops import Flops
-from titan_models.own_loss import scale_own_losses
-from titan_models.roles import Roles
-from titan_models.tally import after_step
+from titan_models.layers.flops import Flops
+from titan_models.layers.roles import Roles
+from titan_models.model_size import count_active_parameters, count_flops_per_token, count_parameters
+from titan_models.training.auxiliary_loss import scale_own_losses
+from titan_models.training.step_counter import after_step
 from titan_models.weights import init_weights
 
 
 class Model(Configurable, nn.Module, abc.ABC):
     """A plain `nn.Module` that states the role of each part and draws its own weights. It knows nothing of meshes."""
 
+    config: Config
+
     class Config(Configurable.Config):
         vocab_size: int
         """Token ids are below it."""
+
+        max_seq_len: int
+        """Tokens that the model is meant for; exported as max_position_embeddings."""
 
         def on_meta(self) -> Model:
             """The model without memory: names, shapes and roles in an instant."""
@@ -42,10 +47,10 @@ class Model(Configurable, nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.roles`."""
+        """What each part is; see `titan_models.layers.roles`."""
 
     def init_weights(self, seed: int) -> None:
-        """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.weights.init_weights`."""
+        """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.init_weights`."""
         init_weights(self, seed)
 
     def scale_own_losses(self, scale: float) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titan_models.keyed import Place, key_of
-from titan_models.part import Part
-from titan_models.shards import local_part
+from titan_models.initialization.counter_based_rng import Place, key_of
+from titan_models.initialization.local_shard import local_part
+from titan_models.layers.layer import Part
 
 
 @torch.no_grad()

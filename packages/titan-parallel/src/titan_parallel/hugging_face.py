@@ -11,10 +11,10 @@ from typing import Any
 from titan_config import ConfigError
 from torch import nn
 
-from titan_parallel.fsdp_roles import fsdp_roles
-from titan_parallel.hugging_face_attention import is_of_transformers
+from titan_parallel._transformers import is_transformers_model
 from titan_parallel.probe.token_probe import TokenProbe
-from titan_parallel.roles import Roles, RoleTable
+from titan_parallel.sharding_plan.roles import Roles, RoleTable
+from titan_parallel.sharding_plan.unit_roles import fsdp_roles
 
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -83,7 +83,7 @@ def roles_of(model: nn.Module) -> RoleTable:
     naming the lines to write, and for one that cannot be split, with the reason. `titan_parallel.fsdp_roles` is for any
     model that is only sharded over data ranks.
     """
-    if not is_of_transformers(model):
+    if not is_transformers_model(model):
         raise ConfigError(
             f"roles_of must be given a model of transformers, got a {type(model).__name__}. Use "
             "titan_parallel.fsdp_roles(model) to shard it over data ranks, or write its table: docs/parallel.md."

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan_parallel.accumulation import GradientHook, Schedule
-from titan_parallel.agreement import Agreement
-from titan_parallel.batch import Batch, Loss, described
-from titan_parallel.collectives import sequence_error
-from titan_parallel.dims import ParallelDims
-from titan_parallel.gradient_norm import gradient_norm, scale_gradients_
-from titan_parallel.memory import to_empty
-from titan_parallel.modes import in_eval_mode
-from titan_parallel.own_losses import OwnLosses
-from titan_parallel.partial_gradients import PartialGradients
-from titan_parallel.tallies import Tallies
+from titan_parallel.memory.to_empty import to_empty
+from titan_parallel.mesh.collectives import sequence_error
+from titan_parallel.mesh.parallel_dims import ParallelDims
+from titan_parallel.mesh.rank_consistency import Agreement
+from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.batch import Batch, Loss, described
+from titan_parallel.step.eval_mode import in_eval_mode
+from titan_parallel.step.grad_norm import gradient_norm, scale_gradients_
+from titan_parallel.step.gradient_accumulation import GradientHook, Schedule
+from titan_parallel.step.statistics import Tallies
+from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 
 if TYPE_CHECKING:
-    from titan_parallel.context_parallel import ContextParallel
+    from titan_parallel.context_parallel.apply import ContextParallel
 
 
 class ParallelModel:

@@ -10,28 +10,29 @@ import torch
 from titan_config import ConfigError
 from torch import Tensor, nn
 
-from titan_parallel.accumulation import Accumulation
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.agreement import Agreement, host_device_type
-from titan_parallel.compile import Compile
-from titan_parallel.dims import ParallelDims
-from titan_parallel.head import HeadForward
-from titan_parallel.loss_forward import LossForward
-from titan_parallel.mixed_precision import MixedPrecision
-from titan_parallel.own_losses import OwnLosses
+from titan_parallel.data_parallel.mixed_precision import MixedPrecision
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.memory.compile import Compile
+from titan_parallel.mesh.parallel_dims import ParallelDims
+from titan_parallel.mesh.rank_consistency import Agreement, host_device_type
 from titan_parallel.parallel_model import ParallelModel
-from titan_parallel.probe.checks import probe_for, settle_tensor_parallel
-from titan_parallel.roles import Roles, RoleTable
-from titan_parallel.tallies import Tallies
-from titan_parallel.units import blocks_of, check_weights_of_blocks, with_role_errors
+from titan_parallel.probe.checks import ContextCheck, StageCheck, probe_for, settle_tensor_parallel
+from titan_parallel.sharding_plan.roles import Roles, RoleTable
+from titan_parallel.sharding_plan.units import blocks_of, check_weights_of_blocks, with_role_errors
+from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.forward_loss import LossForward
+from titan_parallel.step.gradient_accumulation import Accumulation, Schedule
+from titan_parallel.step.loss_in_head import HeadForward
+from titan_parallel.step.statistics import Tallies
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-    from titan_parallel.context_parallel import ContextParallel
+    from titan_parallel.context_parallel.apply import ContextParallel
+    from titan_parallel.pipeline_parallel.partition import Stages
+    from titan_parallel.pipeline_parallel.stage_runner import StageRunner
     from titan_parallel.probe.token_probe import TokenProbe
-    from titan_parallel.stages import Stages
-    from titan_parallel.tensor_parallel import TensorParallel
+    from titan_parallel.tensor_parallel.apply import TensorParallel
 
 
 def parallelize(
@@ -136,14 +137,14 @@ def _joined(
     forward = LossForward(
         model, dims.device_type, head=transformed.head, output=options.output, context=transformed.context
     )
-    root = model if stages is None else stages.around(forward)
-    units = _shard_over_data_ranks(model, transformed.held, dims, options.precision, root)
+    runner = None if stages is None else stages.around(forward)
+    units = _shard_over_data_ranks(model, transformed.held, dims, options.precision, runner or model)
     return ParallelModel(
         model,
         dims,
         schedule=Accumulation(forward, units, reduces_each=_reduces_each(dims))
         if stages is None
-        else stages.pipeline(units),
+        else _pipeline(stages, runner, units),
         partial_gradients=tensor_parallel.partial_gradients if tensor_parallel is not None else None,
         tallies=transformed.tallies,
         own_losses=OwnLosses(model, roles, num_tensor=dims.num_tensor, device_type=dims.device_type),
@@ -151,6 +152,13 @@ def _joined(
         names_elsewhere=() if stages is None else stages.names_elsewhere,
         counted_elsewhere=() if stages is None else stages.counted_elsewhere,
     )
+
+
+def _pipeline(stages: Stages, runner: StageRunner | None, units: list[FSDPModule]) -> Schedule:
+    from titan_parallel.pipeline_parallel.schedule import Pipeline
+
+    assert runner is not None
+    return Pipeline(runner, stages, units)
 
 
 def _reduces_each(dims: ParallelDims) -> bool:
@@ -163,9 +171,9 @@ def _share_sequences(
 ) -> ContextParallel | None:
     if dims.num_context == 1 or probe is None:
         return None
-    from titan_parallel.context_parallel import ContextParallel
+    from titan_parallel.context_parallel.apply import ContextParallel
 
-    return ContextParallel(model, roles, dims, probe)
+    return ContextParallel(model, roles, dims, lambda: ContextCheck(probe, dims))
 
 
 def _cut_into_stages(
@@ -179,8 +187,8 @@ def _cut_into_stages(
     if dims.num_pipeline == 1:
         return None
     assert probe is not None  # probe_for makes one for pipelines
-    from titan_parallel.pipeline_schedules import schedule_of
-    from titan_parallel.stages import Stages
+    from titan_parallel.pipeline_parallel.partition import Stages
+    from titan_parallel.pipeline_parallel.schedule_registry import schedule_of
 
     if len(roles.stacks) > 1:
         raise ConfigError(
@@ -197,7 +205,9 @@ def _cut_into_stages(
         )
     dtype = None if options.precision is None else options.precision.param_dtype
     recomputes = options.recomputation is not None
-    return Stages(model, roles, schedule, dims, probe=probe, dtype=dtype, recomputes=recomputes)
+    return Stages(
+        model, roles, schedule, dims, check=lambda cut: StageCheck(probe, cut), dtype=dtype, recomputes=recomputes
+    )
 
 
 def _first_values(model: nn.Module) -> str:
@@ -218,7 +228,7 @@ def _described(model: nn.Module) -> str:
 def _split_over_tensor_ranks(model: nn.Module, roles: Roles, dims: ParallelDims) -> TensorParallel | None:
     if dims.num_tensor == 1:
         return None
-    from titan_parallel.tensor_parallel import TensorParallel
+    from titan_parallel.tensor_parallel.apply import TensorParallel
 
     return TensorParallel(model, roles, dims)
 
@@ -267,6 +277,6 @@ def _shard_over_data_ranks(
         precision.cast_inputs(model, blocks_of(model, roles))
     if dims.world_size == 1 and (precision is None or not precision.changes(model)):
         return []
-    from titan_parallel.data_parallel import shard_over_data_ranks
+    from titan_parallel.data_parallel.fsdp import shard_over_data_ranks
 
     return shard_over_data_ranks(model, roles, dims, precision, root)

@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from titan_parallel._torch import is_dtensor
-from titan_parallel.equality import compare, norm_of, roundings
+from titan_parallel.check.full_tensors import full_gradients, whole
+from titan_parallel.check.tolerances import compare, norm_of, roundings
 
 __all__ = ["check_same_gradients", "full_gradients", "whole"]
-
-
-def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every gradient, whole, by the name of its parameter. On a mesh all ranks call this, and each gets all of them."""
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that may be spread over ranks; all of them call this."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if is_dtensor(tensor) else tensor).clone()  # type: ignore[attr-defined]
 
 
 def check_same_gradients(
@@ -31,7 +20,7 @@ def check_same_gradients(
 
     The rule: `|g - g0| <= 1e-10 |g0| + 1e-13 |all g0|`, 2-norms over a parameter. `expected` is in fp64. Where `got` is
     of fp32 or bf16, give `plain`: the gradients of one or more runs of the plain process in the same precision (in
-    several orders of rows, say). The rule is then ten times their rounding: see `titan_parallel.equality`.
+    several orders of rows, say). The rule is then ten times their rounding: see `titan_parallel.check.tolerances`.
     """
     if got.keys() != expected.keys():
         odd = sorted(got.keys() ^ expected.keys())

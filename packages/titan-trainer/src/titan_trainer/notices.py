@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from titan_config import diff
+from titan_config import Configurable, diff
 from torch import nn
 
 from titan_trainer.schedule import WarmupStableDecay
-
-if TYPE_CHECKING:
-    from titan_trainer.trainer import Trainer
 
 SHARE_LOST = {torch.bfloat16: 256, torch.float16: 2048}
 """An update of less than about 1/n of a weight leaves it as it is."""
@@ -37,25 +33,27 @@ def warning_of_rounding(rounded: Mapping[str, torch.dtype]) -> str:
     )
 
 
-def steps_without_rate(config: Trainer.Config, schedule: WarmupStableDecay, step: int) -> str:
-    """Return the warning of steps after the end of the schedule, whose learning rate is 0; "" without any."""
-    steps = config.training.steps
-    idle = schedule.steps_at_zero(step, steps) if config.optimizer.lr else 0
+def steps_without_rate(schedule: WarmupStableDecay, step: int, steps: int) -> str:
+    """Return the warning of steps after `step`, up to `steps`, whose learning rate is 0; "" without any."""
+    idle = schedule.steps_at_zero(step, steps)
     if not idle:
         return ""
     return (
         f"The learning rate is 0 in steps {steps - idle + 1} to {steps}: lr_scheduler.total_steps is "
-        f"{config.lr_scheduler.total_steps}, training.steps is {steps}. Set --lr_scheduler.total_steps to None or "
+        f"{schedule.config.total_steps}, training.steps is {steps}. Set --lr_scheduler.total_steps to None or "
         f"{steps}, --lr_scheduler.min_lr_factor above 0, or fewer --training.steps."
     )
 
 
-def changes_since(config_file: Path, config: Trainer.Config) -> str:
-    """Return a line for each setting that differs from the config of the run so far."""
+def changes_since(config_file: Path, config: Configurable.Config, total_steps: int | None) -> str:
+    """Return a line for each setting that differs from the config of the run so far.
+
+    `total_steps` is that of the schedule: None for one that ends with the run.
+    """
     changes = diff(config_file, config)
     lines = [f"changed: {change}" for change in changes]
     steps = next((change for change in changes if change.path == "training.steps"), None)
-    if steps is not None and config.lr_scheduler.total_steps is None:
+    if steps is not None and total_steps is None:
         lines.append(
             f"the learning rate now decays until step {steps.new}; "
             f"--lr_scheduler.total_steps {steps.old} keeps the schedule that the run had"

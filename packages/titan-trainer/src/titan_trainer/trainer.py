@@ -194,8 +194,8 @@ class Trainer(Configurable):
         with self.stop_request, ExitStack() as stack:
             stack.callback(self.replica_group.close)
             self.resume()
-            idle = steps_without_rate(self.config, self.schedule, self.step)
-            if idle and self.is_first_rank:
+            idle = steps_without_rate(self.schedule, self.step, self.config.training.steps)
+            if idle and self.config.optimizer.lr and self.is_first_rank:
                 log.warning(idle)
             identity = self.replica_identity()
             self.replica_group.register_state(self.healing_state, self.heal, step=self.step, identity=identity)
@@ -331,7 +331,11 @@ class Trainer(Configurable):
                 if not self.has_next_step():
                     print(f"no step is left: training.steps is {self.config.training.steps}", flush=True)
                 if config_file.exists():
-                    print(changes_since(config_file, self.config), end="", flush=True)
+                    print(
+                        changes_since(config_file, self.config, self.config.lr_scheduler.total_steps),
+                        end="",
+                        flush=True,
+                    )
             try:
                 self.config.dump_folder.mkdir(parents=True, exist_ok=True)
                 save(self.config, config_file)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import copy
 
+from titan_models.attention.latent_attention import MultiHeadLatentAttention
 from titan_models.block import Block
 from titan_models.deepseek.model import DeepSeek
-from titan_models.embedding import Embedding
-from titan_models.initializers import DepthScaledNormal, FanInNormal, Normal
-from titan_models.latent_attention import MultiHeadLatentAttention
-from titan_models.linear import Linear, residual_linear
+from titan_models.initialization.initializers import DepthScaledNormal, FanInNormal, Normal
+from titan_models.layers.embedding import Embedding
+from titan_models.layers.linear import Linear, residual_linear
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.rope import Rope
+from titan_models.layers.swiglu import SwiGLU
+from titan_models.layers.yarn import Yarn
 from titan_models.moe import BalancingBias, ExpertGroups, MoE, SwiGLUExperts, TopKRouter
-from titan_models.rms_norm import RMSNorm
-from titan_models.rope import Rope
-from titan_models.swiglu import SwiGLU
-from titan_models.yarn import Yarn
 
 
 def deepseek_debug() -> DeepSeek.Config:

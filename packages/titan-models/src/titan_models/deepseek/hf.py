@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_models.attention import Attention
-from titan_models.deepseek.model import DeepSeek
+from titan_models.attention.base import Attention
+from titan_models.attention.latent_attention import MultiHeadLatentAttention
+from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.hugging_face.config_reading import LEFT_OUT, heads_left_out
 from titan_models.hugging_face.decoder import (
@@ -18,7 +19,6 @@ from titan_models.hugging_face.decoder import (
     same_in_all,
 )
 from titan_models.hugging_face.rules import Rules
-from titan_models.latent_attention import MultiHeadLatentAttention
 from titan_models.moe import ExpertGroups, MoE, SiluGating, SwiGLUExperts, TopKRouter
 
 _ATTENTION_RULES: Rules = {
@@ -51,7 +51,7 @@ _V3_LEFT_OUT = {
 }
 
 
-def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
+def hf_adapter(config: Decoder.Config, *, look_ahead: bool) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
     refuse_limits(config)
     feed_forwards = [block.feed_forward for block in config.blocks()]
@@ -73,25 +73,25 @@ def hf_adapter(config: DeepSeek.Config) -> HfAdapter:
     rules = _ATTENTION_RULES | (_Q_RULES if attention["q_lora_rank"] is None else _LOW_RANK_Q_RULES)
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
     if hf_config["model_type"] == "deepseek_v2":
-        _check_v2(config, attention["num_attention_heads"])
+        _check_v2(config, attention["num_attention_heads"], look_ahead)
         return decoder_adapter(config, hf_config, rules, left_out=_V2_LEFT_OUT)
     rules |= _V3_RULES
-    if config.look_ahead:
+    if look_ahead:
         return _looking_ahead(config, hf_config, rules)
     ignored = (f"model.layers.{config.num_layers}.",)
     return decoder_adapter(config, hf_config, rules, ignored=ignored, left_out=_V3_LEFT_OUT)
 
 
-def _check_v2(config: DeepSeek.Config, num_heads: int) -> None:
+def _check_v2(config: Decoder.Config, num_heads: int, look_ahead: bool) -> None:
     refuse_uneven_heads(config, num_heads)
-    if config.look_ahead:
+    if look_ahead:
         raise ValueError(
             "Got a model of softmax scores that looks ahead. transformers' DeepseekV2ForCausalLM has no block for "
             "that. Turn look_ahead off to export the model, or take the sigmoids of V3."
         )
 
 
-def _looking_ahead(config: DeepSeek.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
+def _looking_ahead(config: Decoder.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
     """The released files hold the block that looks ahead as one layer more, with the embedding and the head again."""
     own, theirs = f"layers.{config.num_layers}", f"model.layers.{config.num_layers}"
     names = {

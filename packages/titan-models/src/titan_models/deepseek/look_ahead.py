@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_models.attention import Places
+from titan_models.attention.base import Places
 from titan_models.block import Block
-from titan_models.flops import Flops, matmul_flops
-from titan_models.linear import Linear
-from titan_models.part import Part
-from titan_models.rms_norm import RMSNorm
-from titan_models.roles import Roles
+from titan_models.layers.flops import Flops, matmul_flops
+from titan_models.layers.layer import Part
+from titan_models.layers.linear import Linear
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.roles import Roles
 
 
 class LookAheadBlock(Block, Part):

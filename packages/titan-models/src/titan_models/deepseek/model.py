@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from titan_models.block import Block
 from titan_models.decoder import Decoder
+from titan_models.deepseek import hf
 from titan_models.deepseek.look_ahead import LookAheadBlock
 from titan_models.hugging_face.adapter import HfAdapter
-from titan_models.roles import Roles, under
-from titan_models.tied_embedding import TiedEmbedding
+from titan_models.layers.roles import Roles, under
+from titan_models.layers.tied import TiedEmbedding
 
 
 class DeepSeek(Decoder):
@@ -29,9 +30,7 @@ class DeepSeek(Decoder):
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM`."""
-            from titan_models.deepseek.hf import hf_adapter
-
-            return hf_adapter(self)
+            return hf.hf_adapter(self, look_ahead=self.look_ahead)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -5,15 +5,15 @@ Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
 
 from __future__ import annotations
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
+from titan_models.attention.mask import MaskLimit, SlidingWindow
 from titan_models.block import Block
 from titan_models.gpt_oss.model import GptOss
-from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.initializers import Constant, DepthScaledNormal, FanInNormal
-from titan_models.linear import Linear
-from titan_models.mask import MaskLimit, SlidingWindow
+from titan_models.initialization.initializers import Constant, DepthScaledNormal, FanInNormal
+from titan_models.layers.linear import Linear
+from titan_models.layers.rope import Rope
+from titan_models.layers.yarn import Yarn
 from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
-from titan_models.rope import Rope
-from titan_models.yarn import Yarn
 
 
 def gpt_oss_debug() -> GptOss.Config:

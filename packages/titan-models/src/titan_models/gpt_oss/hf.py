@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_models.attention import Attention
-from titan_models.feed_forward import FeedForward
-from titan_models.gpt_oss.model import GptOss
-from titan_models.grouped_query_attention import GroupedQueryAttention
+from titan_models.attention.base import Attention
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
+from titan_models.attention.mask import SlidingWindow
+from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
 from titan_models.hugging_face.rules import Rules, Stored
 from titan_models.hugging_face.steps import Alternating, Transposed
-from titan_models.mask import SlidingWindow
+from titan_models.layers.feed_forward import FeedForward
 from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
 
 _ATTENTION_RULES: Rules = {
@@ -55,7 +55,7 @@ _LEFT_OUT = {
 }
 
 
-def hf_adapter(config: GptOss.Config) -> HfAdapter:
+def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `GptOssForCausalLM` cannot be."""
     blocks = config.blocks()
     hf_config = {

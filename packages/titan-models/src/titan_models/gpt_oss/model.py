@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from titan_models.decoder import Decoder
+from titan_models.gpt_oss import hf
 from titan_models.hugging_face.adapter import HfAdapter
 
 
@@ -15,6 +16,4 @@ class GptOss(Decoder):
 
         def hf_adapter(self) -> HfAdapter:
             """Brings the weights to and from those of transformers' `GptOssForCausalLM`."""
-            from titan_models.gpt_oss.hf import hf_adapter
-
-            return hf_adapter(self)
+            return hf.hf_adapter(self)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titan_models.hugging_face.rules import listed
-from titan_models.shards import local_part
+from titan_models.initialization.local_shard import local_part
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

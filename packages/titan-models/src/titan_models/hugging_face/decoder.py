@@ -7,14 +7,14 @@ from typing import Any
 
 from titan_config import traverse
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.decoder import Decoder
-from titan_models.feed_forward import FeedForward
-from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter, Inside
 from titan_models.hugging_face.config_reading import LeftOut
 from titan_models.hugging_face.rules import Rules
-from titan_models.rms_norm import RMSNorm
-from titan_models.swiglu import SwiGLU
+from titan_models.layers.feed_forward import FeedForward
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.swiglu import SwiGLU
 
 _RULES: Rules = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -5,14 +5,14 @@ Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
 
 from __future__ import annotations
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.block import Block
-from titan_models.embedding import Embedding
-from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.initializers import FanInNormal, Initializer, Normal
-from titan_models.linear import Linear, residual_linear
+from titan_models.initialization.initializers import FanInNormal, Initializer, Normal
+from titan_models.layers.embedding import Embedding
+from titan_models.layers.linear import Linear, residual_linear
+from titan_models.layers.rope import Llama3Scaling, Rope
+from titan_models.layers.swiglu import SwiGLU
 from titan_models.llama3.model import Llama3
-from titan_models.rope import Llama3Scaling, Rope
-from titan_models.swiglu import SwiGLU
 
 
 def llama3_debug() -> Llama3.Config:

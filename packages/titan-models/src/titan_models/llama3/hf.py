@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.hugging_face.config_reading import LEFT_OUT, heads_left_out
 from titan_models.hugging_face.decoder import (
@@ -13,12 +14,11 @@ from titan_models.hugging_face.decoder import (
     refuse_limits,
     refuse_uneven_heads,
 )
-from titan_models.llama3.model import Llama3
 
 _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32)}
 
 
-def hf_adapter(config: Llama3.Config) -> HfAdapter:
+def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `LlamaForCausalLM` cannot be."""
     refuse_limits(config)
     heads = grouped_query_fields(config)

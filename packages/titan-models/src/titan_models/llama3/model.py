@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.llama3 import hf
 
 
 class Llama3(Decoder):
@@ -15,6 +16,4 @@ class Llama3(Decoder):
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of transformers' `LlamaForCausalLM`."""
-            from titan_models.llama3.hf import hf_adapter
-
-            return hf_adapter(self)
+            return hf.hf_adapter(self)

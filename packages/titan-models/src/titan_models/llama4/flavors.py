@@ -5,19 +5,19 @@ Initial weights: as in torchtitan 0.2 (see docs/models.md).
 
 from __future__ import annotations
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
+from titan_models.attention.mask import Chunks
+from titan_models.attention.temperature import Temperature
 from titan_models.block import Block
-from titan_models.embedding import Embedding
-from titan_models.feed_forward import FeedForward
-from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.initializers import DepthScaledNormal, FanInNormal, Normal
-from titan_models.linear import Linear, residual_linear
+from titan_models.initialization.initializers import DepthScaledNormal, FanInNormal, Normal
+from titan_models.layers.embedding import Embedding
+from titan_models.layers.feed_forward import FeedForward
+from titan_models.layers.linear import Linear, residual_linear
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.rope import Llama3Scaling, Rope
+from titan_models.layers.swiglu import SwiGLU
 from titan_models.llama4.model import Llama4
-from titan_models.mask import Chunks
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
-from titan_models.rms_norm import RMSNorm
-from titan_models.rope import Llama3Scaling, Rope
-from titan_models.swiglu import SwiGLU
-from titan_models.temperature import Temperature
 
 
 def llama4_debug() -> Llama4.Config:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
+from titan_models.attention.mask import Chunks
 from titan_models.decoder import Decoder
-from titan_models.grouped_query_attention import GroupedQueryAttention
 from titan_models.hugging_face.adapter import HfAdapter, Inside
 from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import (
@@ -18,8 +19,6 @@ from titan_models.hugging_face.decoder import (
 )
 from titan_models.hugging_face.rules import Rules, Stored
 from titan_models.hugging_face.steps import Halves, Transposed
-from titan_models.llama4.model import Llama4
-from titan_models.mask import Chunks
 from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
 
 _DENSE_RULES: Rules = {
@@ -42,7 +41,7 @@ _MOE_RULES: Rules = {
 }
 
 
-def hf_adapter(config: Llama4.Config) -> HfAdapter:
+def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `Llama4ForCausalLM` cannot be."""
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
     moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.llama4 import hf
 
 
 class Llama4(Decoder):
@@ -19,6 +20,4 @@ class Llama4(Decoder):
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of transformers' `Llama4ForCausalLM`."""
-            from titan_models.llama4.hf import hf_adapter
-
-            return hf_adapter(self)
+            return hf.hf_adapter(self)

@@ -8,11 +8,11 @@ import torch
 from titan_config import Configurable
 from torch import Tensor, nn
 
-from titan_models.initializers import Initializer, Normal
+from titan_models.initialization.initializers import Initializer, Normal
+from titan_models.layers.roles import Roles
 from titan_models.moe.gating import Gating, SiluGating
 from titan_models.moe.grouped_linear import GroupedLinear
 from titan_models.moe.kernels import GroupedMM, Kernel
-from titan_models.roles import Roles
 
 
 class Experts(Configurable, nn.Module, abc.ABC):

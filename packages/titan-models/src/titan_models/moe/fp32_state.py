@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from titan_models.flops import Flops
-from titan_models.part import Part
+from titan_models.layers.flops import Flops
+from titan_models.layers.layer import Part
 
 
 class Fp32State(Part):

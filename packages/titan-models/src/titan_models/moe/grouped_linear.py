@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titan_models.flops import Flops, matmul_flops
-from titan_models.initializers import Initializer, Normal
+from titan_models.initialization.initializers import Initializer, Normal
+from titan_models.layers.flops import Flops, matmul_flops
+from titan_models.layers.layer import Part, new_parameter
 from titan_models.moe.kernels import GroupedMM, Kernel
-from titan_models.part import Part, new_parameter
 
 
 class GroupedLinear(Part):

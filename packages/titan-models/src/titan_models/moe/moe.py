@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from titan_models.feed_forward import FeedForward
+from titan_models.layers.feed_forward import FeedForward
+from titan_models.layers.roles import Roles, under
+from titan_models.layers.swiglu import SwiGLU
 from titan_models.moe.experts import Experts
 from titan_models.moe.router import Router
-from titan_models.roles import Roles, under
-from titan_models.swiglu import SwiGLU
-from titan_models.tally import Tally
+from titan_models.training.step_counter import Tally
 
 
 class MoE(FeedForward):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titan_models.flops import Flops, matmul_flops
-from titan_models.initializers import Initializer, Normal
+from titan_models.initialization.initializers import Initializer, Normal
+from titan_models.layers.flops import Flops, matmul_flops
+from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.roles import Roles
 from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.groups import ExpertGroups
 from titan_models.moe.router_losses import RouterLoss
-from titan_models.own_loss import OwnLoss
-from titan_models.part import Part, new_parameter
-from titan_models.roles import Roles
+from titan_models.training.auxiliary_loss import OwnLoss
 
 
 class Router(Part, abc.ABC):
@@ -47,7 +47,7 @@ class Router(Part, abc.ABC):
         """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did. Most do nothing."""
 
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.roles`. Most have none: a router is held whole, in the stream."""
+        """What each part is; see `titan_models.layers.roles`. Most have none: a router is held whole, in the stream."""
         return {}
 
 

@@ -7,7 +7,7 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from titan_models.initializers import Constant, Initializer
+from titan_models.initialization.initializers import Constant, Initializer
 from titan_models.moe.fp32_state import Fp32State
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import copy
 import math
 
+from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.block import Block
-from titan_models.feed_forward import FeedForward
-from titan_models.grouped_query_attention import GroupedQueryAttention
-from titan_models.initializers import Normal
-from titan_models.linear import Linear
+from titan_models.initialization.initializers import Normal
+from titan_models.layers.feed_forward import FeedForward
+from titan_models.layers.linear import Linear
+from titan_models.layers.rms_norm import RMSNorm
+from titan_models.layers.rope import Rope
+from titan_models.layers.swiglu import SwiGLU
 from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 from titan_models.qwen3.model import Qwen3
-from titan_models.rms_norm import RMSNorm
-from titan_models.rope import Rope
-from titan_models.swiglu import SwiGLU
 
 
 def qwen3_debug() -> Qwen3.Config:

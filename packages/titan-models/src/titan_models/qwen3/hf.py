@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import (
@@ -18,7 +19,6 @@ from titan_models.hugging_face.decoder import (
 )
 from titan_models.hugging_face.rules import Rules
 from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
-from titan_models.qwen3.model import Qwen3
 
 _HEAD_NORMS: Rules = {
     "layers.*.attention.q_norm.weight": "model.layers.*.self_attn.q_norm.weight",
@@ -27,7 +27,7 @@ _HEAD_NORMS: Rules = {
 _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32, 32, 128), "use_sliding_window": False}
 
 
-def hf_adapter(config: Qwen3.Config) -> HfAdapter:
+def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
     refuse_limits(config)
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}

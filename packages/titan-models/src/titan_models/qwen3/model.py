@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
+from titan_models.qwen3 import hf
 
 
 class Qwen3(Decoder):
@@ -15,6 +16,4 @@ class Qwen3(Decoder):
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of transformers' `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`."""
-            from titan_models.qwen3.hf import hf_adapter
-
-            return hf_adapter(self)
+            return hf.hf_adapter(self)

@@ -12,10 +12,10 @@ import torch
 from titan_config import ConfigError
 from torch import Tensor, nn
 
-from titan_parallel.batch import Batch
-from titan_parallel.hugging_face_attention import is_of_transformers
-from titan_parallel.model_inputs import DOCUMENTS, TOKENS, named_inputs, vocabulary
-from titan_parallel.roles import Roles
+from titan_parallel._transformers import is_transformers_model
+from titan_parallel.probe.model_inputs import DOCUMENTS, TOKENS, named_inputs, vocabulary
+from titan_parallel.sharding_plan.roles import Roles
+from titan_parallel.step.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_up_batch(model: nn.Module, roles: Roles, rows: int, length: int, seed: 
     labels_BT[:, -1] = -100
     for row in range(rows):
         labels_BT[row, length - 1 - row % (length // 2) :] = -100
-        if names.keys() & set(DOCUMENTS) or is_of_transformers(model):
+        if names.keys() & set(DOCUMENTS) or is_transformers_model(model):
             for start in (length // 4 + row % 3, length // 2 + 1 + row % 2):
                 documents_BT[row, start:] += 1
                 positions_BT[row, start:] = torch.arange(length - start)

@@ -13,8 +13,6 @@ import torch
 from titan_config import ConfigError
 from torch import Tensor, nn
 
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.batch import Batch, Loss
 from titan_parallel.check.batch import CheckBatch, count_rows, make_up_batch
 from titan_parallel.check.factor import sizes_of
 from titan_parallel.check.forked import Failed, require_fork, run_alone, run_on_ranks
@@ -24,9 +22,11 @@ from titan_parallel.check.plain import Record, run_plain
 from titan_parallel.check.report import CheckReport, MeshReport
 from titan_parallel.check.summary import failed, summarise
 from titan_parallel.check.trial import Trial
-from titan_parallel.compile import Compile
-from titan_parallel.dims import ParallelDims, shard_degree
-from titan_parallel.roles import Roles, RoleTable
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.memory.compile import Compile
+from titan_parallel.mesh.parallel_dims import ParallelDims, shard_degree
+from titan_parallel.sharding_plan.roles import Roles, RoleTable
+from titan_parallel.step.batch import Batch, Loss
 
 
 def check_parallel(
@@ -49,9 +49,9 @@ def check_parallel(
     """Train a small model for a few steps in one process and on each mesh, and compare, on every rank.
 
     What is compared: every gradient of the first step before clipping, the gradient norm and the loss of each step, the
-    loss of an evaluation, and the weights after the last step, by the rule of `titan_parallel.equality` for `dtype`
-    (float64, or float32). In float64 what the model computes in float32 is lifted. In float32 the rule is ten times
-    the rounding of the plain model, which is measured: the model has to run in float64 too.
+    loss of an evaluation, and the weights after the last step, by the rule of `titan_parallel.check.tolerances` for
+    `dtype` (float64, or float32). In float64 what the model computes in float32 is lifted. In float32 the rule is ten
+    times the rounding of the plain model, which is measured: the model has to run in float64 too.
 
     `build` makes a small model, small enough for a copy a rank, and is called in forked processes: closures are fine.
     `parallelism` is a mesh, or several by name. What is not given comes from the model: `roles` (`model.roles()`, or

@@ -15,12 +15,12 @@ import torch
 from titan_config import ConfigError
 from torch import nn
 
-from titan_parallel.activation_checkpoint import FullRecompute, SelectiveRecompute
 from titan_parallel.check.check_parallel import check_parallel
 from titan_parallel.check.hugging_face import build_small
 from titan_parallel.check.mesh_names import meshes
-from titan_parallel.compile import Compile
-from titan_parallel.dims import ParallelDims
+from titan_parallel.memory.activation_checkpoint import FullRecompute, SelectiveRecompute
+from titan_parallel.memory.compile import Compile
+from titan_parallel.mesh.parallel_dims import ParallelDims
 
 RECOMPUTATIONS = {"none": None, "full": FullRecompute.Config(), "selective": SelectiveRecompute.Config()}
 

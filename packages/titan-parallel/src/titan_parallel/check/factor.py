@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from titan_parallel.dims import ParallelDims
-from titan_parallel.equality import Comparison
+from titan_parallel.check.tolerances import Comparison
+from titan_parallel.mesh.parallel_dims import ParallelDims
 
 _CLOSE = 1e-4
 """How near a factor is to a simple one, and how little is left beside it."""

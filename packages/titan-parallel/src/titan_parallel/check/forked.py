@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_parallel._torch import FileStore
+from titan_parallel._torch.distributed import FileStore
 
 _GRACE_S = 1.0
 """How long to wait, once a rank has failed, for others that fail by themselves: what follows from it comes later."""

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 from titan_config import ConfigError
 
-from titan_parallel.dims import ParallelDims
+from titan_parallel.mesh.parallel_dims import ParallelDims
 
 _DEGREES = {
     "fsdp": "data_parallel_shard_degree",

@@ -8,7 +8,7 @@ from titan_config import ConfigError
 from torch import nn
 
 from titan_parallel import hugging_face
-from titan_parallel.roles import RoleTable
+from titan_parallel.sharding_plan.roles import RoleTable
 
 
 @runtime_checkable

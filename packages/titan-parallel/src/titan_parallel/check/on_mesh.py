@@ -12,14 +12,14 @@ from titan_config import ConfigError
 from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
+from titan_parallel.check.full_tensors import whole
 from titan_parallel.check.plain import LOSS_OF_EVALUATION, Record, loss_of_step, norm_of_step
+from titan_parallel.check.tolerances import Comparison, compare, norm_of
 from titan_parallel.check.trial import MAX_NORM, Trial
-from titan_parallel.dims import ParallelDims
-from titan_parallel.equality import Comparison, compare, norm_of
-from titan_parallel.lift import computing_in
+from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
-from titan_parallel.testing import whole
+from titan_parallel.probe.float64 import computing_in
 
 
 @dataclass(frozen=True)

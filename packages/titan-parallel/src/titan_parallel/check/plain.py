@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
 from titan_parallel.check.report import KINDS
+from titan_parallel.check.tolerances import norm_of, roundings
 from titan_parallel.check.trial import MAX_NORM, Trial
-from titan_parallel.equality import norm_of, roundings
-from titan_parallel.lift import computing_in
-from titan_parallel.own_losses import OwnLosses
-from titan_parallel.roles import Roles
-from titan_parallel.tallies import Tallying
+from titan_parallel.probe.float64 import computing_in
+from titan_parallel.sharding_plan.roles import Roles
+from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.statistics import Tallying
 
 
 @dataclass(frozen=True)

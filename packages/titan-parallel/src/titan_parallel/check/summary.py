@@ -10,7 +10,7 @@ from titan_parallel.check.forked import Failed
 from titan_parallel.check.on_mesh import Judgement
 from titan_parallel.check.plain import Record
 from titan_parallel.check.report import KINDS, Finding, Kind, MeshReport
-from titan_parallel.equality import Comparison
+from titan_parallel.check.tolerances import Comparison
 
 Said = Comparison | str
 

@@ -12,14 +12,14 @@ from titan_config import ConfigError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.batch import Head, Loss
+from titan_parallel._transformers import is_transformers_model
 from titan_parallel.check.model_roles import roles_of
-from titan_parallel.compile import Compile
-from titan_parallel.cross_entropy import cross_entropy
-from titan_parallel.hugging_face_attention import is_of_transformers
-from titan_parallel.loss_unit import per_token
-from titan_parallel.roles import RoleTable
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.memory.compile import Compile
+from titan_parallel.sharding_plan.roles import RoleTable
+from titan_parallel.step.batch import Head, Loss
+from titan_parallel.step.loss_unit import per_token
+from titan_parallel.tensor_parallel.vocab_parallel_loss import cross_entropy
 
 MAX_NORM = 0.1
 """Gradients are clipped to this norm, so that a wrong norm shows in the weights."""
@@ -50,7 +50,7 @@ class Trial:
         random.seed(self.seed)
         torch.manual_seed(self.seed)
         model = self.build().to(self.dtype).eval()
-        if self.dtype is torch.float64 and is_of_transformers(model):
+        if self.dtype is torch.float64 and is_transformers_model(model):
             model.set_experts_implementation("eager")  # type: ignore[operator]  # grouped products know no float64
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
-from titan_parallel.activation_checkpoint import FullRecompute, SelectiveRecompute
+from titan_parallel.memory.activation_checkpoint import FullRecompute, SelectiveRecompute
 from titan_parallel.planning.report import Plan, Remedy
 from titan_parallel.planning.simulate import Rows, Step
 from titan_parallel.planning.sizes import show_bytes

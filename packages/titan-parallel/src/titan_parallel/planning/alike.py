@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.dims import ParallelDims
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.planning.child import in_children
 from titan_parallel.planning.record import PipelineRank, Record, extrapolated
 from titan_parallel.planning.simulate import Step, simulate
-from titan_parallel.roles import Roles
+from titan_parallel.sharding_plan.roles import Roles
 
 FEW_BLOCKS = 4
 FEW_BATCHES = 2
@@ -135,7 +135,7 @@ def _few_batches(parallelism: ParallelDims.Config) -> tuple[int, int]:
     num_ranks = parallelism.pipeline_parallel_degree
     if num_ranks == 1:
         return FEW_BATCHES, 1
-    from titan_parallel.pipeline_schedules import TRAITS
+    from titan_parallel.pipeline_parallel.schedule_registry import TRAITS
 
     schedule = TRAITS.get(parallelism.pipeline_parallel_schedule)
     one_stage_each = schedule is not None and schedule.stages_per_rank == 1

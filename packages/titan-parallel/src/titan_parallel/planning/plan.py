@@ -9,12 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.batch import Batch, Loss
-from titan_parallel.compile import Compile
-from titan_parallel.dims import AXES, ParallelDims
-from titan_parallel.mixed_precision import MixedPrecision
-from titan_parallel.planning._torch import join_fake_ranks
+from titan_parallel._torch.tracing import join_fake_ranks
+from titan_parallel.data_parallel.mixed_precision import MixedPrecision
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.memory.compile import Compile
+from titan_parallel.mesh.parallel_dims import AXES, ParallelDims
 from titan_parallel.planning.advice import remedies_of, wasteful
 from titan_parallel.planning.alike import Alike
 from titan_parallel.planning.child import in_child
@@ -22,7 +21,8 @@ from titan_parallel.planning.record import Record
 from titan_parallel.planning.report import Axis, Collective, Flops, Plan, Stage
 from titan_parallel.planning.simulate import BuildOptimizer, Rows, Step
 from titan_parallel.planning.sizes import parse_bytes
-from titan_parallel.roles import RoleTable
+from titan_parallel.sharding_plan.roles import RoleTable
+from titan_parallel.step.batch import Batch, Loss
 
 
 def plan(

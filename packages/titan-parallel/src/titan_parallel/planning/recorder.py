@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_parallel.dims import ParallelDims
-from titan_parallel.planning._torch import in_backward, unwatched_shapes_of_dtensors, watched_resizes
+from titan_parallel._torch.tracing import in_backward, unwatched_shapes_of_dtensors, watched_resizes
+from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.planning.flops import ForwardFlops
 from titan_parallel.planning.timeline import Timeline
 from titan_parallel.planning.traffic import Traffic

@@ -10,25 +10,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from titan_parallel.accumulation import Schedule
-from titan_parallel.activation_checkpoint import ActivationCheckpoint
-from titan_parallel.batch import Batch, Loss
-from titan_parallel.dims import ParallelDims
-from titan_parallel.gradient_norm import local
-from titan_parallel.mixed_precision import MixedPrecision
-from titan_parallel.parallel_model import ParallelModel
-from titan_parallel.parallelize import parallelize
-from titan_parallel.planning._torch import (
+from titan_parallel._torch.tracing import (
     fake_tensors,
     flex_attention_of_shapes,
     join_fake_ranks,
     pipelines_of_shapes,
 )
+from titan_parallel.data_parallel.mixed_precision import MixedPrecision
+from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
+from titan_parallel.mesh.parallel_dims import ParallelDims
+from titan_parallel.parallel_model import ParallelModel
+from titan_parallel.parallelize import parallelize
 from titan_parallel.planning.bubble import bubble_of, most_under_way
 from titan_parallel.planning.child import in_child
 from titan_parallel.planning.record import PipelineRank, Record
 from titan_parallel.planning.recorder import Recorder
-from titan_parallel.roles import Roles, RoleTable, inside
+from titan_parallel.sharding_plan.roles import Roles, RoleTable, inside
+from titan_parallel.step.batch import Batch, Loss
+from titan_parallel.step.grad_norm import local
+from titan_parallel.step.gradient_accumulation import Schedule
 
 
 class TorchOptimizer(Protocol):
@@ -198,7 +198,7 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
 
 def _pipeline(schedule: Schedule, num_batches: int) -> tuple[float | None, list[PipelineRank]]:
     """The bubble, and all ranks of the pipeline; nothing where there is none."""
-    from titan_parallel.pipeline import Pipeline
+    from titan_parallel.pipeline_parallel.schedule import Pipeline
 
     if not isinstance(schedule, Pipeline):
         return None, []

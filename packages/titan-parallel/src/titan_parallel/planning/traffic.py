@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from titan_parallel.dims import AXES, ParallelDims
-from titan_parallel.planning._torch import group_of
+from titan_parallel._torch.tracing import group_of
+from titan_parallel.mesh.parallel_dims import AXES, ParallelDims
 
 KINDS = {
     "_allgather_base_": "all_gather",

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from titan_config import ConfigError
 from torch import nn
 
-from titan_parallel._torch import has_no_memory
-from titan_parallel.batch import Batch
-from titan_parallel.dims import ParallelDims
-from titan_parallel.probe.stage_run import StageCut
+from titan_parallel._torch.distributed import has_no_memory
+from titan_parallel.mesh.parallel_dims import ParallelDims
+from titan_parallel.pipeline_parallel.split_points import StageCut
 from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
-from titan_parallel.roles import Roles
-from titan_parallel.tensor_parallel_checks import check_can_be_split, has_ends
+from titan_parallel.sharding_plan.roles import Roles
+from titan_parallel.sharding_plan.validation import check_can_be_split, has_ends
+from titan_parallel.step.batch import Batch
 
 _logger = logging.getLogger("titan_parallel")
 

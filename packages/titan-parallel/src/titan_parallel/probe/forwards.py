@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from titan_parallel._torch import KeepsNoSubclass
-from titan_parallel.lift import computing_in
-from titan_parallel.stand_in import StreamArgument
+from titan_parallel._torch.distributed import KeepsNoSubclass
+from titan_parallel.pipeline_parallel.stand_ins import StreamArgument
+from titan_parallel.probe.float64 import computing_in
 
 _NAME = "titan_parallel_probe"
 """Of the attention in the interfaces of transformers."""

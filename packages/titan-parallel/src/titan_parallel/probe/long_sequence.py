@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titan_parallel.model_inputs import vocabulary
 from titan_parallel.probe.cheap_copy import LARGE
-from titan_parallel.roles import Roles
+from titan_parallel.probe.model_inputs import vocabulary
+from titan_parallel.sharding_plan.roles import Roles
 
 LENGTHS = (1024, 512, 256, 128, 64)
 ALWAYS_RUN = 2

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_parallel.roles import Roles
-from titan_parallel.stand_in import StreamArgument
+from titan_parallel.pipeline_parallel.stand_ins import StreamArgument
+from titan_parallel.sharding_plan.roles import Roles
 
 _ALWAYS_RUN = 16
 """So many of the first blocks run though they seem alike: some do other things by their number."""

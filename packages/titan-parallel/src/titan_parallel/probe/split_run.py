@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from titan_parallel.pipeline_parallel.stand_ins import StreamArgument
 from titan_parallel.probe import forwards
 from titan_parallel.probe.mixing import NamedModules, alike, part_that_mixes
 from titan_parallel.probe.repeated_blocks import first_of_kind, skipping
 from titan_parallel.probe.verdict import Verdict, one_line
-from titan_parallel.roles import Roles, inside
-from titan_parallel.stand_in import StreamArgument
+from titan_parallel.sharding_plan.roles import Roles, inside
 
 
 class SplitRun(abc.ABC):

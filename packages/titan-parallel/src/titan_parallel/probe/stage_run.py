@@ -5,32 +5,22 @@ Both give the same unless blocks exchange more than their stream: by an attribut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from titan_config import ConfigError
 from torch import Tensor, nn
 
+from titan_parallel.pipeline_parallel.split_points import StageCut
+from titan_parallel.pipeline_parallel.stage_forward import StageForward, StageModel
+from titan_parallel.pipeline_parallel.stage_modules import StageModules
+from titan_parallel.pipeline_parallel.stand_ins import stream_in
 from titan_parallel.probe import forwards
 from titan_parallel.probe.cheap_copy import sharing_weights
 from titan_parallel.probe.mixing import alike
 from titan_parallel.probe.repeated_blocks import first_of_kind, skipping
 from titan_parallel.probe.verdict import Verdict, one_line
-from titan_parallel.roles import Roles
-from titan_parallel.stage_forward import StageForward, StageModel
-from titan_parallel.stage_pieces import StageModules
-from titan_parallel.stand_in import stream_in
-
-
-@dataclass(frozen=True)
-class StageCut:
-    """Where a model is cut, and which stages are to be compared: the others are other ranks'."""
-
-    ranges: Sequence[range]
-    """The numbers of the blocks of each stage."""
-    mine: Sequence[int]
-    num_ranks: int
+from titan_parallel.sharding_plan.roles import Roles
 
 
 class StageRun:

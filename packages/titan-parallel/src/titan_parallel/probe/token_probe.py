@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_parallel.hugging_face_attention import is_of_transformers
-from titan_parallel.model_inputs import made_up_inputs
+from titan_parallel._transformers import is_transformers_model
+from titan_parallel.pipeline_parallel.split_points import StageCut
 from titan_parallel.probe import forwards
 from titan_parallel.probe.cheap_copy import cheap_copy, let_train, sharing_weights
 from titan_parallel.probe.long_sequence import ALWAYS_RUN, affordable_lengths, passed_heads
+from titan_parallel.probe.model_inputs import made_up_inputs
 from titan_parallel.probe.repeated_blocks import first_of_kind
 from titan_parallel.probe.split_run import Blocks, SplitRun, WholeModel
-from titan_parallel.probe.stage_run import StageCut, StageRun
+from titan_parallel.probe.stage_run import StageRun
 from titan_parallel.probe.verdict import Verdict, one_line
-from titan_parallel.roles import Roles
+from titan_parallel.sharding_plan.roles import Roles
 
 _LENGTHS = (24, 16, 8, 4)
 _FEW_TOKENS = (8, 4)
@@ -52,7 +53,7 @@ class TokenProbe:
     def __init__(self, model: nn.Module, roles: Roles) -> None:
         self._model_name = type(model).__name__
         self._roles = roles
-        self._transformers = is_of_transformers(model)
+        self._transformers = is_transformers_model(model)
         self._copies: dict[torch.dtype, nn.Module] = {}
         self._failure = ""
         self._projections = [name for role in ("colwise", "rowwise", "head") for name in roles.named(role)]

@@ -1,0 +1,1 @@
+"""Loading: find, compare, read."""

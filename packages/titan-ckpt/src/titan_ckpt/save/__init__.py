@@ -1,0 +1,1 @@
+"""Saving: staging, planning, writing, publishing."""

@@ -1,0 +1,8 @@
+"""Attention cores: the product of queries, keys and values under a described mask, one kernel each."""
+
+from titan_models.attention.kernels.flex import Flex
+from titan_models.attention.kernels.kernel import AttentionCore
+from titan_models.attention.kernels.sdpa import Sdpa
+from titan_models.attention.kernels.varlen import Varlen
+
+__all__ = ["AttentionCore", "Flex", "Sdpa", "Varlen"]

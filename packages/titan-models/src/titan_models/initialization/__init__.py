@@ -1,0 +1,1 @@
+"""Initial weights, the same on any mesh."""

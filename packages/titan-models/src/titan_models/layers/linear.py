@@ -1,0 +1,39 @@
+"""A matrix product with the last dim."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from titan_models.initialization.initializers import DepthScaledNormal, Initializer, Normal
+from titan_models.layers.flops import Flops, matmul_flops
+from titan_models.layers.layer import Part, new_parameter
+
+
+class Linear(Part, nn.Linear):
+    """`y = x W^T + b` with `W [out, in]`. An `nn.Linear`, so that tools which look for these find it."""
+
+    class Config(Part.Config):
+        weight_init: Initializer.Config = Normal.Config()
+        """How the weight is drawn."""
+
+        bias_init: Initializer.Config | None = None
+        """How the bias is drawn. None: there is none."""
+
+    def __init__(self, config: Config, *, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = new_parameter(out_features, in_features)
+        self.register_parameter("bias", None if config.bias_init is None else new_parameter(out_features))
+        self.weight_init: Initializer = config.weight_init.build()
+        self.bias_init: Initializer | None = None if config.bias_init is None else config.bias_init.build()
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": self.weight_init} | ({} if self.bias_init is None else {"bias": self.bias_init})
+
+    def own_flops(self, seq_len: int) -> Flops:
+        return matmul_flops(self.in_features * self.out_features)
+
+
+def residual_linear() -> Linear.Config:
+    """Return the config of a projection that adds to the residual stream: drawn smaller in deeper layers."""
+    return Linear.Config(weight_init=DepthScaledNormal.Config())

@@ -1,0 +1,1 @@
+"""Context parallelism: the tokens of each sequence over ranks."""

@@ -1,0 +1,1 @@
+"""Data parallelism by FSDP2: sharded, replicated, or both."""

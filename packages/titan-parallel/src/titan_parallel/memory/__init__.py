@@ -1,0 +1,1 @@
+"""Memory: activation checkpointing, compilation, allocation of meta models."""

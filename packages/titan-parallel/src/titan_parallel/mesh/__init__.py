@@ -1,0 +1,1 @@
+"""The device mesh of a run, its process groups and collectives."""

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the blocks of a model over ranks."""

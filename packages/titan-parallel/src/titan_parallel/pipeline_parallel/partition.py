@@ -1,0 +1,165 @@
+"""Cut a model into stages, and take out of it what a rank does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from titan_config import ConfigError
+from torch import nn
+
+from titan_parallel.mesh.parallel_dims import ParallelDims
+from titan_parallel.pipeline_parallel.schedule_registry import PipelineSchedule
+from titan_parallel.pipeline_parallel.shape_probe import StageProbe
+from titan_parallel.pipeline_parallel.split_points import StageCut, cut_by_cost, cut_by_name
+from titan_parallel.pipeline_parallel.stage_forward import StageForward, StageModel
+from titan_parallel.pipeline_parallel.stage_modules import StageModules
+from titan_parallel.pipeline_parallel.stage_runner import StageRunner
+from titan_parallel.sharding_plan.roles import Roles
+from titan_parallel.step.batch import BatchCheck
+from titan_parallel.step.forward_loss import LossForward
+
+
+class Stages:
+    """A model cut into the stages of a schedule, by its blocks; of the model a rank keeps what its stages hold.
+
+    Embeddings belong to the first stage, what is defined after the last block to the last, as the head does. All else
+    is held by all stages: what is computed before the blocks may be read by every block. Weights that several ranks
+    hold have one gradient, the sum of theirs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        roles: Roles,
+        schedule: PipelineSchedule,
+        dims: ParallelDims,
+        *,
+        check: Callable[[StageCut], BatchCheck],
+        dtype: torch.dtype | None,
+        recomputes: bool,
+    ) -> None:
+        """`dtype` is what weights compute in (None: what they are stored in). Raises ConfigError where blocks exchange
+        more than their stream."""
+        self.schedule = schedule
+        self.dims = dims
+        self.dtype = dtype
+        self.rank = dims.mesh.get_local_rank("pp")
+        self.mine = [stage for stage, rank in enumerate(schedule.ranks) if rank == self.rank]
+        self._model = model
+        pieces = StageModules.of(model, roles, dims.num_pipeline)
+        self._ranges = self._cut(pieces)
+        self._check = check(StageCut(self._ranges, self.mine, dims.num_pipeline))
+        self._parts = StageModel.of(model, roles, pieces, dtype)
+        owners = self._owners(pieces)
+        holders = self._holders(owners)
+        self._holders_by_name = {
+            name: holders[parameter]
+            for name, parameter in model.named_parameters()
+            if len(holders[parameter]) > 1 and self.rank in holders[parameter]
+        }
+        whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.splits_backward = not (
+            recomputes  # which it would do twice
+            or dims.config.fsdp_reshard_after_forward == "always"  # weights would be gone
+            or self._trains_what_all_hold(owners)  # several blocks' gradients go back through one graph
+        )
+        self._strip(owners, holders)
+        here = dict(model.named_parameters())
+        self.names_elsewhere = [name for name in whole if name not in here]
+        """The parameters that other ranks train, and this one does not have."""
+        named = {**pieces.embeddings, **pieces.blocks, **pieces.after}
+        self.taken_out = [name for name, module in named.items() if not any(True for _ in module.parameters())]
+        """The names of the pieces of which this rank has no parameters."""
+
+    def blocks_of_ranks(self) -> list[list[range]]:
+        """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
+        ranks = self.schedule.ranks
+        return [
+            [own for own, of in zip(self._ranges, ranks, strict=True) if of == rank] for rank in range(max(ranks) + 1)
+        ]
+
+    @property
+    def held_by_all(self) -> list[str]:
+        """The names of the weights that every rank of the pipeline holds."""
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) == self.dims.num_pipeline]
+
+    @property
+    def held_by_ends(self) -> list[str]:
+        """The names of the weights that this rank and the other end of the pipeline hold, and no other rank."""
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) < self.dims.num_pipeline]
+
+    @property
+    def counted_elsewhere(self) -> list[str]:
+        """Weights whose gradients another rank of the pipeline counts: the first of those that hold them."""
+        return [name for name, ranks in self._holders_by_name.items() if min(ranks) != self.rank]
+
+    def around(self, forward: LossForward) -> StageRunner:
+        """What runs this rank's stages."""
+        tokens = self.dims.num_tensor if self.dims.sequence_parallel else 1
+        return StageRunner(
+            forward,
+            {stage: StageForward(self._parts, self._ranges[stage]) for stage in self.mine},
+            StageProbe(self._parts, has_end=self.schedule.num_stages - 1 in self.mine),
+            self._check,
+            num_token_parts=tokens,
+            dtype=self.dtype,
+        )
+
+    def _owners(self, pieces: StageModules) -> dict[nn.Module, set[int]]:
+        """For each module in a piece, the ranks whose stages it is in."""
+        ranks, owners = self.schedule.ranks, dict[nn.Module, set[int]]()
+        stages = [(0, list(pieces.embeddings.values())), (len(ranks) - 1, list(pieces.after.values()))]
+        blocks = list(pieces.blocks.values())
+        stages += [(stage, blocks[own.start : own.stop]) for stage, own in enumerate(self._ranges)]
+        for stage, modules in stages:
+            for module in (inner for piece in modules for inner in piece.modules()):
+                owners.setdefault(module, set()).add(ranks[stage])
+        return owners
+
+    def _holders(self, owners: dict[nn.Module, set[int]]) -> dict[nn.Parameter, set[int]]:
+        """The ranks of the pipeline that hold each parameter. Raises ConfigError for ranks that cannot share one."""
+        everyone, ends = set(range(self.dims.num_pipeline)), {self.schedule.ranks[0], self.schedule.ranks[-1]}
+        holders: dict[nn.Parameter, set[int]] = {}
+        for module in self._model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    held = holders.setdefault(parameter, set())
+                    held |= owners.get(module, everyone)
+        for name, parameter in self._model.named_parameters():
+            held = holders[parameter]
+            if len(held) > 1 and held not in (everyone, ends):
+                raise ConfigError(
+                    f"A weight of a pipeline must be on one rank, on both ends or on all, got {name} on ranks "
+                    f"{sorted(held)}. Use pipeline_parallel_splits."
+                )
+        return holders
+
+    def _trains_what_all_hold(self, owners: dict[nn.Module, set[int]]) -> bool:
+        others = (module for module in self._model.modules() if module not in owners)
+        return any(p is not None and p.requires_grad for module in others for p in module._parameters.values())
+
+    def _strip(self, owners: dict[nn.Module, set[int]], holders: dict[nn.Parameter, set[int]]) -> None:
+        """Put None in the place of all parameters and buffers that this rank does not hold; names stay."""
+        for module, ranks in owners.items():
+            if self.rank not in ranks:
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and self.rank not in holders[parameter]:
+                        module._parameters[name] = None
+                module._buffers.update(dict.fromkeys(module._buffers))
+
+    def _cut(self, pieces: StageModules) -> list[range]:
+        splits, num_stages = self.dims.config.pipeline_parallel_splits, self.schedule.num_stages
+        if splits:
+            return cut_by_name(list(pieces.blocks), splits, num_stages)
+        if len(pieces.blocks) < num_stages:
+            raise ConfigError(
+                f"A pipeline must have a block for each stage, got {len(pieces.blocks)} blocks for {num_stages} "
+                "stages. Lower pipeline_parallel_degree or pipeline_parallel_stages_per_rank."
+            )
+        costs = [_size([block]) for block in pieces.blocks.values()]
+        return cut_by_cost(costs, num_stages, last=_size(pieces.after.values()))
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
