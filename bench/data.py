@@ -42,8 +42,8 @@ def pipeline_speed(loader: TokenLoader) -> float:
     """Tokens a second of drawing and committing batches."""
     start, num_tokens = time.perf_counter(), 0
     while num_tokens < TOKENS_A_ROUND:
-        num_tokens += sum(batch.inputs["tokens"].numel() for batch in loader.draw(0, 1))
-        loader.commit(loader.advance())
+        num_tokens += sum(batch.inputs["tokens"].numel() for batch in loader.next_batches(0, 1))
+        loader.commit(loader.cursor_delta())
     return num_tokens / (time.perf_counter() - start)
 
 

@@ -1,4 +1,4 @@
-"""Milliseconds of all experts of a layer, forward and backward: `GroupedMM` beside `Loop`, taking turns.
+"""Milliseconds of all experts of a layer, forward and backward: `GroupedMM` beside `ForLoop`, taking turns.
 
 On a GPU in bf16, at the widths of public models; without one on the processor, at those of the debug model.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from sizes import sized
 from titan_models import init_weights
-from titan_models.moe import GroupedMM, Kernel, Loop, SwiGLUExperts
+from titan_models.moe import ForLoop, GroupedMM, Kernel, SwiGLUExperts
 
 PAIRS = sized(15, 1)
 SHAPES = {  # dim, hidden_dim, experts, experts of a token, tokens
@@ -56,7 +56,7 @@ def milliseconds(step: Callable[[], None]) -> float:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, shape in sized(SHAPES, TOY_SHAPES)[device].items():
-        grouped, loop = (step_of(kernel, shape, device) for kernel in (GroupedMM.Config(), Loop.Config()))
+        grouped, loop = (step_of(kernel, shape, device) for kernel in (GroupedMM.Config(), ForLoop.Config()))
         for _ in range(3):
             grouped(), loop()
         pairs = [(milliseconds(grouped), milliseconds(loop)) for _ in range(PAIRS)]

@@ -63,8 +63,8 @@ def write_rows(file: Path) -> float:
     )
     rows = []
     for _ in range(STEPS):
-        (batch,) = loader.draw(0, 1)
-        loader.commit(loader.advance())
+        (batch,) = loader.next_batches(0, 1)
+        loader.commit(loader.cursor_delta())
         rows.append({**batch.inputs, **batch.targets})
     torch.save(rows, file)
     return config.optimizer.lr

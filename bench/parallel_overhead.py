@@ -132,7 +132,7 @@ def titan(**degrees: Any) -> Step:
         return cross_entropy(head(hidden), targets["labels"]), torch.tensor(labels.numel())
 
     def step() -> None:
-        parallel.forward_backward([micro_batch], loss, labels.numel() * dims.num_data_ranks)
+        parallel.forward_backward([micro_batch], loss, labels.numel() * dims.dp_size)
         optimizer.step()
 
     return step

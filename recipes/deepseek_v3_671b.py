@@ -16,8 +16,8 @@ from pathlib import Path
 
 from deepseek_v2_lite_16b import deepseek_run
 from titan_models import deepseek
-from titan_parallel import FullRecompute
-from titan_trainer import LookAhead, ScheduledNumber, Trainer, main
+from titan_parallel import FullActivationCheckpoint
+from titan_trainer import MultiTokenPredictionLoss, ScheduledNumber, Trainer, main
 
 
 def deepseek_v3_671b() -> Trainer.Config:
@@ -31,8 +31,8 @@ def deepseek_v3_671b() -> Trainer.Config:
     parallelism.
     """
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
-    config.model.look_ahead = config.dataloader.look_ahead = True
-    config.loss = LookAhead.Config(weight=0.3)
+    config.model.mtp = config.dataloader.mtp = True
+    config.loss = MultiTokenPredictionLoss.Config(weight=0.3)
     steps = config.training.steps
     config.scheduled = [
         ScheduledNumber.Config(
@@ -45,7 +45,7 @@ def deepseek_v3_671b() -> Trainer.Config:
     ]
     config.parallelism.tensor_parallel_degree = 8
     config.parallelism.pipeline_parallel_degree = 16
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.dump_folder = Path("outputs/deepseek_v3_671b")
     return config
 

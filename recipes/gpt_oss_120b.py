@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gpt_oss_20b import gpt_oss_run
 from titan_models import gpt_oss
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -26,7 +26,7 @@ def gpt_oss_120b() -> Trainer.Config:
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.dump_folder = Path("outputs/gpt_oss_120b")
     return config
 

@@ -15,7 +15,7 @@ from llama3_8b import llama3_run
 from titan_data import HFTokenizer
 from titan_models import gpt_oss
 from titan_models.moe import LoadBalancingLoss
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -37,7 +37,7 @@ def gpt_oss_20b() -> Trainer.Config:
     config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=256, lr=3e-4)
     config.parallelism.tensor_parallel_degree = 2
     config.training.local_batch_size = 16
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.dump_folder = Path("outputs/gpt_oss_20b")
     return config
 

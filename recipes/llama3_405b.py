@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama3_8b import llama3_run
 from titan_models import llama3
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -23,7 +23,7 @@ def llama3_405b() -> Trainer.Config:
     config.lr_scheduler.min_lr_factor = 0.01
     config.parallelism.tensor_parallel_degree = 8
     config.training.local_batch_size = 8
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.dump_folder = Path("outputs/llama3_405b")
     return config
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama3_8b import llama3_run
 from titan_models import llama3
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -22,7 +22,7 @@ def llama3_70b() -> Trainer.Config:
     config = llama3_run(llama3.llama3_70b(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 4
     config.training.local_batch_size = 16
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.dump_folder = Path("outputs/llama3_70b")
     return config
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from titan_ckpt import Checkpointer
 from titan_data import HuggingFaceSource, TiktokenTokenizer, TokenLoader
 from titan_models import Decoder, Flex, llama3
-from titan_parallel import Compile, SelectiveRecompute
+from titan_parallel import Compile, SelectiveActivationCheckpoint
 from titan_trainer import AdamW, Trainer, Training, Validator, WarmupStableDecay, main
 
 
@@ -58,7 +58,7 @@ def llama3_run(
         lr_scheduler=WarmupStableDecay.Config(
             warmup_steps=warmup_steps, total_steps=steps, decay_type="cosine", min_lr_factor=0.1
         ),
-        activation_checkpoint=SelectiveRecompute.Config(),
+        activation_checkpoint=SelectiveActivationCheckpoint.Config(),
         compile=Compile.Config(),
         validator=Validator.Config(
             dataloader=TokenLoader.Config(

@@ -15,7 +15,7 @@ from llama3_8b import llama3_run
 from titan_data import HFTokenizer
 from titan_models import llama4
 from titan_models.moe import LoadBalancingLoss
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -27,7 +27,7 @@ def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
     config.training.local_batch_size = 8
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config

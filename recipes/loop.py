@@ -50,16 +50,16 @@ def train(steps: int = STEPS) -> list[float]:
 
     losses = []
     for step in range(steps):
-        batches = loader.draw(dims.data_rank, dims.num_data_ranks)
+        batches = loader.next_batches(dims.dp_rank, dims.dp_size)
         count = sum((batch.targets["labels"] != -100).sum() for batch in batches)
-        advance = loader.advance()
-        for total in (count, advance):
+        cursor_delta = loader.cursor_delta()
+        for total in (count, cursor_delta):
             dist.all_reduce(total, group=dims.data_group)
         loss_sum = parallel.forward_backward(batches, next_token_loss, denominator=count)
         grad_norm = parallel.clip_grad_norm_(1.0)
         optimizer.step()
         schedule.step()
-        loader.commit(advance)
+        loader.commit(cursor_delta)
         losses.append(float(loss_sum / count))
         if dist.get_rank() == 0 and step % 10 == 0:
             print(f"step {step + 1}  loss {losses[-1]:.4f}  grad norm {grad_norm:.3f}", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from qwen3_8b import qwen3_run
 from titan_models import qwen3
 from titan_models.moe import LoadBalancingLoss
-from titan_parallel import FullRecompute
+from titan_parallel import FullActivationCheckpoint
 from titan_trainer import Trainer, main
 
 
@@ -27,7 +27,7 @@ def qwen3_30b_a3b() -> Trainer.Config:
     for router in config.model.routers():
         router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.parallelism.tensor_parallel_degree = 2
-    config.activation_checkpoint = FullRecompute.Config()
+    config.activation_checkpoint = FullActivationCheckpoint.Config()
     config.training.local_batch_size = 16
     config.dump_folder = Path("outputs/qwen3_30b_a3b")
     return config

@@ -79,7 +79,7 @@ def small_run(recipe, tmp_path):
     def config(name: str = "run", changes: dict | None = None, flavor: str = "llama3_debug"):
         run = getattr(recipe(flavor), flavor)()
         small = {
-            "model.num_layers": 4 if run.model.exceptions else 2,
+            "model.num_layers": 4 if run.model.layer_overrides else 2,
             "model.dim": 64,
             "training.seq_len": 64,
             "training.global_batch_size": 8,

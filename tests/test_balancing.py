@@ -20,20 +20,20 @@ from titan_models.moe import (
     ZLoss,
 )
 from titan_models.qwen3 import qwen3_moe_debug
-from titan_models.training.step_counter import Tally
+from titan_models.training.step_counter import StepCounter
 from titan_parallel import (
     Compile,
-    EveryNthBlock,
-    FullRecompute,
+    FullActivationCheckpoint,
     ParallelDims,
-    SelectiveRecompute,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
     check_parallel,
     cross_entropy,
     parallelize,
 )
 from titan_parallel.check import meshes
-from titan_parallel.step.auxiliary_losses import OwnLosses
-from titan_parallel.step.statistics import Tallies
+from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
+from titan_parallel.step.statistics import StepStatistics
 from titan_parallel.testing import check_same_gradients, full_gradients
 
 TWO_RANKS = ("fsdp2", "ddp2", "tp2", "tp2_sp", "cp2_gather", "cp2_ulysses", "cp2_ring", "pp2")
@@ -51,8 +51,8 @@ class Remembering(TopKRouter):
         super().__init__(config, dim=dim)
         self.register_buffer("remembered", torch.zeros(config.num_experts, dtype=torch.float64))
 
-    def settle(self, counts_E: torch.Tensor) -> None:
-        super().settle(counts_E)
+    def update(self, counts_E: torch.Tensor) -> None:
+        super().update(counts_E)
         self.remembered += counts_E
 
     def initializers(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def balanced_moe(**router: Any) -> MoE.Config:
         "num_experts": 8,
         "top_k": 3,
         "score": "sigmoid",
-        "renormalise": True,
+        "renormalize": True,
         "scale": 2.5,
         "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
         "balancing": BalancingBias.Config(rate=0.02),
@@ -121,9 +121,9 @@ def test_qwen3_is_the_same_on_any_mesh(experts: bool) -> None:
 
 
 RECOMPUTATIONS = {
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every_2nd": EveryNthBlock.Config(n=2),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every_2nd": PeriodicActivationCheckpoint.Config(n=2),
 }
 
 
@@ -143,7 +143,7 @@ def test_recomputation_counts_nothing_twice(recomputation: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     "recomputation",
-    [None, FullRecompute.Config(), SelectiveRecompute.Config()],
+    [None, FullActivationCheckpoint.Config(), SelectiveActivationCheckpoint.Config()],
     ids=["kept", "recomputed", "selectively"],
 )
 def test_compiled_blocks_count_too(recomputation: Any) -> None:
@@ -154,34 +154,34 @@ def test_compiled_blocks_count_too(recomputation: Any) -> None:
 
 
 def count_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: Tally, x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def forward(self: StepCounter, x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             before = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
             self.leaf.grad = before.detach() + numbers
         return x
 
-    monkeypatch.setattr(Tally, "forward", forward)
+    monkeypatch.setattr(StepCounter, "forward", forward)
 
 
 def count_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Tallies.own
-    monkeypatch.setattr(Tallies, "own", lambda self: own(self) * (dist.get_rank() == 0))
+    own = StepStatistics.own
+    monkeypatch.setattr(StepStatistics, "own", lambda self: own(self) * (dist.get_rank() == 0))
 
 
 def count_micro_batches_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last one is left."""
-    monkeypatch.setattr(Tally, "forward", lambda self, x, numbers: _Overwriting.apply(x, self, numbers))
+    monkeypatch.setattr(StepCounter, "forward", lambda self, x, numbers: _Overwriting.apply(x, self, numbers))
 
 
 class _Overwriting(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tally: Tally, numbers: torch.Tensor) -> torch.Tensor:
-        ctx.tally, ctx.numbers = tally, numbers.double()
+    def forward(ctx: Any, x: torch.Tensor, step_counter: StepCounter, numbers: torch.Tensor) -> torch.Tensor:
+        ctx.step_counter, ctx.numbers = step_counter, numbers.double()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.tally.leaf.grad = ctx.numbers
+        ctx.step_counter.leaf.grad = ctx.numbers
         return gradient, None, None
 
 
@@ -191,18 +191,18 @@ class _Overwriting(torch.autograd.Function):
 )
 def test_wrong_counts_are_noticed(monkeypatch: pytest.MonkeyPatch, sabotage: Callable[..., None]) -> None:
     sabotage(monkeypatch)
-    build, recomputed = build_of(small(balanced_moe())), FullRecompute.Config()
+    build, recomputed = build_of(small(balanced_moe())), FullActivationCheckpoint.Config()
     report = check_parallel(build, meshes("fsdp2"), steps=1, activation_checkpoint=recomputed)
     assert "remembered" in str(report), report
 
 
 def test_losses_of_a_wrong_weight_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    divided_by = OwnLosses.divided_by
+    divided_by = AuxiliaryLosses.divided_by
 
-    def by_too_much(self: OwnLosses, denominator: float) -> Any:
+    def by_too_much(self: AuxiliaryLosses, denominator: float) -> Any:
         return divided_by(self, denominator * (2 if dist.is_initialized() else 1))  # not in the one process
 
-    monkeypatch.setattr(OwnLosses, "divided_by", by_too_much)
+    monkeypatch.setattr(AuxiliaryLosses, "divided_by", by_too_much)
     report = check_parallel(build_of(small(balanced_moe())), meshes("fsdp2"), steps=1)
     assert "router.weight" in str(report), report
 
@@ -299,14 +299,14 @@ def test_a_loop_of_somebodys_own_balances_in_one_line(run_ranks: Any) -> None:
         model, batch = build_of(small(balanced_moe()))(), Rows()
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         parallel = parallelize(model, model.roles(), dims)
-        model.scale_own_losses(1.0)
+        model.scale_auxiliary_losses(1.0)
         model(**batch.inputs).logsumexp(-1).sum().backward()
         parallel.after_step()
         router: Any = model.layers[0].feed_forward.router
         return router.remembered.tolist()
 
     model = build_of(small(balanced_moe()))()
-    model.scale_own_losses(1.0)
+    model.scale_auxiliary_losses(1.0)
     for _ in range(2):
         model(**Rows().inputs).logsumexp(-1).sum().backward()
     with torch.no_grad():
@@ -324,10 +324,10 @@ def test_losses_of_routers_weigh_the_same_in_a_loop_of_somebodys_own(run_ranks: 
         model, batch = build_of(small(balanced_moe()))().double(), Rows()
         dims = ParallelDims.Config(**degrees).build(world_size=2, device_type="cpu")
         parallel = parallelize(model, model.roles(), dims)
-        parallel.forward_backward([batch], loss, 16.0 * dims.num_data_ranks)
+        parallel.forward_backward([batch], loss, 16.0 * dims.dp_size)
         expected = full_gradients(model)
         model.zero_grad()
-        model.scale_own_losses(1 / 16)
+        model.scale_auxiliary_losses(1 / 16)
         (cross_entropy(model(**batch.inputs), batch.targets["labels"]) / 16).backward()
         check_same_gradients(full_gradients(model), expected)
         return True

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from titan_models import llama3
-from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute, check_parallel
+from titan_parallel import (
+    FullActivationCheckpoint,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
+    check_parallel,
+)
 from titan_parallel.check import meshes
 from torch import nn
 
@@ -20,9 +25,9 @@ FOUR_RANKS = (
     "fsdp2_pp2_interleaved1f1b",
 )
 RECOMPUTATIONS = {
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every_2nd": EveryNthBlock.Config(n=2),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every_2nd": PeriodicActivationCheckpoint.Config(n=2),
 }
 
 

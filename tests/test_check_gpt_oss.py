@@ -16,7 +16,7 @@ def small_gpt_oss() -> nn.Module:
     """Blocks of both kinds; windows of 3, shorter than the rows of the check, and clamps that small weights reach."""
     config = gpt_oss.gpt_oss_debug()
     config.dim, config.vocab_size, config.rope.dim = 32, 64, 8
-    for block in (config.block, *config.exceptions.values()):
+    for block in (config.block, *config.layer_overrides.values()):
         block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim = 4, 2, 8
         block.feed_forward.experts.hidden_dim, block.feed_forward.experts.gating.limit = 24, 0.05
     config.block.attention.limits[0].size = 3

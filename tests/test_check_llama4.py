@@ -17,14 +17,14 @@ def small_llama4() -> nn.Module:
     config = llama4.llama4_debug()
     config.dim, config.num_layers, config.vocab_size, config.rope.dim = 32, 4, 64, 8
     config.block.feed_forward.hidden_dim = 48
-    for block in (config.block, *config.exceptions.values()):
+    for block in (config.block, *config.layer_overrides.values()):
         block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim = 4, 2, 8
     for numbers in ("1::4", "3::4"):
-        moe = config.exceptions[numbers].feed_forward
+        moe = config.layer_overrides[numbers].feed_forward
         moe.router.num_experts, moe.experts.hidden_dim, moe.shared.hidden_dim = 3, 24, 24
-    for block in (config.block, config.exceptions["1::4"]):
+    for block in (config.block, config.layer_overrides["1::4"]):
         block.attention.limits[0].size = 4
-    config.exceptions["3::4"].attention.temperature.step = 4
+    config.layer_overrides["3::4"].attention.temperature.step = 4
     model = config.build()
     model.init_weights(0)
     return model

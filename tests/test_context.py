@@ -6,7 +6,7 @@ import pytest
 import torch
 from titan_models import Block, Chunks, Flex, GroupedQueryAttention, Normal, Rope, Sdpa, SlidingWindow, SwiGLU
 from titan_models.llama3 import Llama3
-from titan_parallel import Compile, SelectiveRecompute, check_parallel, per_token
+from titan_parallel import Compile, SelectiveActivationCheckpoint, check_parallel, per_token
 from titan_parallel.check import meshes
 
 METHODS = ("cp2", "cp2_ulysses", "cp2_ring")
@@ -46,7 +46,7 @@ def test_llama3_over_context_ranks_is_llama3(core):
 @pytest.mark.parametrize("method", ["", "_ulysses", "_ring"])
 def test_with_everything_else(method):
     names = (f"cp2_tp2_sp{method}", f"ddp2_cp2{method}", f"cp4{method}", f"fsdp2_cp2_tp2_sp{method}")
-    recomputation = SelectiveRecompute.Config()
+    recomputation = SelectiveActivationCheckpoint.Config()
     report = check_parallel(llama(CORES["sdpa"]), meshes(*names), steps=1, activation_checkpoint=recomputation)
     report.raise_for_failure()
 
@@ -85,9 +85,9 @@ def test_ulysses_keeps_the_fast_path_and_flex_skips_blocks_alike_on_every_rank(r
         core = Flex.Config(block_size=16)
         (config,) = meshes(name).values()
         model = llama(core)()
-        realise = Flex.realise
+        build_mask = Flex.build_mask
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Flex, "realise", lambda self, mask: made.append(realise(self, mask)) or made[-1])
+            patch.setattr(Flex, "build_mask", lambda self, mask: made.append(build_mask(self, mask)) or made[-1])
             parallel = parallelize(model, model.roles(), config.build(world_size=2, device_type="cpu"))
             positions = torch.arange(128)[None]
             parallel.evaluate([SimpleBatch({"tokens": positions % 64, "positions": positions})], loss)
@@ -97,10 +97,12 @@ def test_ulysses_keeps_the_fast_path_and_flex_skips_blocks_alike_on_every_rank(r
         from titan_parallel import parallelize
 
         seen = []
-        realise = Sdpa.realise
+        build_mask = Sdpa.build_mask
         model = llama(Sdpa.Config())()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sdpa, "realise", lambda self, mask: seen.append(mask.only_causal) or realise(self, mask))
+            patch.setattr(
+                Sdpa, "build_mask", lambda self, mask: seen.append(mask.only_causal) or build_mask(self, mask)
+            )
             (config,) = meshes("cp2_ulysses").values()
             parallel = parallelize(model, model.roles(), config.build(world_size=2, device_type="cpu"))
             positions = torch.arange(16)[None]

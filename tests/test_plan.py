@@ -108,7 +108,7 @@ BAD = {
     "--world-size 2 --device-memory lots": "Got the size 'lots'.",
     "--world-size 3": "Got a global batch of 16 rows for 3 data ranks",
     "--world-size 3 --parallelism.tensor_parallel_degree 2": "Got tensor_parallel_degree 2 on 3 ranks.",
-    "--world-size 2 --optimiser.lr 1": "Got the flag --optimiser.lr.",
+    "--world-size 2 --optimizer.lr 1": "Got the flag --optimizer.lr.",
 }
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from titan_parallel import FullRecompute, Plan
+from titan_parallel import FullActivationCheckpoint, Plan
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = [
@@ -71,7 +71,7 @@ def waiting(plan: Plan, *, recomputes: bool) -> float:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n != BY_DEFAULT)) for n in NAMES])
 def test_a_recipe_fills_its_gpus_and_does_not_wait(recipe, name, tmp_path):
-    recomputes = isinstance(getattr(recipe(name), name)().activation_checkpoint, FullRecompute.Config)
+    recomputes = isinstance(getattr(recipe(name), name)().activation_checkpoint, FullActivationCheckpoint.Config)
     plan = plan_of(name, tmp_path)
     assert plan.peak <= 0.9 * plan.device_memory
     assert (plan.bubble or 0) < 0.1

@@ -1,4 +1,4 @@
-"""Weights as families are released, quantised and with parts besides, give the logits of transformers."""
+"""Weights as families are released, quantized and with parts besides, give the logits of transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small(config: Decoder.Config) -> Decoder.Config:
 
 def small_gpt_oss() -> Decoder.Config:
     config = gpt_oss_debug()
-    for block in (config.block, *config.exceptions.values()):
+    for block in (config.block, *config.layer_overrides.values()):
         block.feed_forward.experts.hidden_dim = 96
     return config
 
@@ -46,8 +46,8 @@ def released_by_deepseek(config: Any, state: dict[str, Tensor]) -> tuple[dict[st
     depth = config["num_hidden_layers"]
     released |= as_fp8(f"model.layers.{depth}.eh_proj.weight", torch.rand(192, 384))
     released[f"model.layers.{depth}.enorm.weight"] = torch.ones(192, dtype=torch.bfloat16)
-    quantisation = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    return config | {"num_nextn_predict_layers": 1, "quantization_config": quantisation}, released
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    return config | {"num_nextn_predict_layers": 1, "quantization_config": quantization}, released
 
 
 def as_fp8(name: str, tensor: Tensor) -> dict[str, Tensor]:

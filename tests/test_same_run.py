@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from titan_parallel import EveryNthBlock, FullRecompute, SelectiveRecompute
+from titan_parallel import FullActivationCheckpoint, PeriodicActivationCheckpoint, SelectiveActivationCheckpoint
 from titan_parallel.check.tolerances import compare, norm_of, roundings
 from torch.distributed.tensor import DTensor
 
@@ -75,9 +75,9 @@ MULTIPLE = 10
 """By how many times the rounding of the flat loop, in fp32 or bf16 against fp64, a run may differ."""
 RECOMPUTATIONS = {
     "none": None,
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every second": EveryNthBlock.Config(n=2),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every second": PeriodicActivationCheckpoint.Config(n=2),
 }
 
 
@@ -107,11 +107,11 @@ class FlatLoop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     def backward(self) -> float:
-        (batch,) = self.loader.draw(0, 1)
-        self.loader.commit(self.loader.advance())
+        (batch,) = self.loader.next_batches(0, 1)
+        self.loader.commit(self.loader.cursor_delta())
         inputs = {name: tensor.roll(-self.turned, 0) for name, tensor in batch.inputs.items()}
         labels = batch.targets["labels"].roll(-self.turned, 0)
-        self.model.scale_own_losses(1 / int((labels != -100).sum()))
+        self.model.scale_auxiliary_losses(1 / int((labels != -100).sum()))
         weights = {name: parameter.to(self.computed_in) for name, parameter in self.model.named_parameters()}
         logits = torch.func.functional_call(self.model, weights, (), inputs)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -203,7 +203,7 @@ def first_step(config) -> tuple[dict, dict]:
     """The initial weights and the gradients of step 1, whole, as this rank sees them; of a pipeline it has some."""
     trainer = config.build()
     weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
-    batches = trainer.loader.draw(trainer.dims.data_rank, trainer.dims.num_data_ranks)
+    batches = trainer.loader.next_batches(trainer.dims.dp_rank, trainer.dims.dp_size)
     count, _, _ = trainer.sum_over_data_ranks(batches)
     trainer.parallel.forward_backward(batches, trainer.loss, count)
     return weights, {name: whole(p.grad).clone() for name, p in trainer.model.named_parameters()}

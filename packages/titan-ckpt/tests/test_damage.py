@@ -52,7 +52,7 @@ def test_damage_to_any_file_is_named_and_passed_over(checkpoints, caplog, harm, 
     model = Weights(0)
     assert checkpointer.load({"model": model}) == 1
     assert model.w.eq(1).all()
-    (broken,) = checkpointer.passed_over
+    (broken,) = checkpointer.skipped
     assert broken.folder.name == "step-2"
     assert name in broken.reason
     assert "step-2" in caplog.text

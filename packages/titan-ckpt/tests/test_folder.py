@@ -130,7 +130,7 @@ def test_odd_names_are_left_alone_or_set_aside_and_stop_nothing(tmp_path):
     (folder / "step-14-hf").mkdir()
     with closing(build(tmp_path, keep_latest_k=2)) as checkpointer:
         assert checkpointer.load({"part": Part()}) == 7
-        assert checkpointer.passed_over == []
+        assert checkpointer.skipped == []
         for step in range(8, 14):
             assert checkpointer.save(step, {"part": Part(step)})
     left = [name.partition(".set-aside-")[0] for name in names(tmp_path)]
@@ -242,10 +242,10 @@ def test_two_dump_folders_with_one_folder_of_checkpoints_are_one_run(tmp_path, f
 def test_a_second_object_of_this_process_leaves_the_live_save_of_the_first_alone(tmp_path):
     first, second = two_dump_folders(tmp_path)
     with closing(build(first)) as checkpointer:
-        temporary = checkpointer.shelf.begin(1)
+        temporary = checkpointer.checkpoint_folder.begin(1)
         build(second).close()
         assert temporary.is_dir()
-        checkpointer.shelf.end(temporary)
+        checkpointer.checkpoint_folder.end(temporary)
 
 
 def test_a_save_is_not_published_once_another_process_has_the_folder(tmp_path, fork):

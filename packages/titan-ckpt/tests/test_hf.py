@@ -18,20 +18,20 @@ from torch.distributed.fsdp import fully_shard
 
 @dataclass(frozen=True)
 class Made:
-    """A piece of two functions."""
+    """A mapping of two functions."""
 
     own: list
     hf_names: list
     to_hf: Callable
     from_hf: Callable
-    is_quantised: bool = False
+    is_quantized: bool = False
     keeps_dtype: bool = False
 
 
 class Renames:
     """Names of `Toy` to others, one tensor turned (`flip`), two stacked into one (`pair`)."""
 
-    def pieces(self):
+    def mappings(self):
         return [
             Renamed("first.weight", "hf.first"),
             Made([("second.weight", None)], ["hf.turned"], lambda own: own[0].t(), lambda theirs: [theirs[0].t()]),
@@ -39,7 +39,7 @@ class Renames:
         ]
 
     def find(self, stored, config):
-        return self.pieces()
+        return self.mappings()
 
     def hf_config(self):
         return {"model_type": "toy"}
@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_touched(tmp_path, edit
 def test_tensors_without_use_are_checked_before_a_weight_is_touched(tmp_path):
     class Ties(Renames):
         def find(self, stored, config):
-            return [*self.pieces(), Made([], ["hf.tied", "hf.first"], None, self.compare)]
+            return [*self.mappings(), Made([], ["hf.tied", "hf.first"], None, self.compare)]
 
         def compare(self, theirs):
             if not torch.equal(*theirs):
@@ -146,17 +146,17 @@ def test_tensors_without_use_are_checked_before_a_weight_is_touched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "named"),
+    ("mappings", "named"),
     [
-        (lambda pieces: pieces[:2], "a, b are missing"),
-        (lambda pieces: [*pieces, Renamed("a", "hf.a")], "a are missing, unexpected or there twice"),
-        (lambda pieces: [*pieces, Renamed("c", "hf.c")], "c are missing, unexpected"),
+        (lambda mappings: mappings[:2], "a, b are missing"),
+        (lambda mappings: [*mappings, Renamed("a", "hf.a")], "a are missing, unexpected or there twice"),
+        (lambda mappings: [*mappings, Renamed("c", "hf.c")], "c are missing, unexpected"),
     ],
 )
-def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path, pieces, named):
+def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path, mappings, named):
     class Other(Renames):
-        def pieces(self):
-            return pieces(super().pieces())
+        def mappings(self):
+            return mappings(super().mappings())
 
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
     with pytest.raises(CheckpointError, match=f"must be a bijection: {named}"):
@@ -283,11 +283,11 @@ class LlamaNames:
         self.names = names
         self.config = config
 
-    def pieces(self):
+    def mappings(self):
         return [Renamed(f"my.{name}", name) for name in self.names]
 
     def find(self, stored, config):
-        return self.pieces()
+        return self.mappings()
 
     def hf_config(self):
         return self.config
@@ -328,14 +328,14 @@ class Stack(Configurable, nn.Module):
         self.experts = nn.Parameter(torch.arange(40.0).view(4, 5, 2))
         self.norm = nn.Parameter(torch.arange(3.0))
 
-    def pieces(self):
+    def mappings(self):
         def of(expert):
             return Made([("experts", expert)], [f"hf.{expert}"], lambda own: own[0], lambda theirs: theirs)
 
         return [Renamed("norm", "hf.norm"), *map(of, range(4))]
 
     def find(self, stored, config):
-        return self.pieces()
+        return self.mappings()
 
     def hf_config(self):
         return {"model_type": "stack"}
@@ -350,7 +350,9 @@ def test_matrices_of_a_stack_are_read_by_the_ranks_that_hold_them(run_ranks, tmp
                 parameter.to_local().zero_()
         reads = []
         read = HFReader.read
-        monkeypatch.setattr(HFReader, "read", lambda self, piece: reads.append(piece.hf_names[0]) or read(self, piece))
+        monkeypatch.setattr(
+            HFReader, "read", lambda self, mapping: reads.append(mapping.hf_names[0]) or read(self, mapping)
+        )
         load_hf(folder / "hf", model.state_dict(), Stack())
         return reads, {name: tensor.full_tensor().tolist() for name, tensor in model.state_dict().items()}
 
@@ -388,29 +390,29 @@ def test_stages_of_a_model_read_their_own(run_ranks, tmp_path):
         run_ranks(2, work, tmp_path, [["first.weight", "second.weight"], ["a"]])
 
 
-class Quantised(Renames):
+class Quantized(Renames):
     """Its `first.weight` is computed, and may be rounded; `a` keeps its dtype."""
 
-    def pieces(self):
+    def mappings(self):
         halved = Made([("first.weight", None)], ["hf.first"], None, lambda theirs: [theirs[0].float() / 3], True)
         kept = Renamed("a", "hf.a", keeps_dtype=True)
         return [halved, Renamed("second.weight", "hf.second"), kept, Renamed("b", "hf.b")]
 
 
-def test_numbers_that_were_quantised_are_rounded_to_the_models_dtype(tmp_path):
+def test_numbers_that_were_quantized_are_rounded_to_the_models_dtype(tmp_path):
     stored = {"hf.first": torch.randint(100, (5, 6)).to(torch.uint8)}
     stored |= {"hf.second": torch.rand(6, 5).bfloat16(), "hf.a": torch.rand(3, 2).bfloat16()}
     stored |= {"hf.b": torch.rand(3, 2).bfloat16()}
     save_file(stored, tmp_path / "model.safetensors")
     for dtype in (torch.bfloat16, torch.float32):
         model = toy(seed=2).to(dtype)
-        load_hf(tmp_path, model.state_dict(), Quantised())
+        load_hf(tmp_path, model.state_dict(), Quantized())
         assert torch.equal(model.first.weight, (stored["hf.first"].float() / 3).to(dtype))
 
 
 def test_what_keeps_its_dtype_is_not_rounded_on_the_way_out(tmp_path):
     class Keeps(Renames):
-        def pieces(self):
+        def mappings(self):
             names = {"first.weight": False, "second.weight": False, "a": True, "b": False}
             return [Renamed(name, name, keeps_dtype=keeps) for name, keeps in names.items()]
 

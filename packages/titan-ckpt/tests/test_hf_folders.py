@@ -21,11 +21,11 @@ NAMES = ("a", "b", "c")
 class Names:
     """Each weight under its own name."""
 
-    def pieces(self):
+    def mappings(self):
         return [Renamed(name, name) for name in NAMES]
 
     def find(self, stored, config):
-        return self.pieces()
+        return self.mappings()
 
     def hf_config(self):
         return {"model_type": "toy", "bos_token_id": None, "eos_token_id": None}

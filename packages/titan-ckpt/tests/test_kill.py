@@ -70,7 +70,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_leftovers_are_cleaned(tmp_pat
     part = Holder({"w": torch.zeros(300_000)})
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
     assert checkpointer.load({"part": part}) == expected
-    assert checkpointer.passed_over == []
+    assert checkpointer.skipped == []
     assert part.state["w"].eq(expected).all()
     for path in (tmp_path / "checkpoint").glob("step-*"):
         check_whole(path)
@@ -83,5 +83,5 @@ def test_a_save_that_is_renamed_before_its_manifest_would_be_noticed(tmp_path, m
     checkpointer.save(2, {"part": Holder({"w": torch.ones(3)})}, last=True)
     again = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
     assert again.load({"part": Holder({"w": torch.ones(3)})}) == 1
-    assert again.passed_over[0].reason == "it has no manifest.json"
-    assert Path(again.passed_over[0].folder).name == "step-2"
+    assert again.skipped[0].reason == "it has no manifest.json"
+    assert Path(again.skipped[0].folder).name == "step-2"

@@ -272,7 +272,7 @@ def test_components_in_lists_tuples_and_dicts():
         ("--training.step 3", "Got the flag --training.step. There is none of that name. "
                               "Did you mean --training.steps?"),
         ("--steps 3", "Got the flag --steps. There is none of that name. Did you mean --training.steps?"),
-        ("--optimiser Muon", "Got the flag --optimiser. There is none of that name. Did you mean --optimizer?"),
+        ("--optimizer Muon", "Got the flag --optimizer. There is none of that name. Did you mean --optimizer?"),
         ("--optimizer.momentum 1", "--optimizer.momentum must be a flag of the chosen component, got none "
                                    "of that name. Muon has it: --optimizer Muon."),
         ("--converters.0.rank 1", "--converters.0.rank must be a flag of the chosen component, got none "
@@ -318,7 +318,7 @@ def test_components_in_lists_tuples_and_dicts():
         ("extra", "Got 'extra' before any flag. Everything is given by a flag. Write --name extra."),
         ("--config", "Got 0 files for --config. It takes one. Write --config run.json."),
         ("--print-config x", "Got ['x'] after --print-config. It takes no value. Leave it out."),
-        ("--help optimiser", "Got --help optimiser. It takes a section or a flag. Did you mean optimizer?"),
+        ("--help optimizer", "Got --help optimizer. It takes a section or a flag. Did you mean optimizer?"),
     ],
 )  # fmt: skip
 def test_wrong_words_end_with_code_2_and_say_what_to_do(fails, words, message):

@@ -334,7 +334,7 @@ def test_a_failure_of_the_tokenizer_names_the_document(tmp_path: Path) -> None:
         (build(raw, tmp_path), r"t\.jsonl, line 2 cannot be encoded\. The tokenizer must be able to .*WordLevel error"),
     ):
         with pytest.raises(ValueError, match=message):
-            config.build(tokenizer=tokenizer, **sizes).draw(0, 1)
+            config.build(tokenizer=tokenizer, **sizes).next_batches(0, 1)
 
 
 def test_a_malformed_file_is_an_error_that_names_it(tmp_path: Path) -> None:

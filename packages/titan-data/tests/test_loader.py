@@ -163,7 +163,7 @@ BREAKS = {
     continue_positions: "positions do not begin at 0",
     forget_a_rollback: "after a rollback",
     save_no_tokens: "resumed on .* ranks",
-    keep_what_was_read_for_other_rows: r"on \[1, 2, 4\] ranks|advance",
+    keep_what_was_read_for_other_rows: r"on \[1, 2, 4\] ranks|cursor_delta",
 }
 
 
@@ -222,32 +222,32 @@ def test_the_state_is_two_integers_a_stream(source: JsonlSource.Config) -> None:
     global_batch([loader], 1)
     before = loader.state_dict()
     assert (before["documents"], before["tokens"]) == ([0] * 8, [0] * 8)  # nothing is committed yet
-    advance = loader.advance()
-    assert (advance.shape, advance.dtype) == ((8, 2), torch.int64)
-    loader.commit(advance)
+    cursor_delta = loader.cursor_delta()
+    assert (cursor_delta.shape, cursor_delta.dtype) == ((8, 2), torch.int64)
+    loader.commit(cursor_delta)
     state = loader.state_dict()
-    assert [state["documents"], state["tokens"]] == advance.T.tolist()
+    assert [state["documents"], state["tokens"]] == cursor_delta.T.tolist()
     assert set(state) == {"documents", "tokens", "identity"}
     assert json.loads(json.dumps(state)) == state
 
 
 def test_a_stream_others_own_does_not_move(source: JsonlSource.Config) -> None:
     loader = build(source)
-    loader.draw(1, 4)
-    assert loader.advance().any(1).tolist() == [False, False, True, True, False, False, False, False]
+    loader.next_batches(1, 4)
+    assert loader.cursor_delta().any(1).tolist() == [False, False, True, True, False, False, False, False]
 
 
 def test_a_draw_twice_or_a_commit_of_one_rank_alone_is_an_error(source: JsonlSource.Config) -> None:
     loader = build(source)
-    loader.draw(0, 2)
+    loader.next_batches(0, 2)
     with pytest.raises(RuntimeError, match="second draw of one step"):
-        loader.draw(0, 2)
-    with pytest.raises(ValueError, match=r"does not move streams \[4, 5, 6, 7\].*sum of advance"):
-        loader.commit(loader.advance())
+        loader.next_batches(0, 2)
+    with pytest.raises(ValueError, match=r"does not move streams \[4, 5, 6, 7\].*sum of cursor_delta"):
+        loader.commit(loader.cursor_delta())
     with pytest.raises(ValueError, match=r"not what was drawn for streams \[0, 1, 2, 3\]"):
         loader.commit(torch.full((8, 2), 1000))
     loader.rollback()
-    assert len(loader.draw(0, 2)) == 4
+    assert len(loader.next_batches(0, 2)) == 4
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -322,8 +322,8 @@ def test_ranks_that_do_not_divide_the_rows_share_the_same_batch_and_fill_up_with
     sizes = {**SIZES, "local_batch_size": local_batch_size}
     whole, parts = build(source, sizes=sizes), [build(source, sizes=sizes) for _ in range(num_ranks)]
     for _ in range(3):
-        rows = [row for batch in whole.draw(0, 1) for row in batch.inputs["tokens"].tolist()]
-        drawn = [loader.draw(rank, num_ranks) for rank, loader in enumerate(parts)]
+        rows = [row for batch in whole.next_batches(0, 1) for row in batch.inputs["tokens"].tolist()]
+        drawn = [loader.next_batches(rank, num_ranks) for rank, loader in enumerate(parts)]
         assert len({len(batches) for batches in drawn}) == 1
         batches = [batch for batches in drawn for batch in batches]
         filled = [bool((batch.targets["labels"] != -100).any()) for batch in batches]
@@ -347,7 +347,7 @@ def test_batch_sizes_that_do_not_fit_are_errors(source: JsonlSource.Config) -> N
     with pytest.raises(ValueError, match=r"8 rows in micro-batches of 3\..*1, 2, 4, 8"):
         build(source, sizes={**SIZES, "local_batch_size": 3})
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        build(source).draw(2, 2)
+        build(source).next_batches(2, 2)
     with pytest.raises(ValueError, match=r"3 streams for a global batch of 8 rows.*1, 2, 4, 8"):
         build(source, num_streams=3)
     for name in ("seq_len", "global_batch_size", "local_batch_size"):
@@ -376,7 +376,7 @@ def test_an_error_while_reading_ahead_is_raised_by_draw(tmp_path: Path, prefetch
     loader = build(JsonlSource.Config(path=path, check=False), prefetch=prefetch)
     for _ in range(2):  # again and again: the step cannot be drawn
         with pytest.raises(ValueError, match=r"texts\.jsonl, line 2 must be a JSON object"):
-            loader.draw(0, 1)
+            loader.next_batches(0, 1)
     loader.close()
 
 
@@ -385,14 +385,14 @@ def test_steps_before_a_bad_document_are_drawn(write_jsonl: Callable[..., Path],
     path.write_text(path.read_text() + "no json\n")
     sizes = {"seq_len": 1024, "global_batch_size": 1, "local_batch_size": 1, "seed": 0}
     loader = build(JsonlSource.Config(path=path, check=False), sizes=sizes, shuffle=False, prefetch=1)
-    assert loader.draw(0, 1)[0].inputs["tokens"].tolist() == [[97] * 1024]
+    assert loader.next_batches(0, 1)[0].inputs["tokens"].tolist() == [[97] * 1024]
 
 
 @pytest.mark.parametrize("end", ["close", "garbage collection"])
 def test_no_thread_is_left_behind(source: JsonlSource.Config, end: str) -> None:
     before = set(threading.enumerate())
     loader = build(source)
-    loader.draw(0, 1)
+    loader.next_batches(0, 1)
     (thread,) = set(threading.enumerate()) - before
     if end == "close":
         loader.close()
@@ -409,12 +409,12 @@ def test_prefetch_makes_steps_ahead_and_none_does_not(
     make = step.make_step
     monkeypatch.setattr(loader, "make_step", lambda *args: made.append(threading.current_thread().name) or make(*args))
     ahead = build(source, prefetch=3)
-    ahead.draw(0, 1)
+    ahead.next_batches(0, 1)
     ahead.close()  # waits for the thread
     assert 1 <= len(made) <= 4
     assert all(name.startswith("titan-data") for name in made)
     made.clear()
-    build(source, prefetch=0).draw(0, 1)
+    build(source, prefetch=0).next_batches(0, 1)
     assert made == [threading.current_thread().name]
 
 
@@ -425,10 +425,10 @@ def test_a_document_larger_than_a_step_is_read_piece_by_piece(tmp_path: Path) ->
     sizes = {"seq_len": 1000, "global_batch_size": 1, "local_batch_size": 1, "seed": 0}
     loader = build(config, sizes=sizes, infinite=False)
     tokens = []
-    while batches := loader.draw(0, 1):
+    while batches := loader.next_batches(0, 1):
         tokens += batches[0].inputs["tokens"][batches[0].inputs["document_ids"] == 0].tolist()
         assert int(batches[0].inputs["positions"].max()) < 1000
-        loader.commit(loader.advance())
+        loader.commit(loader.cursor_delta())
     assert TOKENIZER.decode(tokens) == "".join(words)
 
 
@@ -452,6 +452,6 @@ def test_many_streams_of_a_downloaded_dataset_read_what_they_give(
         return text(self, index)
 
     monkeypatch.setattr(ArrowTexts, "text", counted)
-    given = sum(batch.inputs["tokens"].numel() for batch in loader.draw(1, 4))
+    given = sum(batch.inputs["tokens"].numel() for batch in loader.next_batches(1, 4))
     assert given == 512 * 512
     assert sum(num_bytes) < given + 512 * 3000

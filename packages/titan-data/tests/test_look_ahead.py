@@ -16,7 +16,7 @@ SIZES: dict[str, int] = {"seq_len": 24, "global_batch_size": 4, "local_batch_siz
 
 @pytest.fixture
 def config(texts: list[str], write_jsonl: Callable[..., Path]) -> TokenLoader.Config:
-    return TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)), infinite=False, look_ahead=True)
+    return TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)), infinite=False, mtp=True)
 
 
 def build(config: TokenLoader.Config) -> TokenLoader:
@@ -26,7 +26,7 @@ def build(config: TokenLoader.Config) -> TokenLoader:
 def test_each_token_has_the_next_and_the_label_of_the_next(config: TokenLoader.Config) -> None:
     loader = build(config)
     checked = 0
-    while batches := loader.draw(0, 1):
+    while batches := loader.next_batches(0, 1):
         for batch in batches:
             tokens, documents = batch.inputs["tokens"].tolist(), batch.inputs["document_ids"].tolist()
             labels = batch.targets["labels"].tolist()
@@ -48,19 +48,19 @@ def test_each_token_has_the_next_and_the_label_of_the_next(config: TokenLoader.C
 def test_all_else_is_as_it_was(config: TokenLoader.Config) -> None:
     whole = build(config)
     plain = TokenLoader.Config(source=config.source, infinite=False)
-    (batch, *_), (other, *_) = whole.draw(0, 1), build(plain).draw(0, 1)
+    (batch, *_), (other, *_) = whole.next_batches(0, 1), build(plain).next_batches(0, 1)
     for name, tensor in other.inputs.items():
         assert torch.equal(batch.inputs[name], tensor)
     assert batch.sequence_dims == other.sequence_dims | {"next_tokens": 1, "next_labels": 1}
 
 
 def test_its_outline_has_the_shapes_of_its_batches(config: TokenLoader.Config) -> None:
-    outline, _ = config.outline(**SIZES)
-    batch = build(config).draw(0, 1)[0]
+    batch_spec, _ = config.batch_spec(**SIZES)
+    batch = build(config).next_batches(0, 1)[0]
 
     def shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    assert shapes(outline.inputs) == shapes(batch.inputs)
-    assert shapes(outline.targets) == shapes(batch.targets)
-    assert outline.sequence_dims == batch.sequence_dims
+    assert shapes(batch_spec.inputs) == shapes(batch.inputs)
+    assert shapes(batch_spec.targets) == shapes(batch.targets)
+    assert batch_spec.sequence_dims == batch.sequence_dims

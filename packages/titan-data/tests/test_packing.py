@@ -1,4 +1,4 @@
-"""Rows against a flat loop in plain Python: tokenise, lay end to end, slice."""
+"""Rows against a flat loop in plain Python: tokenize, lay end to end, slice."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def rows_of(batch: Batch) -> list[dict[str, list[int]]]:
 def steps_of(loader: TokenLoader, steps: int) -> list[list[Batch]]:
     drawn = []
     for _ in range(steps):
-        drawn.append(loader.draw(0, 1))
-        loader.commit(loader.advance())
+        drawn.append(loader.next_batches(0, 1))
+        loader.commit(loader.cursor_delta())
     return drawn
 
 
@@ -102,18 +102,18 @@ def test_a_finite_loader_ends_after_one_epoch_with_padding(
     config = TokenLoader.Config(source=source, shuffle=False, infinite=False, num_streams=num_streams)
     loader = config.build(tokenizer=tokenizer, seq_len=32, global_batch_size=num_streams, local_batch_size=1, seed=0)
     steps = []
-    while batches := loader.draw(0, 1):
+    while batches := loader.next_batches(0, 1):
         steps.append([row for batch in batches for row in rows_of(batch)])
-        loader.commit(loader.advance())
+        loader.commit(loader.cursor_delta())
     longest = max(sum(len(text.encode()) for text in texts[stream::num_streams]) for stream in range(num_streams))
     assert len(steps) == -(-longest // 32)
     for step, rows in enumerate(steps):
         for stream, found in enumerate(rows):
             assert found == flat_row(texts, lambda text: list(text.encode()), stream, num_streams, step, 32, epochs=1)
-    assert loader.draw(0, 1) == []
-    assert not loader.advance().any()
+    assert loader.next_batches(0, 1) == []
+    assert not loader.cursor_delta().any()
     loader.load_state_dict(loader.state_dict())
-    assert loader.draw(0, 1) == []
+    assert loader.next_batches(0, 1) == []
 
 
 def test_rows_of_many_epochs_are_those_of_a_flat_loop(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
@@ -130,11 +130,11 @@ def test_a_shuffled_epoch_holds_each_text_once(texts: list[str], write_jsonl: Ca
     config = TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)), infinite=False)
     loader = config.build(tokenizer=tokenizer, seq_len=16, global_batch_size=4, local_batch_size=4, seed=0)
     documents: dict[int, list[int]] = {}
-    while batches := loader.draw(0, 1):
+    while batches := loader.next_batches(0, 1):
         for row in rows_of(batches[0]):
             for token, number in zip(row["tokens"], row["document_ids"], strict=True):
                 documents.setdefault(number, []).append(token)
-        loader.commit(loader.advance())
+        loader.commit(loader.cursor_delta())
     documents.pop(NO_DOCUMENT)
     assert sorted(tokenizer.decode(tokens) for tokens in documents.values()) == sorted(text for text in texts if text)
 
@@ -142,7 +142,7 @@ def test_a_shuffled_epoch_holds_each_text_once(texts: list[str], write_jsonl: Ca
 def test_a_batch_says_which_dim_is_the_sequence(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
     config = TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)))
     sizes = {"seq_len": 16, "global_batch_size": 6, "local_batch_size": 3}
-    batches = config.build(tokenizer=ByteTokenizer.Config().build(), seed=0, **sizes).draw(0, 1)
+    batches = config.build(tokenizer=ByteTokenizer.Config().build(), seed=0, **sizes).next_batches(0, 1)
     assert len(batches) == 2
     for batch in batches:
         assert list(batch.inputs) == ["tokens", "positions", "document_ids"]

@@ -85,8 +85,8 @@ class Replica:
         """One step; `lives` in what it returns is the number of ranks that came back from the dead."""
         index, num_replicas = self.group.begin_step()
         event = {"step": self.step, "index": index, "num_replicas": num_replicas}
-        data_rank, num_data_ranks = index * self.num_ranks + self.rank, num_replicas * self.num_ranks
-        x, y = (rows[data_rank::num_data_ranks] for rows in global_batch(self.step))
+        dp_rank, dp_size = index * self.num_ranks + self.rank, num_replicas * self.num_ranks
+        x, y = (rows[dp_rank::dp_size] for rows in global_batch(self.step))
         totals = torch.tensor([len(x), self.life])
         if self.num_ranks > 1:
             dist.all_reduce(totals)

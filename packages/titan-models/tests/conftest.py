@@ -15,8 +15,8 @@ from titan_models.moe import ClampedGating, MoE
 
 def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     config = flavor()
-    config.vocab_size, config.dim, config.num_layers = 97, 48, 5 if config.exceptions else 3
-    for block in (config.block, *config.exceptions.values()):
+    config.vocab_size, config.dim, config.num_layers = 97, 48, 5 if config.layer_overrides else 3
+    for block in (config.block, *config.layer_overrides.values()):
         _shrink_attention(block.attention)
         _shrink_feed_forward(block.feed_forward)
     config.rope.dim = 8
@@ -29,7 +29,7 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
 
 
 def _shrink_attention(attention: Attention.Config) -> None:
-    for limit in attention.limits:
+    for limit in attention.mask_modifiers:
         limit.size = 16
     if isinstance(attention, MultiHeadLatentAttention.Config):
         attention.num_heads, attention.kv_rank, attention.q_rank = 4, 20, attention.q_rank and 28

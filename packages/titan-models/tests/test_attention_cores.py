@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import Chunks, Flex, Mask, MaskLimit, Sdpa, SlidingWindow, Varlen
+from titan_models import Chunks, Flex, Mask, MaskModifier, Sdpa, SlidingWindow, Varlen
 from torch import Tensor
 
 CORES = [Sdpa.Config(), Flex.Config(block_size=16)]
 
 
-class EverySecond(MaskLimit):
+class EverySecond(MaskModifier):
     """A limit of somebody else's: a query sees itself, the key before the last, and so on."""
 
-    def __init__(self, config: MaskLimit.Config) -> None:
+    def __init__(self, config: MaskModifier.Config) -> None:
         pass
 
     def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
         return (query_position - key_position) % 2 == 0
 
 
-def limits(*configs: MaskLimit.Config) -> tuple[MaskLimit, ...]:
+def mask_modifiers(*configs: MaskModifier.Config) -> tuple[MaskModifier, ...]:
     return tuple(config.build() for config in configs)
 
 
@@ -39,7 +39,7 @@ def sees(mask: Mask, row: int, query: int, key: int) -> bool:
         Chunks: lambda limit: q // limit.size == k // limit.size,
         EverySecond: lambda limit: (q - k) % 2 == 0,
     }
-    return all(rules[type(limit)](limit) for limit in mask.limits)
+    return all(rules[type(limit)](limit) for limit in mask.mask_modifiers)
 
 
 FP32 = 2e-5
@@ -72,12 +72,14 @@ def masks(packed: dict[str, Tensor]) -> dict[str, Mask]:
     return {
         "causal": Mask.causal(line),
         "documents": Mask.causal(positions, documents),
-        "window": Mask.causal(line, limits=limits(window)),
-        "chunks": Mask.causal(line, limits=limits(chunks)),
-        "somebody else's": Mask.causal(line, limits=limits(every_second)),
-        "documents, window": Mask.causal(positions, documents, limits(window)),
-        "documents, chunks": Mask.causal(positions, documents, limits(chunks)),
-        "documents, all limits": Mask.causal(positions, documents, limits(window, chunks, every_second)),
+        "window": Mask.causal(line, mask_modifiers=mask_modifiers(window)),
+        "chunks": Mask.causal(line, mask_modifiers=mask_modifiers(chunks)),
+        "somebody else's": Mask.causal(line, mask_modifiers=mask_modifiers(every_second)),
+        "documents, window": Mask.causal(positions, documents, mask_modifiers(window)),
+        "documents, chunks": Mask.causal(positions, documents, mask_modifiers(chunks)),
+        "documents, all mask_modifiers": Mask.causal(
+            positions, documents, mask_modifiers(window, chunks, every_second)
+        ),
     }
 
 
@@ -85,7 +87,7 @@ def masks(packed: dict[str, Tensor]) -> dict[str, Mask]:
 def test_a_core_equals_naive_attention_under_every_mask(core: Any, masks: dict[str, Mask]) -> None:
     attention, (q, k, v) = core.build(), tensors()
     for name, mask in masks.items():
-        output = attention(q, k, v, attention.realise(mask), 0.3)
+        output = attention(q, k, v, attention.build_mask(mask), 0.3)
         expected = naive(q, k, v, mask, 0.3)
         assert (output - expected).abs().max() < FP32, name
 
@@ -99,7 +101,7 @@ def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tens
     line = torch.arange(40).expand(2, 40)
     masks = [Mask(line[:, mine], line), Mask(positions[:, mine], positions, documents[:, mine], documents)]
     for mask in masks:
-        output = attention(q[:, mine], k, v, attention.realise(mask), 0.3)
+        output = attention(q[:, mine], k, v, attention.build_mask(mask), 0.3)
         assert (output - naive(q[:, mine], k, v, mask, 0.3)).abs().max() < FP32
 
 
@@ -108,7 +110,7 @@ def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tens
 def test_key_value_heads_serve_groups_of_query_heads(core: Any, num_kv_heads: int, masks: dict[str, Mask]) -> None:
     attention, (q, k, v) = core.build(), tensors(num_kv_heads=num_kv_heads)
     mask = masks["documents"]
-    output = attention(q, k, v, attention.realise(mask), 0.25)
+    output = attention(q, k, v, attention.build_mask(mask), 0.25)
     assert (output - naive(q, k, v, mask, 0.25)).abs().max() < FP32
 
 
@@ -116,7 +118,7 @@ def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None
     attention = Sdpa.Config().build()
     for mask in (masks["causal"], masks["documents"]):
         ours, theirs = ([x.double().requires_grad_() for x in tensors(num_kv_heads=1)] for _ in range(2))
-        attention(*ours, attention.realise(mask), 0.3).square().sum().backward()
+        attention(*ours, attention.build_mask(mask), 0.3).square().sum().backward()
         naive(*theirs, mask, 0.3).square().sum().backward()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
@@ -125,9 +127,9 @@ def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None
 def test_documents_windows_and_chunks_are_sequences_of_varlen(masks: dict[str, Mask]) -> None:
     attention = Varlen.Config().build()
     for name, mask in masks.items():
-        if not any(isinstance(limit, EverySecond) for limit in mask.limits):
+        if not any(isinstance(limit, EverySecond) for limit in mask.mask_modifiers):
             ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
-            outputs = attention(*ours, attention.realise(mask), 0.3), naive(*theirs, mask, 0.3)
+            outputs = attention(*ours, attention.build_mask(mask), 0.3), naive(*theirs, mask, 0.3)
             torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12, msg=name)
             for output in outputs:
                 output.square().sum().backward()
@@ -143,7 +145,7 @@ def test_varlen_gives_the_same_by_its_kernel(masks: dict[str, Mask]) -> None:
         mask = masks[name]
         on_gpu = {key: x.cuda() for key, x in vars(mask).items() if isinstance(x, Tensor)}
         on_gpu["key_positions"] = on_gpu["query_positions"]
-        output = attention(q, k, v, attention.realise(Mask(**on_gpu, limits=mask.limits)), 0.3)
+        output = attention(q, k, v, attention.build_mask(Mask(**on_gpu, mask_modifiers=mask.mask_modifiers)), 0.3)
         expected = naive(*(x.cpu() for x in (q, k, v)), mask, 0.3)
         torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=2e-2, msg=name)
 
@@ -151,17 +153,17 @@ def test_varlen_gives_the_same_by_its_kernel(masks: dict[str, Mask]) -> None:
 def test_what_varlen_cannot_do_is_refused(masks: dict[str, Mask]) -> None:
     attention, line = Varlen.Config().build(), torch.arange(40).expand(2, 40)
     with pytest.raises(ValueError, match=r"queries that are not the keys\. .* Take Sdpa or Flex"):
-        attention.realise(Mask(line[:, :10], line))
+        attention.build_mask(Mask(line[:, :10], line))
     with pytest.raises(ValueError, match="Got the limit EverySecond"):
-        attention.realise(masks["somebody else's"])
+        attention.build_mask(masks["somebody else's"])
     with pytest.raises(ValueError, match="Got sinks"):
-        attention(*tensors(), attention.realise(masks["causal"]), 0.3, torch.zeros(4))
+        attention(*tensors(), attention.build_mask(masks["causal"]), 0.3, torch.zeros(4))
 
 
-def test_a_purely_causal_mask_is_not_realised_by_sdpa(masks: dict[str, Mask]) -> None:
+def test_a_purely_causal_mask_is_not_realized_by_sdpa(masks: dict[str, Mask]) -> None:
     attention = Sdpa.Config().build()
-    assert attention.realise(masks["causal"]) is None
-    assert attention.realise(masks["documents"]).dtype == torch.bool
+    assert attention.build_mask(masks["causal"]) is None
+    assert attention.build_mask(masks["documents"]).dtype == torch.bool
 
 
 def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,7 @@ def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.M
     torch.compiler.reset()  # flex has compiled the rule
     for core, (name, values) in itertools.product(CORES, expected.items()):
         attention = core.build()
-        assert (attention(q, k, v, attention.realise(masks[name]), 0.3) - values).abs().max() > 1e-3, name
+        assert (attention(q, k, v, attention.build_mask(masks[name]), 0.3) - values).abs().max() > 1e-3, name
 
 
 def test_impossible_masks_are_refused() -> None:
@@ -208,9 +210,9 @@ def test_log_sum_exps_and_their_gradients_equal_naive_attention(
     core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
 ) -> None:
     attention, weights = core.build(), torch.rand(2, 40, 4, dtype=torch.float64)
-    for name in ("causal", "documents", "documents, all limits"):
+    for name in ("causal", "documents", "documents, all mask_modifiers"):
         ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
-        output, lse = attention.with_lse(*ours, attention.realise(masks[name]), 0.3)
+        output, lse = attention.with_lse(*ours, attention.build_mask(masks[name]), 0.3)
         expected, expected_lse = naive(*theirs, masks[name], 0.3), naive_lse(*theirs[:2], masks[name], 0.3)
         torch.testing.assert_close((output, lse), (expected, expected_lse), rtol=1e-10, atol=1e-10)
         (output.square().sum() + (weights * lse).sum()).backward()
@@ -226,7 +228,7 @@ def test_sinks_take_their_share_of_the_softmax_and_give_nothing(
     attention, sinks = core.build(), torch.tensor([-2.0, 0.5, 3.0, 30.0], dtype=torch.float64)
     for name in ("causal", "documents, window"):
         ours, theirs = ([x.double().requires_grad_() for x in (*tensors(), sinks.clone())] for _ in range(2))
-        output = attention(*ours[:3], attention.realise(masks[name]), 0.3, ours[3])
+        output = attention(*ours[:3], attention.build_mask(masks[name]), 0.3, ours[3])
         expected = naive(*theirs[:3], masks[name], 0.3, theirs[3])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
         output.square().sum().backward()
@@ -241,7 +243,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(core: Any, flex_tr
     attention, line = core.build(), torch.arange(40).expand(2, 40)
     mask = Mask(line[:, :20], line[:, 15:35])
     q, k, v = (x.double().requires_grad_() for x in tensors(20, 20))
-    output, lse = attention.with_lse(q, k, v, attention.realise(mask), 0.3)
+    output, lse = attention.with_lse(q, k, v, attention.build_mask(mask), 0.3)
     assert (output[:, :15] == 0).all() and (lse[:, :15] == -torch.inf).all() and lse[:, 15:].isfinite().all()
     (output.sum() + lse[:, 15:].sum()).backward()
     assert (q.grad[:, :15] == 0).all() and q.grad[:, 15:].abs().min() > 0

@@ -35,7 +35,7 @@ def stream(*shape: int) -> Tensor:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int, fp64_model: Any, in_fp64: Any) -> None:
     groups = ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two")
-    ours = router(renormalise=True, scale=2.5, groups=groups)
+    ours = router(renormalize=True, scale=2.5, groups=groups)
     theirs = DeepseekV3TopkRouter(
         DeepseekV3Config(
             hidden_size=DIM,
@@ -64,9 +64,9 @@ def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int, fp64_model: A
 
 def test_the_bias_moves_against_the_load() -> None:
     bias = router(balancing=BalancingBias.Config(rate=0.25)).balancing
-    bias.move(torch.tensor([9, 0, 4, 4, 4, 4, 3, 4]))  # a mean of 4
+    bias.update(torch.tensor([9, 0, 4, 4, 4, 4, 3, 4]))  # a mean of 4
     assert bias.bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0.25, 0]
-    bias.move(torch.tensor([4, 4, 4, 4, 4, 4, 3, 5]))
+    bias.update(torch.tensor([4, 4, 4, 4, 4, 4, 3, 5]))
     assert bias.bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0.5, -0.25]
 
 
@@ -127,7 +127,7 @@ def test_losses_of_routers_join_that_of_the_head(shrunk: Any, made: Any, packed:
     shares = [torch.full((8,), 1 / 8, dtype=torch.float64)] * 3
     for _ in range(2):
         for row in range(2):
-            model.scale_own_losses(1 / 80)
+            model.scale_auxiliary_losses(1 / 80)
             logits = model(**{name: tensor[row : row + 1] for name, tensor in packed.items()})
             (functional.cross_entropy(logits[0], labels[row], reduction="sum") / 80).backward()
         (flat_loss(flat, packed, labels, shares, score) / 80).backward()
@@ -142,7 +142,7 @@ def test_losses_of_routers_join_that_of_the_head(shrunk: Any, made: Any, packed:
 
 def test_shares_are_those_of_all_choices(shrunk: Any, made: Any, packed: Any) -> None:
     model = small(shrunk, made, losses=[LoadBalancingLoss.Config(weight=0.3)])
-    model.scale_own_losses(1.0)
+    model.scale_auxiliary_losses(1.0)
     router = model.layers[0].feed_forward.router
     chosen: list[Tensor] = []
     router.register_forward_hook(lambda _, __, output: chosen.append(output[0]))
@@ -154,7 +154,7 @@ def test_shares_are_those_of_all_choices(shrunk: Any, made: Any, packed: Any) ->
 
 def test_losses_that_nothing_weighs_are_refused(shrunk: Any, made: Any, packed: Any) -> None:
     model = small(shrunk, made, losses=[ZLoss.Config(weight=0.01)])
-    with pytest.raises(RuntimeError, match="Call model\\.scale_own_losses"):
+    with pytest.raises(RuntimeError, match="Call model\\.scale_auxiliary_losses"):
         model(**packed)
     with torch.no_grad():
         model(**packed)
@@ -164,5 +164,5 @@ def test_the_load_is_the_most_in_multiples_of_the_mean() -> None:
     layer = MoE.Config(
         router=TopKRouter.Config(num_experts=4, top_k=1), experts=qwen3_moe_debug().block.feed_forward.experts
     )
-    assert layer.build(dim=16).load.measure(torch.tensor([6.0, 1.0, 1.0, 0.0])) == {"expert_load": 3.0}
-    assert layer.build(dim=16).load.measure(torch.zeros(4)) == {"expert_load": 0.0}
+    assert layer.build(dim=16).token_counter.metrics(torch.tensor([6.0, 1.0, 1.0, 0.0])) == {"expert_load": 3.0}
+    assert layer.build(dim=16).token_counter.metrics(torch.zeros(4)) == {"expert_load": 0.0}

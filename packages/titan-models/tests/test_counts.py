@@ -18,7 +18,7 @@ from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_120b, gpt_oss_debug
 from titan_models.llama3 import llama3_1b, llama3_3b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_maverick, llama4_scout
 from titan_models.model_size import count_flops_per_token
-from titan_models.moe import Loop, MoE
+from titan_models.moe import ForLoop, MoE
 from titan_models.qwen3 import (
     qwen3_0_6b,
     qwen3_1_7b,
@@ -110,7 +110,7 @@ def test_flops_equal_those_that_pytorch_counts(flavor: Any, shrunk: Any, made: A
     config = shrunk(flavor)
     for block in config.blocks():
         if isinstance(block.feed_forward, MoE.Config):
-            block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
+            block.feed_forward.experts.kernel = ForLoop.Config()  # PyTorch counts nothing for grouped_mm
     model = made(config)
     tokens = torch.randint(97, (2, 24))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -14,7 +14,7 @@ from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa,
 from titan_models.attention.temperature import Temperature
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
 from titan_models.layers.rms_norm import RMSNorm
-from titan_models.layers.rope import rotate, rotate_neighbours
+from titan_models.layers.rope import rotate, rotate_neighbors
 from titan_models.layers.yarn import Yarn
 from titan_models.llama3 import llama3_1b, llama3_8b, llama3_70b, llama3_405b, llama3_debug
 from titan_models.llama4 import llama4_debug, llama4_scout
@@ -59,7 +59,9 @@ def test_documents_that_see_each_other_are_noticed(
     with torch.no_grad():
         logits = model(**packed)
         causal = Mask.causal
-        monkeypatch.setattr(Mask, "causal", staticmethod(lambda positions, documents, limits: causal(positions)))
+        monkeypatch.setattr(
+            Mask, "causal", staticmethod(lambda positions, documents, mask_modifiers: causal(positions))
+        )
         difference = (model(**packed) - logits).abs().amax(-1)
     first = packed["document_ids"] == packed["document_ids"][:, :1]
     assert difference[first].max() < 1e-10
@@ -207,9 +209,9 @@ def test_roles_of_the_8b_model() -> None:
 
 def test_an_exception_is_its_own_block(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
     config = shrunk(llama3_8b)
-    config.exceptions = {"1": copy.deepcopy(config.block)}
-    config.exceptions["1"].feed_forward.hidden_dim = 33
-    config.exceptions["1"].attention.num_kv_heads = 1
+    config.layer_overrides = {"1": copy.deepcopy(config.block)}
+    config.layer_overrides["1"].feed_forward.hidden_dim = 33
+    config.layer_overrides["1"].attention.num_kv_heads = 1
     model = made(titan_config.from_json(titan_config.to_json(config)))
     assert [layer.feed_forward.down_proj.in_features for layer in model.layers] == [80, 33, 80]
     assert model.roles()["layers.1.attention.k_proj"] == ("colwise", {"num_heads": 1})
@@ -257,9 +259,9 @@ def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
         ("vocab_size", -1, "vocab_size -1"),
         ("dim", 0, "dim 0"),
         ("max_seq_len", 0, "max_seq_len 0"),
-        ("exceptions", {"3": shrunk(llama3_8b).block}, "exceptions for the blocks '3'.*There are 3"),
-        ("exceptions", {"-1": shrunk(llama3_8b).block}, "exceptions for the blocks '-1'.*as in a slice"),
-        ("exceptions", dict.fromkeys(["0::2", "2"], shrunk(llama3_8b).block), r"name the blocks \[2\] twice"),
+        ("layer_overrides", {"3": shrunk(llama3_8b).block}, "layer_overrides for the blocks '3'.*There are 3"),
+        ("layer_overrides", {"-1": shrunk(llama3_8b).block}, "layer_overrides for the blocks '-1'.*as in a slice"),
+        ("layer_overrides", dict.fromkeys(["0::2", "2"], shrunk(llama3_8b).block), r"name the blocks \[2\] twice"),
         ("block.attention.core", Flex.Config(block_size=100), "block_size 100"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -271,39 +273,41 @@ def test_exceptions_are_numbered_as_in_slices(shrunk: Any) -> None:
     config.num_layers = 8
     other = copy.deepcopy(config.block)
     for numbers, layers in [("3", [3]), (":2", [0, 1]), ("6:", [6, 7]), ("1::3", [1, 4, 7])]:
-        config.exceptions = {numbers: other}
+        config.layer_overrides = {numbers: other}
         assert [layer for layer, block in enumerate(config.blocks()) if block is other] == layers
 
 
-def test_layers_that_see_alike_share_a_realised_mask_and_others_do_not(
+def test_layers_that_see_alike_share_a_realized_mask_and_others_do_not(
     shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks 0 and 2 have a window; the core of block 1 is another as well."""
     config = shrunk(llama3_8b)
-    config.exceptions = {"1": copy.deepcopy(config.block)}
-    config.block.attention.limits = [SlidingWindow.Config(size=3)]
-    config.exceptions["1"].attention.core = Flex.Config(block_size=16)
-    realised = []
+    config.layer_overrides = {"1": copy.deepcopy(config.block)}
+    config.block.attention.mask_modifiers = [SlidingWindow.Config(size=3)]
+    config.layer_overrides["1"].attention.core = Flex.Config(block_size=16)
+    built_mask = []
     for core in (Sdpa, Flex):
-        realise = core.realise
+        build_mask = core.build_mask
         monkeypatch.setattr(
-            core, "realise", lambda self, mask, realise=realise: realised.append(mask.limits) or realise(self, mask)
+            core,
+            "build_mask",
+            lambda self, mask, build_mask=build_mask: built_mask.append(mask.mask_modifiers) or build_mask(self, mask),
         )
     model = made(config)
     with torch.no_grad():
         logits = model(**packed)
-        assert [len(limits) for limits in realised] == [1, 0]
+        assert [len(mask_modifiers) for mask_modifiers in built_mask] == [1, 0]
         tokens = packed["tokens"].clone()
         tokens[1, 5] += 1  # the first of a document of 35 tokens, which all of it sees through block 1
         reached = (model(**packed | {"tokens": tokens}) - logits)[1].abs().amax(-1) > 0
         assert reached[5:].all()
-        config.exceptions = {}
+        config.layer_overrides = {}
         model = made(config)
         reached = (model(**packed | {"tokens": tokens}) - model(**packed))[1].abs().amax(-1) > 0
     assert reached.nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10, 11]  # two more through each window
 
 
-@pytest.mark.parametrize("rotation", [rotate, rotate_neighbours])
+@pytest.mark.parametrize("rotation", [rotate, rotate_neighbors])
 def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
     """However far the position, and so the error of q k is that of rounding q and k, not systematic in the distance."""
     generator = torch.Generator().manual_seed(0)
@@ -347,7 +351,7 @@ def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, 
     x = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = torch.arange(10).expand(2, 10)
     whole = model.layers[0].attention
-    inputs = (x, Places(positions, *model.rope(positions, x.dtype)), whole.core.realise(Mask.causal(positions)))
+    inputs = (x, Places(positions, *model.rope(positions, x.dtype)), whole.core.build_mask(Mask.causal(positions)))
     halves = []
     for half in (0, 1):
         part = copy.deepcopy(whole)

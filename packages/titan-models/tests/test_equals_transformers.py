@@ -117,7 +117,7 @@ def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
     ("flavor", "part"),
     [
         (gpt_oss_20b, "block.attention.sink_init"),
-        (gpt_oss_20b, "block.attention.limits"),
+        (gpt_oss_20b, "block.attention.mask_modifiers"),
         (gpt_oss_20b, "block.attention.input.bias_init"),
         (gpt_oss_20b, "block.attention.output.bias_init"),
         (gpt_oss_20b, "block.feed_forward.router.bias_init"),
@@ -127,7 +127,7 @@ def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
         (gpt_oss_20b, "block.feed_forward.experts.gating.limit"),
         (gpt_oss_20b, "rope.scaling.truncate"),
         (gpt_oss_20b, "rope.scaling.attention_factor"),
-        (qwen3_30b_a3b, "block.feed_forward.router.renormalise"),
+        (qwen3_30b_a3b, "block.feed_forward.router.renormalize"),
         (qwen3_30b_a3b, "block.feed_forward.router.top_k"),
         (qwen3_30b_a3b, "block.feed_forward.router.score"),
         (deepseek_v3_671b, "block.feed_forward.router.balancing"),
@@ -141,13 +141,13 @@ def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
         (qwen3_8b, "rope.theta"),
         (llama3_8b, "rope.scaling"),
         (llama3_8b, "block.norm.eps"),
-        (llama4_scout, "block.attention.limits"),
+        (llama4_scout, "block.attention.mask_modifiers"),
         (llama4_scout, "block.attention.qk_norm"),
         (llama4_scout, "block.attention.rotation"),
         (llama4_scout, "block.feed_forward.weighted"),
         (llama4_scout, "block.feed_forward.shared"),
-        (llama4_scout, "exceptions.3::4.attention.rotation"),
-        (llama4_scout, "exceptions.3::4.attention.temperature"),
+        (llama4_scout, "layer_overrides.3::4.attention.rotation"),
+        (llama4_scout, "layer_overrides.3::4.attention.temperature"),
         (llama4_scout, "rope.scaling"),
     ],
 )
@@ -166,8 +166,8 @@ def test_a_model_without_a_part_is_noticed(
     their_model = reference(model, torch.float64)
     with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
-    without = {"theta": 10_000.0, "eps": 1e-3, "renormalise": False, "top_k": 2, "score": "sigmoid"}
-    without |= {"limits": [], "weighted": "output", "rotation": "halves"}
+    without = {"theta": 10_000.0, "eps": 1e-3, "renormalize": False, "top_k": 2, "score": "sigmoid"}
+    without |= {"mask_modifiers": [], "weighted": "output", "rotation": "halves"}
     without |= {"scale": 2.0, "num_kept": 3, "factor": 20.0}
     without |= {"gating": SiluGating.Config(), "alpha": 1.0, "limit": 1.0, "truncate": True, "attention_factor": 1.0}
     *parents, name = part.split(".")
@@ -257,15 +257,15 @@ def test_positions_shifted_for_keys_alone_are_noticed(
 def test_a_swapped_rotation_is_noticed(
     shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pairs of features are halves of a head, not neighbours."""
+    """The pairs of features are halves of a head, not neighbors."""
     model = made(shrunk(llama3_8b))
     theirs = reference(model, torch.float32)(batch["tokens"]).logits
 
-    def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x[..., 0::2], x[..., 1::2]
         return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
 
-    monkeypatch.setattr("titan_models.attention.grouped_query_attention.rotate", neighbours)
+    monkeypatch.setattr("titan_models.attention.grouped_query_attention.rotate", neighbors)
     assert (model(**batch) - theirs).abs().max() > 1e-4
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from titan_models import AttentionCore, Decoder, Flex, KVCache, MaskLimit, Sdpa, generate
+from titan_models import AttentionCore, Decoder, Flex, KVCache, MaskModifier, Sdpa, generate
 from titan_models.deepseek import deepseek_v2_236b, deepseek_v3_671b
 from titan_models.gpt_oss import gpt_oss_20b
 from titan_models.llama3 import llama3_1b, llama3_8b
@@ -101,7 +101,7 @@ def test_the_likeliest_tokens_are_those_of_transformers(flavor: Any, shrunk: Any
 
 def test_a_model_that_looks_ahead_generates_as_one_that_does_not(shrunk: Any, made: Any) -> None:
     config = shrunk(deepseek_v3_671b)
-    config.look_ahead = True
+    config.mtp = True
     model = lively(made(config, torch.float64))
     assert model.generate([PROMPT], max_new_tokens=15)[0] == one_by_one(model, PROMPT, 15)
 
@@ -149,10 +149,10 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Decoder) -> None:
         assert draw(**nearly_none) == draw()
 
 
-class EverySecond(MaskLimit):
+class EverySecond(MaskModifier):
     """Somebody else's mask: queries see keys an even number of places before them."""
 
-    def __init__(self, config: MaskLimit.Config) -> None: ...
+    def __init__(self, config: MaskModifier.Config) -> None: ...
 
     def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
         return (query_position - key_position) % 2 == 0
@@ -160,7 +160,7 @@ class EverySecond(MaskLimit):
 
 def test_a_mask_of_somebody_else_is_kept_too(shrunk: Any, made: Any) -> None:
     config = shrunk(llama3_8b)
-    config.block.attention.limits = [EverySecond.Config()]
+    config.block.attention.mask_modifiers = [EverySecond.Config()]
     model = lively(made(config, torch.float64))
     assert model.generate([PROMPT], max_new_tokens=20)[0] == one_by_one(model, PROMPT, 20)
 

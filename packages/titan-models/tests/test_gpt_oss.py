@@ -18,7 +18,7 @@ from titan_models.moe import BalancingBias, SiluGating
 def test_even_layers_slide_over_128_tokens_as_in_transformers(flavor: Callable[[], GptOss.Config]) -> None:
     config = flavor()
     for number, block in enumerate(config.blocks()):
-        assert block.attention.limits == ([] if number % 2 else [SlidingWindow.Config(size=128)])
+        assert block.attention.mask_modifiers == ([] if number % 2 else [SlidingWindow.Config(size=128)])
     hf_config = config.hf_adapter().hf_config()
     theirs = transformers.GptOssConfig(num_hidden_layers=config.num_layers)
     assert (hf_config["layer_types"], hf_config["sliding_window"]) == (theirs.layer_types, theirs.sliding_window)
@@ -47,7 +47,7 @@ def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_r
 ) -> None:
     config = shrunk(gpt_oss_20b)
     config.dim = 64
-    for block in (config.block, *config.exceptions.values()):
+    for block in (config.block, *config.layer_overrides.values()):
         block.feed_forward.experts.hidden_dim = 32
     adapter, generator = config.hf_adapter(), torch.Generator().manual_seed(0)
     released = adapter.to_hf(made(config).state_dict())
@@ -94,19 +94,19 @@ def no_sinks(config: GptOss.Config) -> None:
 
 
 def no_bias(config: GptOss.Config) -> None:
-    config.exceptions["1::2"].attention.output.bias_init = None
+    config.layer_overrides["1::2"].attention.output.bias_init = None
 
 
 def a_norm(config: GptOss.Config) -> None:
     config.block.attention.qk_norm = RMSNorm.Config()
 
 
-def two_limits(config: GptOss.Config) -> None:
-    config.block.attention.limits = [SlidingWindow.Config(size=3), SlidingWindow.Config(size=3)]
+def two_modifiers(config: GptOss.Config) -> None:
+    config.block.attention.mask_modifiers = [SlidingWindow.Config(size=3), SlidingWindow.Config(size=3)]
 
 
 def other_windows(config: GptOss.Config) -> None:
-    config.exceptions["1::2"].attention.limits = [SlidingWindow.Config(size=3)]
+    config.layer_overrides["1::2"].attention.mask_modifiers = [SlidingWindow.Config(size=3)]
 
 
 def other_experts(config: GptOss.Config) -> None:
@@ -116,7 +116,7 @@ def other_experts(config: GptOss.Config) -> None:
 
 def in_every_mixture(path: str, value: Any) -> Callable[[GptOss.Config], None]:
     def change(config: GptOss.Config) -> None:
-        for block in (config.block, *config.exceptions.values()):
+        for block in (config.block, *config.layer_overrides.values()):
             part, _, name = path.partition(".")
             setattr(getattr(block.feed_forward, part), name, value)
 
@@ -129,12 +129,12 @@ def in_every_mixture(path: str, value: Any) -> Callable[[GptOss.Config], None]:
         (no_sinks, "GptOssForCausalLM has sinks, biases"),
         (no_bias, "GptOssForCausalLM has sinks, biases"),
         (a_norm, "GptOssForCausalLM has sinks, biases"),
-        (two_limits, "GptOssForCausalLM has sinks, biases"),
+        (two_modifiers, "GptOssForCausalLM has sinks, biases"),
         (other_windows, "different windows"),
         (other_experts, "different mixtures of experts"),
         (in_every_mixture("experts.gating", SiluGating.Config()), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
         (in_every_mixture("experts.bias_init", None), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
-        (in_every_mixture("router.renormalise", False), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
+        (in_every_mixture("router.renormalize", False), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
         (in_every_mixture("router.balancing", BalancingBias.Config()), "GptOssForCausalLM has SwiGLUExperts with Cl"),
     ],
 )

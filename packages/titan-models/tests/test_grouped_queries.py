@@ -26,7 +26,7 @@ def attend(positions: Tensor, **config: Any) -> tuple[GroupedQueryAttention, Ten
             parameter.mul_(20)
     module.double()
     places = Places(positions, *ROPE(positions, torch.float64))
-    return module, module(stream(), places, module.core.realise(Mask.causal(positions)))
+    return module, module(stream(), places, module.core.build_mask(Mask.causal(positions)))
 
 
 def by_formula(module: GroupedQueryAttention, turn: Any) -> Tensor:
@@ -53,7 +53,7 @@ def turned_as_complex_numbers(x: Tensor, halves: bool) -> Tensor:
     return (pairs.transpose(-1, -2) if halves else pairs).flatten(-2)
 
 
-@pytest.mark.parametrize("rotation", ["halves", "neighbours"])
+@pytest.mark.parametrize("rotation", ["halves", "neighbors"])
 def test_pairs_of_features_turn_as_complex_numbers_do(rotation: str) -> None:
     module, output = attend(POSITIONS, rotation=rotation)
     halves = rotation == "halves"
@@ -79,7 +79,7 @@ def test_a_temperature_scales_queries_by_their_positions() -> None:
 
 def test_a_norm_without_a_gain_commutes_with_the_rotation() -> None:
     """So it does not matter that Llama 4's stands behind it in transformers."""
-    module, output = attend(POSITIONS, rotation="neighbours", qk_norm=RMSNorm.Config(eps=1e-2, weight_init=None))
+    module, output = attend(POSITIONS, rotation="neighbors", qk_norm=RMSNorm.Config(eps=1e-2, weight_init=None))
     assert [name for name, _ in module.named_parameters() if "norm" in name] == []
 
     def turn_then_norm(x: Tensor, is_query: bool) -> Tensor:

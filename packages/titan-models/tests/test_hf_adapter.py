@@ -67,8 +67,8 @@ def test_what_losses_of_routers_remember_stays_and_begins_anew(shrunk: Any, made
 
 def test_dense_blocks_among_mixtures_of_experts(shrunk: Any, made: Any) -> None:
     config = shrunk(qwen3_30b_a3b)
-    config.exceptions = {"1": copy.deepcopy(config.block)}
-    config.exceptions["1"].feed_forward = SwiGLU.Config(hidden_dim=44)
+    config.layer_overrides = {"1": copy.deepcopy(config.block)}
+    config.layer_overrides["1"].feed_forward = SwiGLU.Config(hidden_dim=44)
     adapter = config.hf_adapter()
     assert (adapter.hf_config()["mlp_only_layers"], adapter.hf_config()["intermediate_size"]) == ([1], 44)
     assert "model.layers.1.mlp.up_proj.weight" in adapter.to_hf(made(config).state_dict())

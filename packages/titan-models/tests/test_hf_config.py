@@ -158,7 +158,7 @@ def test_the_config_that_transformers_writes_is_that_of_the_flavor(flavor: Any) 
         ),
         ({"rope_scaling": LLAMA3_8B["rope_scaling"] | {"factor": 32.0}}, "factor 32.0 instead of 8"),
         ({"rope_scaling": LLAMA3_8B["rope_scaling"] | {"mscale": 2.0}}, "mscale 2.0 instead of None"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r"weight_block_size \[128\]"),
     ],
 )

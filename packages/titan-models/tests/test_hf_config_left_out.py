@@ -143,7 +143,7 @@ def test_other_names_for_what_the_model_has_are_taken(adapter: Any) -> None:
         (llama3_debug, {"rope_scaling": {"rope_type": None}}, "rope type None"),
         (llama3_debug, {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'. It is an object"),
         (llama3_debug, {"quantization_config": ["fp8"]}, "quantization_config is .*. It is an object"),
-        (llama3_debug, {"quantization_config": {"quant_method": ["fp8"]}}, "quantised by"),
+        (llama3_debug, {"quantization_config": {"quant_method": ["fp8"]}}, "quantized by"),
         (llama3_debug, {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size"),
         (llama3_debug, {"hidden_size": "wide", "head_dim": None}, "hidden_size of .* whole number .* got 'wide'"),
         (gpt_oss_debug, {"num_hidden_layers": 10**4000, "layer_types": None}, "got one of 13288 bits"),
@@ -192,7 +192,7 @@ def every(part: str, **changes: Any) -> Callable[[Any], None]:
     """Set fields of a part of each block."""
 
     def change(config: Any) -> None:
-        for block in (config.block, *config.exceptions.values()):
+        for block in (config.block, *config.layer_overrides.values()):
             owner = block
             for name in part.split("."):
                 owner = getattr(owner, name, None)
@@ -220,7 +220,7 @@ def scaled_by_yarn(config: Any) -> None:
         (llama3_debug, lambda config: setattr(config.block.norm, "weight_init", None), "a norm without a gain"),
         (deepseek_debug, lambda config: setattr(config.norm, "weight_init", None), "a norm without a gain"),
         (llama3_debug, lambda config: setattr(config, "dim", config.dim + 4), "a multiple of their number"),
-        (deepseek_debug, lambda config: setattr(config, "look_ahead", True), "no block for that"),
+        (deepseek_debug, lambda config: setattr(config, "mtp", True), "no block for that"),
     ],
 )
 def test_a_model_that_transformers_class_cannot_be_has_no_adapter(flavor: Any, change: Any, message: str) -> None:
@@ -233,13 +233,13 @@ def test_blocks_that_differ_in_training_alone_are_exported() -> None:
         for layer in (0, 1):
             block = config.blocks()[layer]
             block.feed_forward.experts.down_init.std *= 1 + layer
-            config.exceptions[str(layer)] = block
+            config.layer_overrides[str(layer)] = block
 
     assert changed(qwen3_moe_debug, other_init).hf_adapter().hf_config()["mlp_only_layers"] == []
 
 
 def test_without_any_window_an_export_still_names_a_size() -> None:
-    adapter = changed(gpt_oss_debug, every("attention", limits=[])).hf_adapter()
+    adapter = changed(gpt_oss_debug, every("attention", mask_modifiers=[])).hf_adapter()
     own = adapter.hf_config()
     assert {*own["layer_types"]} == {"full_attention"}
     assert isinstance(own["sliding_window"], int)  # of transformers' masks, whether a layer has them or not

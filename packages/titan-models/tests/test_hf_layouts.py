@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import HfAdapter, Inside, Stored
-from titan_models.hugging_face.steps import Alternating, Halves, NeighbourPairs, Step, Transposed
+from titan_models import HfAdapter, HfTensor, NestedCheckpoint
+from titan_models.hugging_face.layout_transforms import Alternating, Halves, NeighborPairs, Step, Transposed
 from torch import Tensor, nn
 
 GATE, UP = torch.arange(24.0).view(2, 4, 3), 100 + torch.arange(24.0).view(2, 4, 3)  # [expert, out, in]
@@ -23,7 +23,7 @@ class Experts(nn.Module):
         self.register_buffer("scratch", torch.zeros(5), persistent=False)
 
 
-def adapter(rule: str | Stored, **options: Any) -> HfAdapter:
+def adapter(rule: str | HfTensor, **options: Any) -> HfAdapter:
     rules = {("gate", "up"): rule, "balance": "balance"}
     return HfAdapter(Experts(), rules=rules, repeats={}, config={}, **options)
 
@@ -39,7 +39,7 @@ def adapter(rule: str | Stored, **options: Any) -> HfAdapter:
     ],
 )
 def test_two_weights_are_one_tensor(steps: list[Step], number: Any) -> None:
-    translation = adapter(Stored("mlp.gate_up", *steps))
+    translation = adapter(HfTensor("mlp.gate_up", *steps))
     state = Experts().state_dict()
     theirs = translation.to_hf(state)["mlp.gate_up"]
     for place in torch.cartesian_prod(*map(torch.arange, theirs.shape)):
@@ -50,7 +50,7 @@ def test_two_weights_are_one_tensor(steps: list[Step], number: Any) -> None:
 
 
 def test_steps_see_one_matrix_of_weights_that_are_taken_apart() -> None:
-    translation = adapter(Stored("mlp.#.gate_up", Halves(dim=-2), Transposed()))
+    translation = adapter(HfTensor("mlp.#.gate_up", Halves(dim=-2), Transposed()))
     theirs = translation.to_hf(Experts().state_dict())
     assert list(theirs) == ["mlp.0.gate_up", "mlp.1.gate_up", "balance"]
     assert torch.equal(theirs["mlp.1.gate_up"], torch.cat([GATE[1], UP[1]]).T)
@@ -61,7 +61,7 @@ def test_steps_see_one_matrix_of_weights_that_are_taken_apart() -> None:
 @pytest.mark.parametrize("head_dim", [8, 24])
 def test_pairs_of_a_rope_are_brought_side_by_side(head_dim: int, columns: Any) -> None:
     model = nn.ParameterDict({"q": torch.rand(24, *columns)})
-    rules = {"q": Stored("q_proj", NeighbourPairs(head_dim))}
+    rules = {"q": HfTensor("q_proj", NeighborPairs(head_dim))}
     translation = HfAdapter(model, rules=rules, repeats={}, config={})
     own = model["q"].detach()
     theirs = translation.to_hf({"q": own})["q_proj"]
@@ -73,13 +73,13 @@ def test_pairs_of_a_rope_are_brought_side_by_side(head_dim: int, columns: Any) -
 
 
 def test_rows_that_are_no_whole_heads_are_refused() -> None:
-    rules = {"q": Stored("q_proj", NeighbourPairs(head_dim=16))}
+    rules = {"q": HfTensor("q_proj", NeighborPairs(head_dim=16))}
     with pytest.raises(ValueError, match="24 rows in heads of 16"):
         HfAdapter(nn.ParameterDict({"q": torch.rand(24, 3)}), rules=rules, repeats={}, config={})
 
 
 def test_buffers_that_are_saved_have_names_and_dtypes_of_their_own() -> None:
-    translation = adapter(Stored("gate_up", Halves(dim=-2)))
+    translation = adapter(HfTensor("gate_up", Halves(dim=-2)))
     state = {name: tensor.bfloat16() for name, tensor in Experts().state_dict().items()} | {"balance": torch.rand(2)}
     theirs = translation.to_hf(state)
     assert theirs["balance"] is state["balance"]
@@ -90,7 +90,7 @@ def test_buffers_that_are_saved_have_names_and_dtypes_of_their_own() -> None:
 
 
 def test_parts_that_the_model_does_without_are_left_out_by_name() -> None:
-    translation = adapter(Stored("gate_up", Halves(dim=-2)), ignored=("layers.2.",))
+    translation = adapter(HfTensor("gate_up", Halves(dim=-2)), ignored=("layers.2.",))
     theirs: dict[str, Tensor] = translation.to_hf(Experts().state_dict())
     theirs["layers.2.eh_proj.weight"] = torch.zeros(3, dtype=torch.float16)
     assert translation.from_hf(theirs).keys() == Experts().state_dict().keys()
@@ -100,7 +100,9 @@ def test_parts_that_the_model_does_without_are_left_out_by_name() -> None:
 
 
 def test_a_larger_models_checkpoint_holds_it_under_a_prefix() -> None:
-    translation = adapter(Stored("gate_up", Halves(dim=-2)), inside=Inside("language_model.", others=("vision.",)))
+    translation = adapter(
+        HfTensor("gate_up", Halves(dim=-2)), inside=NestedCheckpoint("language_model.", others=("vision.",))
+    )
     alone = translation.to_hf(Experts().state_dict())
     held = {f"language_model.{name}": tensor for name, tensor in alone.items()} | {"vision.patch": torch.zeros(1)}
     assert translation.from_hf(held).keys() == translation.from_hf(alone).keys() == Experts().state_dict().keys()
@@ -116,8 +118,8 @@ def test_rules_for_joined_weights_are_checked() -> None:
     for rules, message in [
         ({("gate", "missing"): "a", "up": "b", "balance": "c"}, "gate together with missing"),
         ({("gate", "up"): "a", "up": "b", "balance": "c"}, "2 rules for the parameter up"),
-        ({("gate", "balance"): Stored("a", Halves(dim=-1)), "up": "b"}, "joins two of one shape"),
-        ({("gate", "up"): Stored("a", Transposed()), "balance": "c"}, "are 2 tensors after all steps"),
+        ({("gate", "balance"): HfTensor("a", Halves(dim=-1)), "up": "b"}, "joins two of one shape"),
+        ({("gate", "up"): HfTensor("a", Transposed()), "balance": "c"}, "are 2 tensors after all steps"),
     ]:
         with pytest.raises(ValueError, match=message):
             HfAdapter(Experts(), rules=rules, repeats={}, config={})

@@ -1,4 +1,4 @@
-"""Quantised weights come in as the numbers that they stand for."""
+"""Quantized weights come in as the numbers that they stand for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from titan_models import HfAdapter, Stored
-from titan_models.hugging_face.steps import Alternating, Halves, Step, Transposed
+from titan_models import HfAdapter, HfTensor
+from titan_models.hugging_face.layout_transforms import Alternating, Halves, Step, Transposed
 from torch import Tensor, nn
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -36,8 +36,8 @@ def test_fp8_blocks_are_multiplied_by_their_factors(rows: int, columns: int, blo
     """Judged by a loop in fp64 over all numbers, with ragged blocks at the edges."""
     adapter, stored = fp8_adapter(rows, columns), fp8_checkpoint(rows, columns, block)
     config = {"model_type": "x", "quantization_config": {"quant_method": "fp8", "weight_block_size": [*block]}}
-    (piece,) = (piece for piece in adapter.find(stored, config) if piece.is_quantised)
-    (found,) = piece.from_hf([stored[name] for name in piece.hf_names])
+    (mapping,) = (mapping for mapping in adapter.find(stored, config) if mapping.is_quantized)
+    (found,) = mapping.from_hf([stored[name] for name in mapping.hf_names])
     weight, factors = stored["proj.weight"].double(), stored["proj.weight_scale_inv"].double()
     expected = [
         [weight[r, c].item() * factors[r // block[0], c // block[1]].item() for c in range(columns)]
@@ -81,12 +81,12 @@ def test_fp8_weights_that_are_not_whole_are_refused(change: dict[str, Tensor], m
         fp8_adapter(256, 384).find(fp8_checkpoint(256, 384, (128, 128)) | change)
 
 
-def test_a_tied_weight_that_is_quantised_in_one_place_is_refused() -> None:
+def test_a_tied_weight_that_is_quantized_in_one_place_is_refused() -> None:
     model = nn.ParameterDict({"norm": torch.rand(5), "proj": torch.rand(256, 384)})
     rules = {"norm": "norm.weight", "proj": "proj.weight"}
     adapter = HfAdapter(model, rules, repeats={"head.weight": "proj.weight"}, config={})
     stored = fp8_checkpoint(256, 384, (128, 128), "head.weight") | {"proj.weight": torch.rand(256, 384).bfloat16()}
-    with pytest.raises(ValueError, match=r"Got head\.weight or proj\.weight quantised"):
+    with pytest.raises(ValueError, match=r"Got head\.weight or proj\.weight quantized"):
         adapter.find(stored)
 
 
@@ -106,7 +106,7 @@ def mxfp4_checkpoint(num_experts: int, rows: int, columns: int) -> dict[str, Ten
 
 def mxfp4_adapter(num_experts: int, rows: int, columns: int, *steps: Step) -> HfAdapter:
     halves = {name: torch.rand(num_experts, rows // 2, columns) for name in ("gate", "up")}
-    rules = {("gate", "up"): Stored("gate_up", *steps)}
+    rules = {("gate", "up"): HfTensor("gate_up", *steps)}
     return HfAdapter(nn.ParameterDict(halves), rules=rules, repeats={}, config={})
 
 
@@ -142,9 +142,9 @@ def test_mxfp4_blocks_are_those_of_transformers() -> None:
 
 def test_mxfp4_is_read_expert_by_expert() -> None:
     stored = mxfp4_checkpoint(4, 96, 128)
-    pieces = mxfp4_adapter(4, 96, 128, Alternating(dim=-2), Transposed()).find(stored)
-    assert [piece.own for piece in pieces] == [(("gate", expert), ("up", expert)) for expert in range(4)]
-    assert all(tensor.shape == (48, 128) for tensor in pieces[3].from_hf([*stored.values()]))
+    mappings = mxfp4_adapter(4, 96, 128, Alternating(dim=-2), Transposed()).find(stored)
+    assert [mapping.own for mapping in mappings] == [(("gate", expert), ("up", expert)) for expert in range(4)]
+    assert all(tensor.shape == (48, 128) for tensor in mappings[3].from_hf([*stored.values()]))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_numbers_that_need_factors_are_named(dtype: torch.dtype, shrunk: Any, ma
     adapter = shrunk(llama3_8b).hf_adapter()
     stored = adapter.to_hf(made(shrunk(llama3_8b)).state_dict())
     stored["model.norm.weight"] = stored["model.norm.weight"].to(dtype)
-    with pytest.raises(ValueError, match=rf"quantised with factors beside them, got model\.norm\.weight \({dtype}\)"):
+    with pytest.raises(ValueError, match=rf"quantized with factors beside them, got model\.norm\.weight \({dtype}\)"):
         adapter.from_hf(stored)
 
 

@@ -121,7 +121,7 @@ def test_seeds_and_names_give_other_numbers() -> None:
         assert not any(torch.equal(first, other) for other in draws[:i])
 
 
-def test_parameters_are_nan_until_they_are_initialised(shrunk: Any) -> None:
+def test_parameters_are_nan_until_they_are_initialized(shrunk: Any) -> None:
     model = shrunk(llama3_8b).build()
     assert all(parameter.isnan().all() for parameter in model.parameters())
     model.init_weights(seed=0)
@@ -245,7 +245,7 @@ def test_another_scheme_is_a_change_of_the_config() -> None:
             assert abs(parameter.std() / 0.006 - 1) < 0.02 + 5 / (2 * parameter.numel()) ** 0.5, name
 
 
-def test_a_parameter_nobody_initialises_is_an_error(shrunk: Any) -> None:
+def test_a_parameter_nobody_initializes_is_an_error(shrunk: Any) -> None:
     model = shrunk(llama3_8b).build()
     model.layers[1].extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=r"layers\.1\.extra\.weight"):

@@ -30,7 +30,7 @@ def weights(model: Decoder) -> dict[str, torch.Tensor]:
 
 
 def sharded(config: Decoder.Config, case: str) -> Decoder:
-    """The model on a mesh of all ranks, initialised."""
+    """The model on a mesh of all ranks, initialized."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -45,7 +45,7 @@ def test_blocks_are_of_the_kinds_published() -> None:
         blocks = flavor().blocks()
         assert [block.attention.rotation is None for block in blocks] == [False, False, False, True] * 12
         assert [block.attention.temperature is None for block in blocks] == [True, True, True, False] * 12
-        assert [bool(block.attention.limits) for block in blocks] == [True, True, True, False] * 12
+        assert [bool(block.attention.mask_modifiers) for block in blocks] == [True, True, True, False] * 12
 
 
 def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -> None:
@@ -68,9 +68,9 @@ def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -
 
 def test_models_that_transformers_cannot_have_are_refused(shrunk: Any) -> None:
     for path, value, message in [
-        ("attention.rotation", "halves", "rotates neighbours"),
+        ("attention.rotation", "halves", "rotates neighbors"),
         ("attention.qk_norm", RMSNorm.Config(), "norm without a gain"),
-        ("attention.limits", [SlidingWindow.Config(size=8)], "or its chunk"),
+        ("attention.mask_modifiers", [SlidingWindow.Config(size=8)], "or its chunk"),
         ("feed_forward.weighted", "output", "weighs their input"),
         ("feed_forward.router.score", "softmax", "by their sigmoid"),
         ("feed_forward.experts.gating", ClampedGating.Config(), "SwiGLUExperts"),
@@ -80,7 +80,7 @@ def test_models_that_transformers_cannot_have_are_refused(shrunk: Any) -> None:
     ]:
         config = shrunk(llama4_scout)
         *parents, name = path.split(".")
-        for block in [config.block] if "different" in message else [config.block, *config.exceptions.values()]:
+        for block in [config.block] if "different" in message else [config.block, *config.layer_overrides.values()]:
             setattr(functools.reduce(getattr, parents, block), name, value)
         with pytest.raises(ValueError, match=message):
             config.hf_adapter()
@@ -91,11 +91,14 @@ def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, m
     """Rotating blocks that see everything, still ones in chunks, several experts for each token, no temperature."""
     config = shrunk(flavor)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(0))
-    for block in (config.block, *config.exceptions.values()):
+    for block in (config.block, *config.layer_overrides.values()):
         block.attention.temperature = None
-        if isinstance(block.feed_forward, type(config.exceptions["1::4"].feed_forward)):
+        if isinstance(block.feed_forward, type(config.layer_overrides["1::4"].feed_forward)):
             block.feed_forward.router.top_k = 3
-    config.exceptions["3::4"].attention.limits, config.block.attention.limits = config.block.attention.limits, []
+    config.layer_overrides["3::4"].attention.mask_modifiers, config.block.attention.mask_modifiers = (
+        config.block.attention.mask_modifiers,
+        [],
+    )
     model = made(config, torch.float64)
     with torch.no_grad(), in_fp64():
         logits = model(tokens, torch.arange(50).expand(2, 50))

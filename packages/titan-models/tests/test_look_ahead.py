@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from titan_models.deepseek import DeepSeek, deepseek_v3_671b
-from titan_models.moe import Loop
+from titan_models.moe import ForLoop
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,9 +19,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 
 @pytest.fixture
-def looking_ahead(shrunk: Any) -> DeepSeek.Config:
+def with_mtp_targets(shrunk: Any) -> DeepSeek.Config:
     config = shrunk(deepseek_v3_671b)
-    config.look_ahead = True
+    config.mtp = True
     return config
 
 
@@ -89,10 +89,10 @@ def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_logits_and_gradients_are_those_of_transformers_modules(
-    looking_ahead: DeepSeek.Config, seed: int, made: Any, in_fp64: Any, batch: dict[str, Tensor]
+    with_mtp_targets: DeepSeek.Config, seed: int, made: Any, in_fp64: Any, batch: dict[str, Tensor]
 ) -> None:
-    model, adapter = made(looking_ahead, torch.float64, seed), looking_ahead.hf_adapter()
-    theirs = Theirs(looking_ahead, adapter.to_hf(model.state_dict()))
+    model, adapter = made(with_mtp_targets, torch.float64, seed), with_mtp_targets.hf_adapter()
+    theirs = Theirs(with_mtp_targets, adapter.to_hf(model.state_dict()))
     with in_fp64():
         own_logits, ahead_logits = theirs(**batch)
     logits = model(**batch)
@@ -102,7 +102,7 @@ def test_logits_and_gradients_are_those_of_transformers_modules(
         (losses[0] + 0.3 * losses[1]).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     found = stacked(adapter.to_hf({**model.state_dict(), **gradients}))
-    for name, parameter in theirs.named_tensors(looking_ahead.num_layers).items():
+    for name, parameter in theirs.named_tensors(with_mtp_targets.num_layers).items():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
     assert sum(parameter.grad is not None for parameter in theirs.parameters()) == sum(
@@ -111,12 +111,12 @@ def test_logits_and_gradients_are_those_of_transformers_modules(
 
 
 def test_without_next_tokens_the_model_is_the_one_that_does_not_look_ahead(
-    looking_ahead: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
+    with_mtp_targets: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
 ) -> None:
-    model, plain_config = made(looking_ahead, torch.float64), copy.deepcopy(looking_ahead)
-    plain_config.look_ahead = False
+    model, plain_config = made(with_mtp_targets, torch.float64), copy.deepcopy(with_mtp_targets)
+    plain_config.mtp = False
     plain = plain_config.build().double()
-    plain.load_state_dict(plain_config.hf_adapter().from_hf(looking_ahead.hf_adapter().to_hf(model.state_dict())))
+    plain.load_state_dict(plain_config.hf_adapter().from_hf(with_mtp_targets.hf_adapter().to_hf(model.state_dict())))
     ahead = model(**batch)
     next_tokens = batch.pop("next_tokens")
     assert torch.equal(model(**batch), plain(**batch))
@@ -126,9 +126,9 @@ def test_without_next_tokens_the_model_is_the_one_that_does_not_look_ahead(
 
 
 def test_a_packed_row_looks_ahead_as_its_documents_one_by_one(
-    looking_ahead: DeepSeek.Config, made: Any, packed: dict[str, Tensor]
+    with_mtp_targets: DeepSeek.Config, made: Any, packed: dict[str, Tensor]
 ) -> None:
-    model = made(looking_ahead, torch.float64)
+    model = made(with_mtp_targets, torch.float64)
     next_tokens = packed["tokens"].roll(-1, 1)
     whole = model(**packed, next_tokens=next_tokens)
     for row, ids in enumerate(packed["document_ids"]):
@@ -143,9 +143,9 @@ def test_a_packed_row_looks_ahead_as_its_documents_one_by_one(
             torch.testing.assert_close(whole[row][:, where], alone[0], rtol=0, atol=1e-10)
 
 
-def test_the_released_file_repeats_the_embedding_and_the_head(looking_ahead: DeepSeek.Config, made: Any) -> None:
-    adapter, model = looking_ahead.hf_adapter(), made(looking_ahead)
-    last = f"model.layers.{looking_ahead.num_layers}"
+def test_the_released_file_repeats_the_embedding_and_the_head(with_mtp_targets: DeepSeek.Config, made: Any) -> None:
+    adapter, model = with_mtp_targets.hf_adapter(), made(with_mtp_targets)
+    last = f"model.layers.{with_mtp_targets.num_layers}"
     state = adapter.to_hf(model.state_dict())
     state[f"{last}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
     state[f"{last}.shared_head.head.weight"] = state["lm_head.weight"].clone()
@@ -157,10 +157,10 @@ def test_the_released_file_repeats_the_embedding_and_the_head(looking_ahead: Dee
 
 
 def test_flops_equal_those_that_pytorch_counts(
-    looking_ahead: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
+    with_mtp_targets: DeepSeek.Config, made: Any, batch: dict[str, Tensor]
 ) -> None:
-    looking_ahead.block.feed_forward.experts.kernel = Loop.Config()  # PyTorch counts nothing for grouped_mm
-    model = made(looking_ahead)
+    with_mtp_targets.block.feed_forward.experts.kernel = ForLoop.Config()  # PyTorch counts nothing for grouped_mm
+    model = made(with_mtp_targets)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**batch).logsumexp(-1).mean().backward()
-    assert counter.get_total_flops() == looking_ahead.flops_per_token(64).full * batch["tokens"].numel()
+    assert counter.get_total_flops() == with_mtp_targets.flops_per_token(64).full * batch["tokens"].numel()

@@ -13,8 +13,8 @@ from titan_models.moe import (
     ClampedGating,
     ExpertGroups,
     Experts,
+    ForLoop,
     GroupedMM,
-    Loop,
     MoE,
     Router,
     SwiGLUExperts,
@@ -82,7 +82,7 @@ CASES = {
     "softmax": {},
     "one expert": {"top_k": 1},
     "all experts": {"top_k": EXPERTS},
-    "sigmoid, renormalised": {"score": "sigmoid", "renormalise": True, "scale": 2.5},
+    "sigmoid, renormalized": {"score": "sigmoid", "renormalize": True, "scale": 2.5},
     "groups": {"groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="best")},
     "a bias": {"bias_init": BIASES},
 }
@@ -127,7 +127,7 @@ def test_grouped_products_are_those_of_the_loop_but_for_rounding(
     """Forward and backward, with experts without tokens and rows that belong to nobody."""
     experts = made(SwiGLUExperts.Config(hidden_dim=HIDDEN), dtype, num_experts=EXPERTS, top_k=3).to(device)
     results = []
-    for kernel, wide in ((GroupedMM, dtype), (Loop, dtype), (Loop, torch.float64)):
+    for kernel, wide in ((GroupedMM, dtype), (ForLoop, dtype), (ForLoop, torch.float64)):
         x, weight = (each.detach().to(device, wide) for each in (stream(dtype, 43, DIM), experts.gate_proj.weight))
         output = kernel.Config().build()(x.requires_grad_(), weight.requires_grad_(), torch.tensor(counts).to(device))
         output = output[: sum(counts)]
@@ -140,12 +140,12 @@ def test_grouped_products_are_those_of_the_loop_but_for_rounding(
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 32), (torch.float32, 33), (torch.bfloat16, 36)])
 def test_operands_that_the_grouped_kernel_does_not_take_go_through_the_loop(dtype: torch.dtype, dim: int) -> None:
     x, weight, counts = stream(dtype, 9, dim), stream(dtype, 2, 8, dim), torch.tensor([4, 5])
-    outputs = [kernel(x, weight, counts) for kernel in (GroupedMM.Config().build(), Loop.Config().build())]
+    outputs = [kernel(x, weight, counts) for kernel in (GroupedMM.Config().build(), ForLoop.Config().build())]
     assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("options", [{}, LIKE_GPT_OSS], ids=["plain", "clamped, biases"])
-@pytest.mark.parametrize("kernel", [GroupedMM.Config(), Loop.Config()], ids=["grouped", "loop"])
+@pytest.mark.parametrize("kernel", [GroupedMM.Config(), ForLoop.Config()], ids=["grouped", "loop"])
 def test_rows_of_nobody_reach_no_result_and_no_gradient(
     kernel: Any, options: dict[str, Any], within_rounding: Any
 ) -> None:
@@ -157,7 +157,7 @@ def test_rows_of_nobody_reach_no_result_and_no_gradient(
     clean = x[:num_owned].clone().requires_grad_()
     expected = experts(clean, counts)
     expected_gradients = gradients(experts, clean, expected)
-    config.kernel = Loop.Config()
+    config.kernel = ForLoop.Config()
     exact, of_exact = made(config, torch.float64, num_experts=4, top_k=1), clean.detach().double().requires_grad_()
     exact_output = exact(of_exact, counts)
     exact_gradients = gradients(exact, of_exact, exact_output)
@@ -191,7 +191,7 @@ def their_router(name: str, **config: Any) -> Any:
 
 ROUTERS = {
     "Qwen3 MoE": (
-        {"renormalise": True},
+        {"renormalize": True},
         lambda: their_router(
             "qwen3_moe.Qwen3MoeTopKRouter", config_class="Qwen3MoeConfig", num_experts=EXPERTS, norm_topk_prob=True
         ),
@@ -211,7 +211,7 @@ ROUTERS = {
     "DeepSeek-V3": (
         {
             "score": "sigmoid",
-            "renormalise": True,
+            "renormalize": True,
             "scale": 2.5,
             "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
         },
@@ -226,7 +226,7 @@ ROUTERS = {
         ),
     ),
     "GPT-OSS": (
-        {"renormalise": True, "bias_init": BIASES},
+        {"renormalize": True, "bias_init": BIASES},
         lambda: their_router("gpt_oss.GptOssTopKRouter", config_class="GptOssConfig", num_local_experts=EXPERTS),
     ),
 }

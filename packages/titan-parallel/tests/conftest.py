@@ -184,8 +184,8 @@ def put_on(mesh: str, model: nn.Module, **options) -> ParallelModel:
 
 def micro_batches(batch: TextBatch, dims: ParallelDims, number: int = 1) -> list[TextBatch]:
     """This data rank's rows of a global batch, in `number` parts."""
-    rows = len(batch.targets["labels"]) // dims.num_data_ranks
-    first, step = dims.data_rank * rows, rows // number
+    rows = len(batch.targets["labels"]) // dims.dp_size
+    first, step = dims.dp_rank * rows, rows // number
     return [batch.rows(first + i * step, first + (i + 1) * step) for i in range(number)]
 
 

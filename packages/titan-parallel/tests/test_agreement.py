@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 import transformers
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, MixedPrecision, ParallelDims, parallelize, set_collective_timeout
-from titan_parallel.mesh.rank_consistency import Agreement
+from titan_parallel import (
+    Compile,
+    FullActivationCheckpoint,
+    MixedPrecision,
+    ParallelDims,
+    parallelize,
+    set_collective_timeout,
+)
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck
 
 LIMIT_S = 900
 """Only reached where ranks wait for each other: a group gives up after half an hour."""
@@ -102,7 +109,12 @@ def test_an_error_that_is_no_config_error_keeps_its_type_where_it_happened(on_tw
 
 
 DIFFERENCES = [  # of rank 1, and how they are reported
-    ({"options": {"activation_checkpoint": FullRecompute.Config()}}, "activation_checkpoint", "FullRecompute", "None"),
+    (
+        {"options": {"activation_checkpoint": FullActivationCheckpoint.Config()}},
+        "activation_checkpoint",
+        "FullActivationCheckpoint",
+        "None",
+    ),
     ({"options": {"compile": Compile.Config()}}, "compile", "Compile.Config(backend='inductor')", "None"),
     ({"options": {"mixed_precision": MixedPrecision.Config()}}, "mixed_precision", "MixedPrecision", "None"),
     ({"roles": {"norm": "attention"}}, "roles", "norm attention", "norm norm"),
@@ -192,7 +204,7 @@ def test_without_agreement_the_others_would_wait(on_two_ranks, small):
     def step():
         parallel = small.put_on("fsdp2", small.make_model())
         set_collective_timeout(parallel.dims, 1.5)
-        Agreement.__exit__ = lambda *args: None
+        RankConsistencyCheck.__exit__ = lambda *args: None
         batches = [] if dist.get_rank() else [small.make_batch()]
         try:
             parallel.forward_backward(batches, small.chunked_loss, 1)
@@ -210,10 +222,10 @@ def test_groups_of_ranks_may_differ_where_only_a_group_must_agree(run_ranks):
     def agree():
         rank = dist.get_rank()
         pair = [rank // 2 * 2, rank // 2 * 2 + 1]
-        with Agreement("pair up", "cpu") as agreement:
-            agreement.on("pairs", f"of rank {pair[0]}", pair)
-        with pytest.raises(ConfigError) as caught, Agreement("pair up", "cpu") as agreement:
-            agreement.on("pairs", "many\nlines" if rank == 3 else "", pair)
+        with RankConsistencyCheck("pair up", "cpu") as consistency:
+            consistency.on("pairs", f"of rank {pair[0]}", pair)
+        with pytest.raises(ConfigError) as caught, RankConsistencyCheck("pair up", "cpu") as consistency:
+            consistency.on("pairs", "many\nlines" if rank == 3 else "", pair)
         return str(caught.value)
 
     for said in run_ranks(4, agree, timeout_s=LIMIT_S):
@@ -227,8 +239,8 @@ def test_agreeing_costs_one_small_sum(on_two_ranks, small):
         for name in names:
             original = getattr(dist, name)
             setattr(dist, name, lambda *args, o=original, n=name, **kw: (calls.append((n, args[0])), o(*args, **kw))[1])
-        with Agreement("do nothing", "cpu") as agreement:
-            agreement.on("words", "the same")
+        with RankConsistencyCheck("do nothing", "cpu") as consistency:
+            consistency.on("words", "the same")
         return [(name, tensor.numel(), tensor.dtype) for name, tensor in calls]
 
     assert on_two_ranks(collectives) == [[("all_reduce", 3, torch.int64)]] * 2
@@ -237,9 +249,9 @@ def test_agreeing_costs_one_small_sum(on_two_ranks, small):
 def test_a_rank_alone_agrees_without_asking(on_one_rank):
     def check():
         dist.all_reduce = None
-        with Agreement("do nothing", "cpu") as agreement:
-            agreement.on("words", "the same")
-        with pytest.raises(KeyError), Agreement("fail", "cpu"):
+        with RankConsistencyCheck("do nothing", "cpu") as consistency:
+            consistency.on("words", "the same")
+        with pytest.raises(KeyError), RankConsistencyCheck("fail", "cpu"):
             raise KeyError("x")
 
     on_one_rank(check)

@@ -7,7 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import ActivationCheckpoint, Compile, EveryNthBlock, FullRecompute, SelectiveRecompute
+from titan_parallel import (
+    ActivationCheckpoint,
+    Compile,
+    FullActivationCheckpoint,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NUM_LAYERS = 10
@@ -40,9 +46,9 @@ def test_recomputation_makes_again_what_it_says(run_ranks, small, mesh):
             name: operators_of_a_step(small, mesh, recomputation)
             for name, recomputation in {
                 "keep": None,
-                "full": FullRecompute.Config(),
-                "selective": SelectiveRecompute.Config(),
-                "every_3rd": EveryNthBlock.Config(n=3),
+                "full": FullActivationCheckpoint.Config(),
+                "selective": SelectiveActivationCheckpoint.Config(),
+                "every_3rd": PeriodicActivationCheckpoint.Config(n=3),
             }.items()
         }
 
@@ -80,7 +86,7 @@ def test_recomputation_of_ones_own_is_a_subclass(on_one_rank, small):
 
 def test_every_0th_block_is_refused():
     with pytest.raises(ConfigError, match="Got n 0"):
-        EveryNthBlock.Config(n=0).build()
+        PeriodicActivationCheckpoint.Config(n=0).build()
 
 
 @pytest.mark.parametrize("mesh", ["one", "tp2_both"])
@@ -95,7 +101,7 @@ def test_identical_blocks_are_compiled_once(run_ranks, small, mesh):
         parallel = small.put_on(
             mesh,
             small.make_model(small.Shape(layers=NUM_LAYERS)),
-            activation_checkpoint=FullRecompute.Config(),
+            activation_checkpoint=FullActivationCheckpoint.Config(),
             compile=Compile.Config(backend="aot_eager"),
         )
         for _ in range(3):

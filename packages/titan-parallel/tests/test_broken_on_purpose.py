@@ -59,7 +59,7 @@ def average_over_data_ranks(patch):
     patch.setattr(parallel_model.ParallelModel, "_num_averaged", 1)
 
 
-def never_synchronise(patch):
+def never_synchronize(patch):
     set_sync = FSDPModule.set_requires_gradient_sync
     patch.setattr(FSDPModule, "set_requires_gradient_sync", lambda self, *_, **__: set_sync(self, False))
 
@@ -107,7 +107,7 @@ def full(*cell):
         ("tp2_sp", take_own_tokens_without_sum, "gradients", "embedding.weight", "no simple factor"),
         full("tp2_sp", add_biases_on_every_rank, "gradients", "embedding.weight", "no simple factor"),
         ("fsdp2", average_over_data_ranks, "gradients", "embedding.weight", "x0.5: 1 / the data degree"),
-        ("fsdp2", never_synchronise, "gradients", "embedding.weight", "no gradient on the mesh"),
+        ("fsdp2", never_synchronize, "gradients", "embedding.weight", "no gradient on the mesh"),
         full("fsdp2", divide_by_own_count, "gradients", "embedding.weight", "no simple factor"),
         full("fsdp2", skip_a_micro_batch, "gradients", "embedding.weight", "no simple factor"),
         ("fsdp2", keep_losses_to_oneself, "losses", "loss of step 1", "x"),
@@ -141,7 +141,7 @@ def test_it_is_noticed_in_fp32_too(small, monkeypatch, mesh, sabotage, name, wor
 
 def test_only_the_rank_that_is_wrong_is_named(small, monkeypatch):
     right = parallel_model.ParallelModel.clip_grad_norm_
-    wrong_on_1 = lambda self, max_norm: right(self, max_norm) * (1 + self.dims.data_rank)  # noqa: E731
+    wrong_on_1 = lambda self, max_norm: right(self, max_norm) * (1 + self.dims.dp_rank)  # noqa: E731
     monkeypatch.setattr(parallel_model.ParallelModel, "clip_grad_norm_", wrong_on_1)
     finding = first_finding(small, "fsdp2")
     assert finding.name == "gradient norm of step 1" and finding.ranks == (1,)

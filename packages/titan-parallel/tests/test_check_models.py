@@ -6,7 +6,7 @@ import json
 
 import pytest
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, check_parallel
+from titan_parallel import FullActivationCheckpoint, check_parallel
 from titan_parallel.__main__ import main
 from titan_parallel.check import meshes
 
@@ -60,7 +60,9 @@ def test_a_model_gives_the_same_on_two_ranks(model):
 @pytest.mark.full
 @pytest.mark.parametrize("model", MODELS)
 def test_a_model_gives_the_same_on_four_ranks(model):
-    report = check_parallel(builder(model), meshes(*FOUR_RANKS), steps=2, activation_checkpoint=FullRecompute.Config())
+    report = check_parallel(
+        builder(model), meshes(*FOUR_RANKS), steps=2, activation_checkpoint=FullActivationCheckpoint.Config()
+    )
     assert report.ok, report
 
 

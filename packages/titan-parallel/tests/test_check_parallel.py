@@ -10,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, ParallelDims, SelectiveRecompute, check_parallel
+from titan_parallel import (
+    Compile,
+    FullActivationCheckpoint,
+    ParallelDims,
+    SelectiveActivationCheckpoint,
+    check_parallel,
+)
 from titan_parallel.__main__ import main
 from titan_parallel.check import meshes
 from torch import nn
@@ -44,7 +50,9 @@ def test_every_mesh_gives_what_one_process_gives(check):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("recomputation", [FullRecompute.Config(), SelectiveRecompute.Config()], ids=["full", "dear"])
+@pytest.mark.parametrize(
+    "recomputation", [FullActivationCheckpoint.Config(), SelectiveActivationCheckpoint.Config()], ids=["full", "dear"]
+)
 def test_it_holds_with_recomputation_in_fp32(check, recomputation):
     report = check("fsdp2", "tp2_sp", dtype=torch.float32, activation_checkpoint=recomputation)
     assert report.ok, report
@@ -121,7 +129,7 @@ WIDE_ROLES = {
 }
 
 
-@pytest.mark.parametrize("recomputation", [None, FullRecompute.Config()], ids=["keep", "full"])
+@pytest.mark.parametrize("recomputation", [None, FullActivationCheckpoint.Config()], ids=["keep", "full"])
 def test_float32_islands_of_foreign_code_are_lifted_also_in_recomputation(recomputation):
     report = check_parallel(Wide, meshes("fsdp2", "tp2_sp"), roles=WIDE_ROLES, activation_checkpoint=recomputation)
     assert report.ok, report

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, check_parallel, parallelize, per_token
+from titan_parallel import FullActivationCheckpoint, ParallelDims, check_parallel, parallelize, per_token
 from titan_parallel.context_parallel import transformers_attention as hugging_face_attention
 
 transformers = pytest.importorskip("transformers")
@@ -127,7 +127,7 @@ def test_it_holds_with_tensor_parallel_and_recomputation():
         batch=BATCHES["llama, documents"],
         steps=1,
         num_microbatches=1,
-        activation_checkpoint=FullRecompute.Config(),
+        activation_checkpoint=FullActivationCheckpoint.Config(),
     )
     report.raise_for_failure()
 

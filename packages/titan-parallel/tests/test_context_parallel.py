@@ -15,11 +15,11 @@ import torch
 from titan_config import ConfigError
 from titan_parallel import (
     Compile,
-    EveryNthBlock,
-    FullRecompute,
+    FullActivationCheckpoint,
     MixedPrecision,
     ParallelDims,
-    SelectiveRecompute,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
     parallelize,
 )
 from titan_parallel.context_parallel import all_gather as context_gather
@@ -34,9 +34,9 @@ METHODS = ["gather", "ulysses", "ring"]
 LENGTH = 24
 RECOMPUTATIONS = {
     None: None,
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every second": EveryNthBlock.Config(),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every second": PeriodicActivationCheckpoint.Config(),
 }
 
 
@@ -66,7 +66,7 @@ class Mask:
 class Core(nn.Module):
     """Attention by all scores."""
 
-    def realise(self, mask):
+    def build_mask(self, mask):
         return mask.visible()[:, None]
 
     def forward(self, q, k, v, mask, scale):
@@ -122,9 +122,9 @@ class CoreTransformer(nn.Module):
     def forward(self, tokens, positions, documents=None):
         x = self.embedding(tokens)
         mask = Mask(positions, positions, documents, documents, self.window, self.chunk)
-        realised = self.layers[0].attention.core.realise(mask)
+        built_mask = self.layers[0].attention.core.build_mask(mask)
         for layer in self.layers:
-            x = layer(x, positions, realised)
+            x = layer(x, positions, built_mask)
         return self.head(x)
 
 
@@ -293,8 +293,8 @@ def forget_the_balance(patch):
 
 
 def skip_a_step_of_the_ring(patch):
-    realise = context_ring.Ring.realise
-    patch.setattr(context_ring.Ring, "realise", lambda *args: [realise(*args)[0], []])
+    build_mask = context_ring.Ring.build_mask
+    patch.setattr(context_ring.Ring, "build_mask", lambda *args: [build_mask(*args)[0], []])
 
 
 def keep_gradients_from_going_home(patch):
@@ -374,7 +374,7 @@ def test_a_layer_sends_keys_and_values_once_a_direction(run_ranks, small):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("all_gather", "reduce_scatter", "all_to_all"):
                 patch.setattr(context_shards, name, counted(context_shards, name))
-            patch.setattr(context_ring.Neighbours, "pass_on", counted(context_ring.Neighbours, "pass_on"))
+            patch.setattr(context_ring.Neighbors, "pass_on", counted(context_ring.Neighbors, "pass_on"))
             parallel = put(small, Case(method))
             parallel.forward_backward([make_batch(small, packed=True)], small.chunked_loss, 1)
         return counts

@@ -19,23 +19,23 @@ def test_axes_keep_their_order_and_data_ranks_their_groups(run_ranks):
         one = torch.ones(1)
         dist.all_reduce(one, group=dims.data_group)
         members = dist.get_process_group_ranks(dims.data_group)
-        return dims.mesh.mesh_dim_names, dims.num_data_ranks, dims.data_rank, int(one), members, dims.tp_mesh.size()
+        return dims.mesh.mesh_dim_names, dims.dp_size, dims.dp_rank, int(one), members, dims.tp_mesh.size()
 
     seen = run_ranks(4, views)
     assert [view[2] for view in seen] == [0, 0, 1, 1]
     assert [view[4] for view in seen] == [[0, 2], [1, 3], [0, 2], [1, 3]]
-    for axes, num_data_ranks, _, summed, _, tp_size in seen:
+    for axes, dp_size, _, summed, _, tp_size in seen:
         assert axes == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-        assert (num_data_ranks, summed, tp_size) == (2, 2, 2)
+        assert (dp_size, summed, tp_size) == (2, 2, 2)
 
 
 def test_a_group_of_data_ranks_spans_replicas_and_shards(run_ranks):
     def members():
         dims = build(4, data_parallel_replicate_degree=2)
-        return dims.data_rank, dist.get_process_group_ranks(dims.data_group), dims.num_replicate, dims.num_shard
+        return dims.dp_rank, dist.get_process_group_ranks(dims.data_group), dims.dp_replicate_size, dims.dp_shard_size
 
-    for rank, (data_rank, ranks, num_replicate, num_shard) in enumerate(run_ranks(4, members)):
-        assert (data_rank, ranks, num_replicate, num_shard) == (rank, [0, 1, 2, 3], 2, 2)
+    for rank, (dp_rank, ranks, dp_replicate_size, dp_shard_size) in enumerate(run_ranks(4, members)):
+        assert (dp_rank, ranks, dp_replicate_size, dp_shard_size) == (rank, [0, 1, 2, 3], 2, 2)
 
 
 def test_the_data_group_of_tensor_parallel_ranks_is_each_rank_alone(run_ranks):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, parallelize
+from titan_parallel import FullActivationCheckpoint, ParallelDims, parallelize
 from titan_parallel.probe.float64 import computing_in
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
@@ -78,8 +78,8 @@ def judged(small, make, roles, degrees, batch, output=None, **options):
     dims = ParallelDims.Config(**degrees).build(world_size=world_size, device_type="cpu")
     model = seeded(make)
     parallel = parallelize(model, roles, dims, output=output, **options)
-    rows = len(batch.targets["labels"]) // dims.num_data_ranks
-    part = slice(dims.data_rank * rows, (dims.data_rank + 1) * rows)
+    rows = len(batch.targets["labels"]) // dims.dp_size
+    part = slice(dims.dp_rank * rows, (dims.dp_rank + 1) * rows)
     mine = SimpleNamespace(
         inputs={name: tensor[part] for name, tensor in batch.inputs.items()},
         targets={name: tensor[part] for name, tensor in batch.targets.items()},
@@ -98,7 +98,12 @@ def test_a_hand_written_model_is_trained_as_it_is(run_ranks, small, tied):
     def on_rank():
         for degrees in ({}, {"tensor_parallel_degree": 2}, {"tensor_parallel_degree": 2, "sequence_parallel": False}):
             judged(
-                small, lambda: Mixer(tied), MIXER_ROLES, degrees, batch, activation_checkpoint=FullRecompute.Config()
+                small,
+                lambda: Mixer(tied),
+                MIXER_ROLES,
+                degrees,
+                batch,
+                activation_checkpoint=FullActivationCheckpoint.Config(),
             )
 
     run_ranks(2, on_rank)

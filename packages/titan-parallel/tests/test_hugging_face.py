@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
+from titan_parallel import Compile, FullActivationCheckpoint, ParallelDims, parallelize
 from titan_parallel.check.tolerances import MULTIPLE
 from titan_parallel.mesh import collectives
 from titan_parallel.probe.float64 import computing_in
@@ -106,7 +106,7 @@ MODEL_CLASS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def make(case: str, attention: str = "sdpa", **sizes) -> nn.Module:
-    """The same weights on every call, away from what they are initialised to."""
+    """The same weights on every call, away from what they are initialized to."""
     name, changes = {**MODELS, **MODELS_OF_MORE_LAYERS}[case]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **changes, **sizes})
     attention = attention if MODEL_CLASS[type(config)]._supports_sdpa else "eager"
@@ -157,8 +157,8 @@ def judge(small, case: str, degrees: dict, attention="sdpa", lifted=True, **opti
     dims = ParallelDims.Config(**degrees).build(world_size=torch.distributed.get_world_size(), device_type="cpu")
     model = make(case, attention)
     parallel = parallelize(model, roles_of(model), dims, output=attrgetter("logits"), **options)
-    rows = len(batch.targets["labels"]) // dims.num_data_ranks
-    part = slice(dims.data_rank * rows, (dims.data_rank + 1) * rows)
+    rows = len(batch.targets["labels"]) // dims.dp_size
+    part = slice(dims.dp_rank * rows, (dims.dp_rank + 1) * rows)
     mine = SimpleNamespace(
         inputs={name: tensor[part] for name, tensor in batch.inputs.items()},
         targets={name: tensor[part] for name, tensor in batch.targets.items()},
@@ -211,7 +211,7 @@ def test_eager_attention_and_recomputation_change_nothing(run_ranks, small):
     def wrong():
         cases = ("llama", "gemma3", "phi3 of one key-value head", "gpt2")
         eager = complaints(small, cases, ("tp2_sequence",), attention="eager")
-        options = {"activation_checkpoint": FullRecompute.Config()}
+        options = {"activation_checkpoint": FullActivationCheckpoint.Config()}
         return eager + complaints(small, ("llama", "opt"), TWO_BY_DEFAULT, **options)
 
     for said in run_ranks(2, wrong):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from titan_parallel import Compile, FullRecompute
+from titan_parallel import Compile, FullActivationCheckpoint
 from titan_parallel.tensor_parallel import partial_gradients
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch.nn import functional as F
@@ -15,8 +15,14 @@ CASES = {
         ("ddp2", {}),
         ("tp2", {}),
         ("tp2_both", {}),
-        ("tp2_both", {"activation_checkpoint": FullRecompute.Config()}),
-        ("tp2", {"compile": Compile.Config(backend="aot_eager"), "activation_checkpoint": FullRecompute.Config()}),
+        ("tp2_both", {"activation_checkpoint": FullActivationCheckpoint.Config()}),
+        (
+            "tp2",
+            {
+                "compile": Compile.Config(backend="aot_eager"),
+                "activation_checkpoint": FullActivationCheckpoint.Config(),
+            },
+        ),
     ],
     4: [("hsdp2x2", {}), ("fsdp2_tp2", {})],
 }

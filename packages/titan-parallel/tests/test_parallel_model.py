@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from titan_parallel import FullRecompute, MixedPrecision, parallelize
+from titan_parallel import FullActivationCheckpoint, MixedPrecision, parallelize
 from titan_parallel.step.grad_norm import gradient_norm, scale_gradients_
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
@@ -138,8 +138,10 @@ def test_the_gradient_hook_sees_each_gradient_once_it_is_summed(run_ranks, small
         parallel.forward_backward(small.micro_batches(batch, parallel.dims, 2), small.chunked_loss, count)
         check_same_gradients(full_gradients(parallel.model), {name: 3 * g for name, g in expected.items()})
         dims = parallel.dims
-        always = dims.config.fsdp_reduce_gradients == "always" and dims.num_shard > 1 and dims.num_replicate == 1
-        return sum(seen) * dims.num_shard * dims.num_tensor / (2 if always else 1)
+        always = (
+            dims.config.fsdp_reduce_gradients == "always" and dims.dp_shard_size > 1 and dims.dp_replicate_size == 1
+        )
+        return sum(seen) * dims.dp_shard_size * dims.tp_size / (2 if always else 1)
 
     for seen in on_every_mesh(run_ranks, step):
         assert num_numbers <= seen < 1.5 * num_numbers  # padding, and on the tensor axis what is held whole
@@ -163,7 +165,7 @@ def test_a_model_on_meta_is_given_memory_after_it_is_split(run_ranks, small):
     def step(mesh):
         with torch.device("meta"):
             model = small.Transformer(small.Shape(tied=True)).double()
-        parallel = small.put_on(mesh, model, activation_checkpoint=FullRecompute.Config())
+        parallel = small.put_on(mesh, model, activation_checkpoint=FullActivationCheckpoint.Config())
         parallel.to_empty("cpu")
         full = small.make_model(small.Shape(tied=True)).state_dict()
         set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True))

@@ -7,11 +7,11 @@ import torch
 from titan_config import ConfigError
 from titan_parallel import (
     Compile,
-    EveryNthBlock,
-    FullRecompute,
+    FullActivationCheckpoint,
     MixedPrecision,
     ParallelDims,
-    SelectiveRecompute,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
     parallelize,
 )
 from titan_parallel.pipeline_parallel.split_points import cut_by_cost
@@ -48,7 +48,7 @@ def judge(small, degrees, *, layers=4, number=4, tied=False, **options):
         torch.testing.assert_close(eval_sum, loss, rtol=1e-12, atol=0)
         assert int(eval_count) == count
     assert set(found) == {name for name, _ in model.named_parameters()}
-    assert set(parallel.names_elsewhere) == set(expected) - set(found)
+    assert set(parallel.nonlocal_parameters) == set(expected) - set(found)
     return set(found), set(expected)
 
 
@@ -67,11 +67,14 @@ def cases(schedules):
     always = {"fsdp_reshard_after_forward": "always"}
     for name in schedules:
         schedule = {"pipeline_parallel_schedule": name}
-        yield {**schedule, **TENSOR_2}, {"activation_checkpoint": SelectiveRecompute.Config()}
+        yield {**schedule, **TENSOR_2}, {"activation_checkpoint": SelectiveActivationCheckpoint.Config()}
         yield {**schedule, **TENSOR_2, "sequence_parallel": False}, {"tied": True}
         yield schedule, {"tied": True}
-        yield {**schedule, **always}, {"tied": True, "activation_checkpoint": EveryNthBlock.Config(n=2)}
-        yield {**schedule, "data_parallel_replicate_degree": 2}, {"activation_checkpoint": FullRecompute.Config()}
+        yield {**schedule, **always}, {"tied": True, "activation_checkpoint": PeriodicActivationCheckpoint.Config(n=2)}
+        yield (
+            {**schedule, "data_parallel_replicate_degree": 2},
+            {"activation_checkpoint": FullActivationCheckpoint.Config()},
+        )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +350,7 @@ def give_the_second_stage_other_activations():
 def count_tied_weights_twice():
     from titan_parallel.pipeline_parallel.partition import Stages
 
-    Stages.counted_elsewhere = ()
+    Stages.duplicate_parameters = ()
 
 
 def average_over_micro_batches():

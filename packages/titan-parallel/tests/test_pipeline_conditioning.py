@@ -327,7 +327,7 @@ def forget_the_gradients_of_other_stages(patch):
 
 
 def count_them_in_the_norm_of_every_rank(patch):
-    patch.setattr(stages.Stages, "counted_elsewhere", [])
+    patch.setattr(stages.Stages, "duplicate_parameters", [])
     return "gradient norm of step 1"
 
 

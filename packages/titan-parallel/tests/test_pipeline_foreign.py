@@ -139,8 +139,8 @@ def judge(small, make, roles, degrees, rows=8):
     )
     model = seeded(make)
     parallel = parallelize(model, roles, dims, output=attrgetter("logits"))
-    step = rows // (4 * dims.num_data_ranks)
-    first = dims.data_rank * rows // dims.num_data_ranks
+    step = rows // (4 * dims.dp_size)
+    first = dims.dp_rank * rows // dims.dp_size
     batches = [
         SimpleNamespace(
             inputs={"input_ids": ids[i : i + step, :-1]},

@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 from titan_config import ConfigError
 from titan_parallel import (
-    EveryNthBlock,
-    FullRecompute,
+    FullActivationCheckpoint,
     MixedPrecision,
     ParallelDims,
+    PeriodicActivationCheckpoint,
     Plan,
-    SelectiveRecompute,
+    SelectiveActivationCheckpoint,
     cross_entropy,
     parallelize,
     plan,
 )
 from titan_parallel.planning.alike import Alike
-from titan_parallel.planning.simulate import Step
+from titan_parallel.planning.simulate import SimulatedStep
 from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -41,9 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RECOMPUTATIONS = {
     "none": None,
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every_2nd": EveryNthBlock.Config(n=2),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every_2nd": PeriodicActivationCheckpoint.Config(n=2),
 }
 SHAPE = {"layers": 4, "width": 64, "heads": 4, "kv_heads": 2, "hidden": 96, "vocab": 128}
 LENGTH, ROWS, NUM_BATCHES = 32, 4, 3
@@ -202,7 +202,10 @@ def test_sizes_and_collectives_are_those_of_a_run_on_every_rank(small, on_gloo, 
 
 
 def test_they_are_those_of_a_run_in_bf16_with_recomputation(small, run_ranks):
-    options = {"mixed_precision": MixedPrecision.Config(), "activation_checkpoint": SelectiveRecompute.Config()}
+    options = {
+        "mixed_precision": MixedPrecision.Config(),
+        "activation_checkpoint": SelectiveActivationCheckpoint.Config(),
+    }
     real = run_ranks(2, lambda: real_step(small, "fsdp2", options))
     check(planned(small, "fsdp2", **options).stages[0], "fsdp2", small, real[0])
 
@@ -316,7 +319,11 @@ def test_gradients_reduced_with_each_micro_batch_are_a_remedy(small):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("recomputation", "mesh"),
-    [(None, "fsdp2_tp2"), (EveryNthBlock.Config(n=3), "fsdp2"), (FullRecompute.Config(), "one")],
+    [
+        (None, "fsdp2_tp2"),
+        (PeriodicActivationCheckpoint.Config(n=3), "fsdp2"),
+        (FullActivationCheckpoint.Config(), "one"),
+    ],
 )
 def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, recomputation, mesh):
     options = {"shape": SHAPE | {"layers": 13}, "num_batches": 4, "activation_checkpoint": recomputation}
@@ -328,14 +335,14 @@ def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, re
 def left_out(monkeypatch, tmp_path):
     """A file with a line for each change of a step: the blocks it is simulated without."""
     path = tmp_path / "blocks"  # from children, too
-    changed = Step.changed
+    changed = SimulatedStep.changed
 
     def noted(self, **changes):
         with path.open("a") as file:
             file.write(f"{' '.join(changes.get('without', ()))}\n")
         return changed(self, **changes)
 
-    monkeypatch.setattr(Step, "changed", noted)
+    monkeypatch.setattr(SimulatedStep, "changed", noted)
     return path
 
 
@@ -405,8 +412,8 @@ def test_flops_are_those_that_torch_counts(small):
         ("GroupedMM", torch.bfloat16, "selective"),
         ("GroupedMM", torch.float32, "none"),
         ("GroupedMM", torch.float64, "none"),
-        ("Loop", torch.float32, "none"),
-        ("Loop", torch.bfloat16, "selective"),
+        ("ForLoop", torch.float32, "none"),
+        ("ForLoop", torch.bfloat16, "selective"),
     ],
 )
 def test_experts_hold_and_compute_what_they_do_in_a_run(small, on_one_rank, kernel, dtype, recomputation):
@@ -449,8 +456,8 @@ def test_a_plan_goes_to_json_and_back_and_says_whether_it_fits(small):
     assert tight.fits is False
     assert tight.remedies and tight.remedies[-1].fits
     first = tight.remedies[0]
-    assert first.change == "activation_checkpoint SelectiveRecompute"
-    assert first.peak == planned(small, "fsdp2", activation_checkpoint=SelectiveRecompute.Config()).peak
+    assert first.change == "activation_checkpoint SelectiveActivationCheckpoint"
+    assert first.peak == planned(small, "fsdp2", activation_checkpoint=SelectiveActivationCheckpoint.Config()).peak
     assert "Does not fit" in str(tight) and first.change in str(tight)
     assert planned(small).fits is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from titan_config import ConfigError
-from titan_parallel import Compile, FullRecompute, ParallelDims, parallelize
+from titan_parallel import Compile, FullActivationCheckpoint, ParallelDims, parallelize
 from titan_parallel.sharding_plan.roles import Roles
 from torch import nn
 
@@ -48,7 +48,7 @@ def test_a_table_that_does_not_fit_says_where_and_what_would(small, change, says
 
 def test_recomputation_and_compilation_need_blocks(on_one_rank, small):
     def check():
-        for options in ({"activation_checkpoint": FullRecompute.Config()}, {"compile": Compile.Config()}):
+        for options in ({"activation_checkpoint": FullActivationCheckpoint.Config()}, {"compile": Compile.Config()}):
             with pytest.raises(ConfigError, match="roles without a block"):
                 parallelize(small.make_model(), without(small.ROLES, "layers.*"), small.make_dims("one"), **options)
 

@@ -9,16 +9,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from titan_parallel import Compile, EveryNthBlock, FullRecompute, MixedPrecision, SelectiveRecompute
+from titan_parallel import (
+    Compile,
+    FullActivationCheckpoint,
+    MixedPrecision,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
+)
 from titan_parallel.check.tolerances import MULTIPLE
 from titan_parallel.testing import full_gradients
 from torch.nn import functional as F
 
 RECOMPUTATIONS = {
     "keep": None,
-    "full": FullRecompute.Config(),
-    "selective": SelectiveRecompute.Config(),
-    "every_2nd": EveryNthBlock.Config(n=2),
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+    "every_2nd": PeriodicActivationCheckpoint.Config(n=2),
 }
 
 

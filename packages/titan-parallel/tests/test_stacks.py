@@ -11,7 +11,7 @@ from titan_parallel import check_parallel
 from titan_parallel.check import meshes
 from titan_parallel.sharding_plan.roles import Roles
 from titan_parallel.sharding_plan.validation import check_can_be_split
-from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
 from titan_parallel.tensor_parallel.apply import TensorParallel
 from torch import nn
 
@@ -32,7 +32,7 @@ class Stack(nn.Module):
         return x @ (self.weight if self.transposed else self.weight.mT) + self.bias.unsqueeze(1)
 
 
-class OwnLoss(nn.Module):
+class AuxiliaryLoss(nn.Module):
     scale = None
     share = 1.0
 
@@ -56,12 +56,12 @@ class Mixture(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, EXPERTS)
-        self.own_loss = OwnLoss()
+        self.auxiliary_loss = AuxiliaryLoss()
         self.up, self.down = Stack(WIDTH, HIDDEN, transposed), Stack(HIDDEN, WIDTH, transposed)
 
     def forward(self, x):
         logits = self.router(x)
-        weights = self.own_loss(logits.softmax(-1), logits.logsumexp(-1).square().sum())
+        weights = self.auxiliary_loss(logits.softmax(-1), logits.logsumexp(-1).square().sum())
         made = self.down(self.up(x.flatten(0, 1).expand(EXPERTS, -1, -1)).relu())
         return (made.unflatten(1, x.shape[:2]) * weights.movedim(-1, 0).unsqueeze(-1)).sum(0)
 
@@ -91,7 +91,7 @@ def roles(transposed: bool = False):
         "words": "embedding",
         "layers.*": "block",
         "layers.*.mixture": "region",
-        "layers.*.mixture.own_loss": "own_loss",
+        "layers.*.mixture.auxiliary_loss": "auxiliary_loss",
         "layers.*.mixture.up": ("colwise", how),
         "layers.*.mixture.down": ("rowwise", how),
         "head": "head",
@@ -111,12 +111,12 @@ def test_stacks_are_split_by_the_features_of_each_matrix(transposed):
 
 
 def whole_losses_on_each_rank(monkeypatch):
-    init = OwnLosses.__init__
+    init = AuxiliaryLosses.__init__
 
-    def of_one_rank(self, model, roles, *, num_tensor, device_type):
-        init(self, model, roles, num_tensor=1, device_type=device_type)
+    def of_one_rank(self, model, roles, *, tp_size, device_type):
+        init(self, model, roles, tp_size=1, device_type=device_type)
 
-    monkeypatch.setattr(OwnLosses, "__init__", of_one_rank)
+    monkeypatch.setattr(AuxiliaryLosses, "__init__", of_one_rank)
     return "router.bias"
 
 
@@ -135,6 +135,6 @@ def test_what_counts_once_a_rank_is_noticed(monkeypatch, sabotage):
 def test_what_is_no_stack_of_matrices_is_refused():
     model = build()
     model.layers[0].mixture.up.weight = nn.Parameter(torch.randn(EXPERTS, 2, 12, WIDTH))
-    dims = SimpleNamespace(num_tensor=2, sequence_parallel=True)
+    dims = SimpleNamespace(tp_size=2, sequence_parallel=True)
     with pytest.raises(ConfigError, match=r"shape \[3, 2, 12, 16\] in the colwise part layers.0.mixture.up.* a stack"):
         check_can_be_split(model, Roles(model, roles()), dims)

@@ -105,7 +105,7 @@ def test_a_batch_of_another_shape_on_one_data_rank_is_probed_by_all(run_ranks):
         parallel = parallelize(model.double(), ROLES, dims)
         tokens = [(6, 6), (6, 4), (3, 6)]
         return [
-            float(parallel.forward_backward([make_batch(tokens=number[dims.data_rank])] * 2, loss, 1))
+            float(parallel.forward_backward([make_batch(tokens=number[dims.dp_rank])] * 2, loss, 1))
             for number in tokens
         ]
 

@@ -258,7 +258,7 @@ def test_without_the_probe_context_parallel_is_wrong(monkeypatch):
 class Core(nn.Module):
     """Causal attention as context parallel wants it."""
 
-    def realise(self, mask):
+    def build_mask(self, mask):
         return mask.visible()[:, None]
 
     def forward(self, q, k, v, mask, scale):
@@ -276,7 +276,7 @@ class Pixels(nn.Module):
 
     def forward(self, patches, places):
         x = self.mixer(self.project(patches))
-        mask = self.core.realise(Causal(places, places))
+        mask = self.core.build_mask(Causal(places, places))
         return self.core(*[x.unflatten(-1, (4, 4))] * 3, mask, 0.5).flatten(2)
 
 

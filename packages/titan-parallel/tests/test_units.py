@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import FullRecompute, ParallelDims, check_parallel, parallelize
+from titan_parallel import FullActivationCheckpoint, ParallelDims, check_parallel, parallelize
 from titan_parallel.check import meshes
 from torch import nn
 from torch.nn import functional as F
@@ -54,7 +54,9 @@ def one_block_in_several_places():
 
 @pytest.mark.parametrize("build", [sharing_a_module, one_block_in_several_places])
 def test_a_module_of_several_blocks_is_one_module(build):
-    report = check_parallel(build, meshes("fsdp2"), roles=ROLES, activation_checkpoint=FullRecompute.Config())
+    report = check_parallel(
+        build, meshes("fsdp2"), roles=ROLES, activation_checkpoint=FullActivationCheckpoint.Config()
+    )
     assert report.ok, report
 
 

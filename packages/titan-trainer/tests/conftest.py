@@ -73,7 +73,7 @@ class Loader(Configurable):
         self.next_row, self.drawn = 0, 0
         self.rows_drawn: list[int] = []
 
-    def draw(self, rank: int, num_ranks: int) -> list[Batch]:
+    def next_batches(self, rank: int, num_ranks: int) -> list[Batch]:
         if self.config.num_rows is not None and self.next_row + self.global_batch_size > self.config.num_rows:
             self.drawn = 0
             return []
@@ -90,11 +90,11 @@ class Loader(Configurable):
             labels[i, : row % 3] = -100  # uneven counts of valid targets
         return Batch({"tokens": text[:, :-1]}, {"labels": labels}, [[row] for row in rows])
 
-    def advance(self) -> Tensor:
+    def cursor_delta(self) -> Tensor:
         return torch.tensor([self.drawn])
 
-    def commit(self, advance: Tensor) -> None:
-        self.next_row += int(advance)
+    def commit(self, cursor_delta: Tensor) -> None:
+        self.next_row += int(cursor_delta)
 
     def rollback(self) -> None:
         self.drawn = 0

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from titan_config import ConfigError
-from titan_trainer import CrossEntropy, LookAhead
+from titan_trainer import CrossEntropy, MultiTokenPredictionLoss
 from torch import nn
 
 
@@ -25,7 +25,7 @@ def test_the_token_after_next_counts_by_its_weight_and_over_the_labels_of_the_ne
     )
     expected = own + weight * ahead
     expected_grads = torch.autograd.grad(expected, [hidden, head.weight])
-    loss = LookAhead.Config(loss=CrossEntropy.Config(chunk_tokens=chunk_tokens), weight=weight).build()
+    loss = MultiTokenPredictionLoss.Config(loss=CrossEntropy.Config(chunk_tokens=chunk_tokens), weight=weight).build()
     total, count = loss(head, hidden, targets)
     assert count == loss.count(targets) == 19
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
@@ -36,11 +36,11 @@ def test_the_token_after_next_counts_by_its_weight_and_over_the_labels_of_the_ne
 def test_a_batch_that_does_not_look_ahead_has_the_loss_of_the_next_token():
     head, hidden, targets = example()
     plain = {"labels": targets["labels"]}
-    assert LookAhead.Config().build()(head, hidden[:, 0], plain) == CrossEntropy.Config().build()(
+    assert MultiTokenPredictionLoss.Config().build()(head, hidden[:, 0], plain) == CrossEntropy.Config().build()(
         head, hidden[:, 0], plain
     )
 
 
 def test_a_negative_weight_says_why():
     with pytest.raises(ConfigError, match=r"Got weight -0\.1.*Set loss\.weight"):
-        LookAhead.Config(weight=-0.1).build()
+        MultiTokenPredictionLoss.Config(weight=-0.1).build()

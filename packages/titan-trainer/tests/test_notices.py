@@ -159,10 +159,10 @@ def test_a_validation_without_an_end_is_refused():
 
 def test_a_loader_that_does_not_end_and_does_not_say_so_is_told(toy, caplog):
     loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
-    dims = SimpleNamespace(data_rank=0, num_data_ranks=1)
+    dims = SimpleNamespace(dp_rank=0, dp_size=1)
     parallel = SimpleNamespace(dims=dims, evaluate=lambda batches, loss: (1.0, 1))
     validator = Validator.Config(dataloader=toy.Loader.Config()).build(loader=loader, parallel=parallel, loss=None)
-    batch = loader.draw(0, 1)
+    batch = loader.next_batches(0, 1)
     loader.draw = lambda rank, num_ranks: batch if loader.next_row < 10_001 else []
     assert validator.validate() == 1.0
     assert [record.getMessage() for record in caplog.records] == [
@@ -172,7 +172,7 @@ def test_a_loader_that_does_not_end_and_does_not_say_so_is_told(toy, caplog):
 
 def test_a_validation_ends_with_the_batch_that_makes_its_tokens(toy):
     loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
-    dims = SimpleNamespace(data_rank=0, num_data_ranks=1)
+    dims = SimpleNamespace(dp_rank=0, dp_size=1)
     parallel = SimpleNamespace(dims=dims, evaluate=lambda batches, loss: (1.0, 7))
     config = Validator.Config(dataloader=toy.Loader.Config(), tokens=10)
     validator = config.build(loader=loader, parallel=parallel, loss=None)
@@ -181,7 +181,7 @@ def test_a_validation_ends_with_the_batch_that_makes_its_tokens(toy):
 
 def test_a_validation_without_targets_ends(toy):
     loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
-    dims = SimpleNamespace(data_rank=0, num_data_ranks=1)
+    dims = SimpleNamespace(dp_rank=0, dp_size=1)
     parallel = SimpleNamespace(dims=dims, evaluate=lambda batches, loss: (0.0, 0))
     config = Validator.Config(dataloader=toy.Loader.Config(), tokens=10)
     validator = config.build(loader=loader, parallel=parallel, loss=None)
@@ -191,9 +191,7 @@ def test_a_validation_without_targets_ends(toy):
 
 def test_a_validation_that_is_stopped_gives_no_loss(toy):
     loader = toy.Loader.Config().build(tokenizer=None, seq_len=2, global_batch_size=1, local_batch_size=1, seed=0)
-    parallel = SimpleNamespace(
-        dims=SimpleNamespace(data_rank=0, num_data_ranks=1), evaluate=lambda batches, loss: (1.0, 1)
-    )
+    parallel = SimpleNamespace(dims=SimpleNamespace(dp_rank=0, dp_size=1), evaluate=lambda batches, loss: (1.0, 1))
     answers = iter([False, False, True])
     validator = Validator.Config(dataloader=toy.Loader.Config()).build(
         loader=loader, parallel=parallel, loss=None, is_stopped=lambda: next(answers)

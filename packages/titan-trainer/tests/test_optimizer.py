@@ -57,13 +57,13 @@ def test_groups_by_pattern_change_learning_rate_and_decay_first_match_first():
 def test_a_pattern_may_be_about_parameters_of_other_ranks_alone():
     groups = [ParameterGroup(pattern="*norm*", weight_decay=0.0), ParameterGroup(pattern="2.*", lr_factor=0.5)]
     optimizer = AdamW.Config(lr=1.0, parameter_groups=groups).build(
-        parameters=small_model().named_parameters(), names_elsewhere=["norm.weight"]
+        parameters=small_model().named_parameters(), nonlocal_parameters=["norm.weight"]
     )
     assert [(len(g["params"]), g["lr"]) for g in optimizer.optimizer.param_groups] == [(2, 0.5), (4, 1.0)]
     again = [*groups, ParameterGroup(pattern="norm.weight")]
     with pytest.raises(ConfigError, match=r"norm\.weight.*no earlier group took"):
         AdamW.Config(parameter_groups=again).build(
-            parameters=small_model().named_parameters(), names_elsewhere=["norm.weight"]
+            parameters=small_model().named_parameters(), nonlocal_parameters=["norm.weight"]
         )
 
 

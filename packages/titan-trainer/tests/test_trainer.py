@@ -97,7 +97,7 @@ def test_two_ranks_are_the_flat_loop(run_ranks, toy_config, parallelism, toy):
 
 
 def test_a_rank_that_counts_only_its_own_targets_is_seen(run_ranks, toy_config, monkeypatch, toy):
-    """Breaks the global count on purpose: each rank normalises by what it has."""
+    """Breaks the global count on purpose: each rank normalizes by what it has."""
     summed = Trainer.sum_over_data_ranks
 
     def own(self, batches):
@@ -382,9 +382,9 @@ def test_a_batch_that_ranks_cannot_share_offers_both_ways_out():
     training = Training(global_batch_size=16, local_batch_size=8, seq_len=32, steps=1)
     message = r"--training\.global_batch_size to a multiple of 32, or --training\.local_batch_size to 4\."
     with pytest.raises(ConfigError, match=message):
-        training.num_batches(num_data_ranks=4)
+        training.num_batches(dp_size=4)
     with pytest.raises(ConfigError, match=r"a multiple of 24\.$"):
-        training.num_batches(num_data_ranks=3)
+        training.num_batches(dp_size=3)
 
 
 def test_a_tokenizer_whose_file_is_not_there_names_the_flag(run_ranks, toy_config):

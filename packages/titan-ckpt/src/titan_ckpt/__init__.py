@@ -5,7 +5,7 @@ from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.format.readers import TensorReader, read_config
 from titan_ckpt.format.state_tree import Part
 from titan_ckpt.format.verify import check_whole
-from titan_ckpt.hugging_face.adapter import HFAdapter, Piece, Renamed
+from titan_ckpt.hugging_face.adapter import HFAdapter, Renamed, WeightMapping
 from titan_ckpt.hugging_face.export import export_hf, save_hf
 from titan_ckpt.hugging_face.load import load_hf
 from titan_ckpt.model_export import export_model
@@ -16,9 +16,9 @@ __all__ = [
     "Checkpointer",
     "HFAdapter",
     "Part",
-    "Piece",
     "Renamed",
     "TensorReader",
+    "WeightMapping",
     "check_whole",
     "export_hf",
     "export_model",

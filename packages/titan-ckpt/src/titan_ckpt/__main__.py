@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from titan_ckpt.checkpoint_folder import Shelf
+from titan_ckpt.checkpoint_folder import CheckpointFolder
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.manifest import read_manifest
 from titan_ckpt.format.verify import check_whole
@@ -53,15 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _list(options: argparse.Namespace) -> None:
-    shelf = Shelf(options.path)
-    for step in shelf.steps():
+    checkpoint_folder = CheckpointFolder(options.path)
+    for step in checkpoint_folder.steps():
         try:
-            manifest = read_manifest(shelf.path(step))
+            manifest = read_manifest(checkpoint_folder.path(step))
         except CheckpointError as error:
-            print(f"{shelf.path(step)}  broken: {error}")
+            print(f"{checkpoint_folder.path(step)}  broken: {error}")
             continue
         gibibytes = sum(record.size for record in manifest.files.values()) / 2**30
-        print(f"{shelf.path(step)}  {gibibytes:.3f} GiB, saved by {manifest.world_size} ranks")
+        print(f"{checkpoint_folder.path(step)}  {gibibytes:.3f} GiB, saved by {manifest.world_size} ranks")
 
 
 def _verify(options: argparse.Namespace) -> None:

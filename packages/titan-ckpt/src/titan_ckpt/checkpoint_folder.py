@@ -25,7 +25,7 @@ _LEFTOVER = re.compile(r"step-[0-9]+(-hf)?\.(saving|deleting)-[0-9a-f]+|\.probe-
 _saving: set[Path] = set()  # by this process, which may have the folder open more than once
 
 
-class Shelf:
+class CheckpointFolder:
     """A folder of checkpoints named `step-N`; only rank 0 changes it.
 
     A name ending in `.saving-*` or `.deleting-*` belongs to a save or a deletion that has not finished; when its

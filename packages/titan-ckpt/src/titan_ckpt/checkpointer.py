@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from titan_config import Configurable, to_dict
 
-from titan_ckpt.checkpoint_folder import Shelf
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.checkpoint_folder import CheckpointFolder
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.format.chunks import Chunk, is_dtensor, is_writer, local_chunks
 from titan_ckpt.format.safetensors_writer import write_tensors
 from titan_ckpt.format.state_tree import Part, split_parts
@@ -23,7 +23,7 @@ from titan_ckpt.hugging_face.base_folder import BASE_MODEL
 from titan_ckpt.hugging_face.export import export_checkpoint
 from titan_ckpt.hugging_face.metadata import companions, ids_of_run
 from titan_ckpt.load.initial_model import begin_with
-from titan_ckpt.load.load import PassedOver, find_asked, find_newest_whole, load_parts, was_followed
+from titan_ckpt.load.load import Skipped, find_asked, find_newest_whole, load_parts, was_followed
 from titan_ckpt.paths import local_path
 from titan_ckpt.rng_state import RandomState
 from titan_ckpt.save.background_writer import Writer
@@ -44,7 +44,7 @@ class Checkpointer(Configurable):
         config: the run's whole config: it is saved with each checkpoint, and its `model.hf_adapter()` translates
             weights. None saves none.
 
-    `passed_over` holds the broken checkpoints that the last `load` found newer than the one it took.
+    `skipped` holds the broken checkpoints that the last `load` found newer than the one it took.
     """
 
     class Config(Configurable.Config):
@@ -105,19 +105,22 @@ class Checkpointer(Configurable):
             For looking at a run, even one that goes on: nothing in its folder changes, this process is alone, and the
             checkpoint may have more parts. Raises CheckpointError as `Checkpointer.load` does.
             """
-            shelf, ranks = Shelf(local_path(dump_folder, "dump_folder") / self.folder), Ranks(alone=True)
+            checkpoint_folder, ranks = (
+                CheckpointFolder(local_path(dump_folder, "dump_folder") / self.folder),
+                CollectiveGuard(alone=True),
+            )
             find = find_newest_whole if self.load_step is None else partial(find_asked, load_step=self.load_step)
-            step, _ = find(shelf, ranks)
+            step, _ = find(checkpoint_folder, ranks)
             if step is not None:
-                load_parts(shelf.path(step), parts, ranks, run_config=None, exactly=False)
+                load_parts(checkpoint_folder.path(step), parts, ranks, run_config=None, exactly=False)
             return step
 
     def __init__(self, own: Config, /, dump_folder: Path, config: Any = None) -> None:
         self.config = own
-        self._ranks = Ranks()
+        self._ranks = CollectiveGuard()
         dump_folder = self._ranks.together(lambda: local_path(dump_folder, "dump_folder"))
-        self.shelf = self._ranks.together(lambda: Shelf(dump_folder / own.folder))
-        self.passed_over: list[PassedOver] = []
+        self.checkpoint_folder = self._ranks.together(lambda: CheckpointFolder(dump_folder / own.folder))
+        self.skipped: list[Skipped] = []
         self._run_config = config
         self._run_data = None if config is None else to_dict(config)
         self._planner = Planner(self._ranks)
@@ -126,8 +129,8 @@ class Checkpointer(Configurable):
         self._newest: int | None = None
         self._load_step: int | None = None
         self._has_begun = False
-        self._ranks.first(self.shelf.open)
-        self._ranks.together(self.shelf.probe)
+        self._ranks.first(self.checkpoint_folder.open)
+        self._ranks.together(self.checkpoint_folder.probe)
 
     def save(self, step: int, parts: Mapping[str, Part], *, last: bool | Literal["stopped"] = False) -> bool:
         """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.
@@ -151,10 +154,10 @@ class Checkpointer(Configurable):
             self._ranks.together(lambda: require_step(step))
         step = require_step(step)
         if not self._has_begun:
-            self._ranks.first(lambda: self.shelf.check_newest(step))
+            self._ranks.first(lambda: self.checkpoint_folder.check_newest(step))
             self._has_begun = True
         elif is_due and self._newest is not None:  # the folder is not listed again: a disk may fail for a while
-            self.shelf.check_newest(step, self._newest)
+            self.checkpoint_folder.check_newest(step, self._newest)
         if not is_due:
             return False
         is_new = step != self._newest
@@ -170,7 +173,7 @@ class Checkpointer(Configurable):
     def load(self, parts: Mapping[str, Part]) -> int | None:
         """Load the newest whole checkpoint, or that of `load_step`; return its step (None: there is none).
 
-        Every file is checked before a weight is touched. Broken checkpoints are passed over (see `passed_over`), and
+        Every file is checked before a weight is touched. Broken checkpoints are passed over (see `skipped`), and
         what is newer than the loaded one is renamed to `step-N.set-aside-*`, so that the run can go on from there.
         `load_step` acts once: a run that is started again with it goes on from what it saved since.
         Where there is none, the part "model" is filled from `initial_load_path`, if that is set.
@@ -180,16 +183,16 @@ class Checkpointer(Configurable):
                 the parts, is of a format that this version does not read, or the disk fails.
         """
         self._writer.settle()
-        step, self.passed_over = _find_step(self.config, self.shelf, self._ranks)
+        step, self.skipped = _find_step(self.config, self.checkpoint_folder, self._ranks)
         self._load_step = self.config.load_step
         if step is None:
             path, in_hf = self.config.initial_load_path, self.config.initial_load_in_hf
             find_adapter = partial(adapter_of, self._run_config)
-            begin_with(path, in_hf, parts, self.shelf, self._ranks, find_adapter, self._run_data)
+            begin_with(path, in_hf, parts, self.checkpoint_folder, self._ranks, find_adapter, self._run_data)
             return None
-        load_parts(self.shelf.path(step), _with_random_state(parts), self._ranks, self._run_data)
+        load_parts(self.checkpoint_folder.path(step), _with_random_state(parts), self._ranks, self._run_data)
         self._ranks.first(lambda: self._set_aside_after(step))
-        logger.info("Loaded %s.", self.shelf.path(step))
+        logger.info("Loaded %s.", self.checkpoint_folder.path(step))
         self._newest = step
         return step
 
@@ -211,7 +214,7 @@ class Checkpointer(Configurable):
             self.wait()
         finally:
             self._writer.close()
-            self.shelf.close()
+            self.checkpoint_folder.close()
 
     def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
         chunks, replicated, values = self._ranks.together(lambda: _hold(parts))
@@ -223,29 +226,29 @@ class Checkpointer(Configurable):
         return Snapshot(step, plan, self._staging.write, values)
 
     def _write(self, snapshot: Snapshot) -> None:
-        save(snapshot, self.shelf, self._ranks, self._run_data, self._load_step)
+        save(snapshot, self.checkpoint_folder, self._ranks, self._run_data, self._load_step)
 
     def _after_write(self, snapshot: Snapshot) -> None:
         self._newest = snapshot.step
-        logger.info("Saved %s.", self.shelf.path(snapshot.step))
+        logger.info("Saved %s.", self.checkpoint_folder.path(snapshot.step))
         count = self.config.keep_latest_k
         if count is not None:
-            self._ranks.first(lambda: self.shelf.keep(count, snapshot.step))
+            self._ranks.first(lambda: self.checkpoint_folder.keep(count, snapshot.step))
 
     def _export(self, step: int) -> None:
-        folder = self.shelf.hf_path(step)
+        folder = self.checkpoint_folder.hf_path(step)
         if not folder.exists():
             dtype = getattr(torch, self.config.export_dtype)
-            kept = self.shelf.folder / BASE_MODEL
+            kept = self.checkpoint_folder.folder / BASE_MODEL
             begun_with = self.config.initial_load_path if self.config.initial_load_in_hf else None
             base = kept if kept.is_dir() else begun_with
-            check_whole(self.shelf.path(step))
+            check_whole(self.checkpoint_folder.path(step))
             beside = partial(companions, base=base, tokenizer=None, run_ids=partial(ids_of_run, self._run_config))
-            export_checkpoint(self.shelf.path(step), folder, dtype, adapter_of(self._run_config), beside)
+            export_checkpoint(self.checkpoint_folder.path(step), folder, dtype, adapter_of(self._run_config), beside)
             logger.info("Exported %s.", folder)
 
     def _set_aside_after(self, step: int) -> None:
-        for path in self.shelf.set_aside_after(step):
+        for path in self.checkpoint_folder.set_aside_after(step):
             logger.warning("Renamed a checkpoint newer than step %s to %s.", step, path)
 
 
@@ -260,17 +263,19 @@ def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:
     return {**parts, "random": RandomState()}
 
 
-def _find_step(config: Checkpointer.Config, shelf: Shelf, ranks: Ranks) -> tuple[int | None, list[PassedOver]]:
+def _find_step(
+    config: Checkpointer.Config, checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard
+) -> tuple[int | None, list[Skipped]]:
     """The step to load (None: there is none), whose files are whole, and the broken ones that are newer."""
     step = config.load_step
     if step is None:
-        return find_newest_whole(shelf, ranks)
-    if not ranks.first(lambda: was_followed(shelf, step)):
-        return find_asked(shelf, ranks, step)
+        return find_newest_whole(checkpoint_folder, ranks)
+    if not ranks.first(lambda: was_followed(checkpoint_folder, step)):
+        return find_asked(checkpoint_folder, ranks, step)
     if ranks.is_first:
         logger.warning(
             "A run with load_step %d has gone back to that step: this one goes on from what it saved since. To go back "
             "again, move the checkpoints newer than step %d out of %s.",
-            *(step, step, shelf.folder),
+            *(step, step, checkpoint_folder.folder),
         )
-    return find_newest_whole(shelf, ranks, least=step)
+    return find_newest_whole(checkpoint_folder, ranks, least=step)

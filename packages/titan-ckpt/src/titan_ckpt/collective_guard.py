@@ -13,11 +13,11 @@ from titan_ckpt.errors import CheckpointError
 T = TypeVar("T")
 
 
-class Ranks:
+class CollectiveGuard:
     """The ranks that save and load together; a process without `torch.distributed` is one rank.
 
     The group is a gloo group made here, so that saving in a thread never mixes its messages with those of training (on
-    a shared gloo group both would hang). Making it is a collective: every rank makes its `Ranks` at the same point.
+    a shared gloo group both would hang). Making it is a collective: every rank makes its `CollectiveGuard` at the same point.
     With `alone` this rank is the only one, whatever the others do.
     """
 

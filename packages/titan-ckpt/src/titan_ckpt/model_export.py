@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from titan_ckpt.checkpoint_folder import Shelf
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.checkpoint_folder import CheckpointFolder
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.chunks import Chunk
 from titan_ckpt.format.readers import TensorReader, read_config, read_values
@@ -38,11 +38,11 @@ def export_model(checkpoint: Path, folder: Path) -> Path:
         names = [name for name in reader.index if name.startswith("model.")]
         tensors = {name: reader.read(name) for name in names}
     chunks = [Chunk(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor) for name, tensor in tensors.items()]
-    shelf = Shelf(folder)
-    ranks = Ranks(alone=True)
+    checkpoint_folder = CheckpointFolder(folder)
+    ranks = CollectiveGuard(alone=True)
     write = partial(write_tensors, tensors={chunk.key: chunk.data for chunk in chunks})
     snapshot = Snapshot(manifest.step, make_plan(chunks, frozenset(), ranks), write, {"model": values["model"]})
-    save(snapshot, shelf, ranks, read_config(checkpoint))
+    save(snapshot, checkpoint_folder, ranks, read_config(checkpoint))
     if (base := checkpoint.parent / BASE_MODEL).is_dir() and not (folder / BASE_MODEL).exists():
         keep_base_model(base, folder)
-    return shelf.path(manifest.step)
+    return checkpoint_folder.path(manifest.step)

@@ -56,7 +56,7 @@ class Configurable:
         if not TYPE_CHECKING:  # a type checker sees the fields instead
 
             def __init__(self, *args: Any, **values: Any) -> None:
-                _initialise(self, args, values)
+                _initialize(self, args, values)
 
             def __setattr__(self, name: str, value: Any) -> None:
                 vars(self)[name] = _checked(self, name, value)
@@ -170,7 +170,7 @@ def _checked(config: Config, name: str, value: Any) -> Any:
         raise _wrong_type(type(config), name, wrong) from None
 
 
-def _initialise(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -> None:
+def _initialize(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -> None:
     cls = type(config)
     if args:
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
-from titan_data.look_ahead import looking_ahead
+from titan_data.mtp import with_mtp_targets
 from titan_data.order import Order
 from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, RowStream
 from titan_data.saved_state import check_range, cursors_in
@@ -27,9 +27,9 @@ class TokenLoader(Configurable):
     """Draws the same global batch at step k, whoever draws it.
 
     Row i of the global batch is the next row of stream i (mod the number of streams). The ranks of a step split the
-    rows into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `advance()`
+    rows into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `cursor_delta()`
     makes a step final, `rollback` gives its rows back. Reads ahead in one thread; an error there is raised by the
-    `draw` it concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and
+    `next_batches` it concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and
     `seed`.
     """
 
@@ -48,7 +48,7 @@ class TokenLoader(Configurable):
         """Begin each document with the tokenizer's BOS."""
         add_eos: bool = False
         """End each document with the tokenizer's EOS."""
-        look_ahead: bool = False
+        mtp: bool = False
         """Batches hold the token after each, and the label after each, for models that predict two tokens."""
         allow_changes: bool = False
         """Resume from the state of other data or settings, where that is what is wanted."""
@@ -61,15 +61,15 @@ class TokenLoader(Configurable):
                     f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 4, or to 0 for none."
                 )
 
-        def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
-            """A micro-batch and an `advance` of a loader, without reading anything: shapes on the meta device."""
+        def batch_spec(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
+            """A micro-batch and an `cursor_delta` of a loader, without reading anything: shapes on the meta device."""
             shape = (local_batch_size, seq_len)
             columns = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in COLUMNS}
             labels = columns.pop("labels")
-            advance = torch.empty(self.num_streams or global_batch_size, 2, dtype=torch.int64, device="meta")
+            cursor_delta = torch.empty(self.num_streams or global_batch_size, 2, dtype=torch.int64, device="meta")
             sequence_dims = dict.fromkeys(COLUMNS, 1)
             batch = Batch(columns, {"labels": labels}, sequence_dims, [[]] * local_batch_size)
-            return looking_ahead(batch) if self.look_ahead else batch, advance
+            return with_mtp_targets(batch) if self.mtp else batch, cursor_delta
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class TokenLoader(Configurable):
         self._pool = ThreadPoolExecutor(1, "titan-data") if config.prefetch else _InThisThread()
         self._end_thread = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
-    def draw(self, rank: int, num_ranks: int) -> list[Batch]:
+    def next_batches(self, rank: int, num_ranks: int) -> list[Batch]:
         """Return this rank's micro-batches of the step: `local_batch_size` rows each; none after a finite loader's end.
 
         All ranks get as many: where the batch does not split evenly (ranks come and go), some get one of padding.
@@ -142,9 +142,9 @@ class TokenLoader(Configurable):
             self._forget()  # what was read ahead is lost; the next draw begins where the last commit was
             raise
         batches = self._drawn.batches
-        return [looking_ahead(batch) for batch in batches] if self._config.look_ahead else batches
+        return [with_mtp_targets(batch) for batch in batches] if self._config.mtp else batches
 
-    def advance(self) -> Tensor:
+    def cursor_delta(self) -> Tensor:
         """Return how far this rank's draw moved each stream: int64 [streams, 2] (documents, tokens).
 
         Zero for streams another rank answers for: the sum over the ranks of the step moves each stream once.
@@ -153,12 +153,12 @@ class TokenLoader(Configurable):
         owned = [] if self._drawn is None else self._drawn.share.owned
         return torch.tensor([drawn[index] if index in owned else (0, 0) for index in range(self._num_streams)])
 
-    def commit(self, advance: Tensor) -> None:
-        """Make the step final. `advance` is the sum of `advance()` over all ranks of the step.
+    def commit(self, cursor_delta: Tensor) -> None:
+        """Make the step final. `cursor_delta` is the sum of `cursor_delta()` over all ranks of the step.
 
         A rank that drew nothing may commit what the others drew. Raises ValueError where this is not the sum of all.
         """
-        moves = [(documents, tokens) for documents, tokens in advance.tolist()]
+        moves = [(documents, tokens) for documents, tokens in cursor_delta.tolist()]
         self._check_moves(moves)
         if self._drawn is None:
             self._forget()
@@ -259,9 +259,9 @@ class TokenLoader(Configurable):
         other = [i for i, move in self._moves_drawn().items() if moves[i] != move]
         if still or other:
             raise ValueError(
-                f"Got an advance that {'does not move' if still else 'is not what was drawn for'} streams "
+                f"Got an cursor_delta that {'does not move' if still else 'is not what was drawn for'} streams "
                 f"{still or other}. Each stream moves as far as the rank that owns it drew. Commit the sum of "
-                f"advance() over all data ranks."
+                f"cursor_delta() over all data ranks."
             )
 
 

@@ -32,7 +32,7 @@ def shuffled(positions: Uint64s, count: int, seed: int) -> Uint64s:
 
     Epoch e holds positions e * count to (e + 1) * count - 1 and every document once. A Feistel network, keyed by
     (seed, epoch), permutes a rectangle just large enough; what lands outside is sent through again until it is inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalised Feistel, cycle walking).
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalized Feistel, cycle walking).
     """
     epochs, documents = positions // np.uint64(count), positions % np.uint64(count)
     keys = _mixed(epochs ^ _seed_key(seed))
@@ -55,7 +55,7 @@ def _feistel(values: Uint64s, keys: Uint64s, width: np.uint64, height: np.uint64
 
 
 def _mixed(values: Uint64s) -> Uint64s:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): 64 bits to 64 bits, each depending on all; wraps around."""
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014): 64 bits to 64 bits, each depending on all; wraps around."""
     values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

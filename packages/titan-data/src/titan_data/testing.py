@@ -23,9 +23,9 @@ class BatchLike(Protocol):
 class Loader(Protocol):
     """The loader of docs/design.md, as the check uses it."""
 
-    def draw(self, rank: int, num_ranks: int) -> Sequence[BatchLike]: ...
-    def advance(self) -> Tensor: ...
-    def commit(self, advance: Tensor) -> None: ...
+    def next_batches(self, rank: int, num_ranks: int) -> Sequence[BatchLike]: ...
+    def cursor_delta(self) -> Tensor: ...
+    def commit(self, cursor_delta: Tensor) -> None: ...
     def rollback(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -58,7 +58,7 @@ def check_loader(
 
 def global_batch(loaders: Sequence[Loader], num_ranks: int) -> Rows:
     """Draw one step on the first `num_ranks` loaders; return its rows in order. Empty after a finite loader's end."""
-    batches = [batch for rank in range(num_ranks) for batch in loaders[rank].draw(rank, num_ranks)]
+    batches = [batch for rank in range(num_ranks) for batch in loaders[rank].next_batches(rank, num_ranks)]
     if not batches:
         return {"sample_ids": []}
     tensors = [{**batch.inputs, **batch.targets} for batch in batches]
@@ -68,9 +68,9 @@ def global_batch(loaders: Sequence[Loader], num_ranks: int) -> Rows:
 
 def commit(loaders: Sequence[Loader]) -> None:
     """Commit on all loaders the sum of what they drew, as ranks do after an all-reduce."""
-    advance = torch.stack([loader.advance() for loader in loaders]).sum(0)
+    cursor_delta = torch.stack([loader.cursor_delta() for loader in loaders]).sum(0)
     for loader in loaders:
-        loader.commit(advance)
+        loader.commit(cursor_delta)
 
 
 def _run(make_loader: Callable[[], Loader], counts: Sequence[int], state: dict[str, Any] | None = None) -> list[Rows]:

@@ -30,7 +30,7 @@ class RecordingClient:
 
 
 class Progress:
-    """The furthest step that this replica was told of, and agreement of its ranks on whether they are behind it."""
+    """The furthest step that this replica was told of, and consistency of its ranks on whether they are behind it."""
 
     def __init__(self, store: TCPStore) -> None:
         self._store, self._num_votes, self._behind, self._quorum_id = store, 0, False, None

@@ -4,14 +4,14 @@ from titan_models.attention.base import Attention, Masks, Places
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.attention.kernels import AttentionCore, Flex, Sdpa, Varlen
 from titan_models.attention.latent_attention import MultiHeadLatentAttention
-from titan_models.attention.mask import Chunks, Mask, MaskLimit, SlidingWindow
+from titan_models.attention.mask import Chunks, Mask, MaskModifier, SlidingWindow
 from titan_models.attention.temperature import Temperature
 from titan_models.block import Block
 from titan_models.decoder import Decoder
 from titan_models.generation.generate import generate
 from titan_models.generation.kv_cache import KVCache
-from titan_models.hugging_face.adapter import HfAdapter, Inside
-from titan_models.hugging_face.rules import Stored
+from titan_models.hugging_face.adapter import HfAdapter, NestedCheckpoint
+from titan_models.hugging_face.rules import HfTensor
 from titan_models.initialization.initializers import (
     Constant,
     DepthScaledNormal,
@@ -23,7 +23,7 @@ from titan_models.initialization.initializers import (
 from titan_models.layers.embedding import Embedding
 from titan_models.layers.feed_forward import FeedForward
 from titan_models.layers.flops import Flops
-from titan_models.layers.layer import Part
+from titan_models.layers.layer import Layer
 from titan_models.layers.linear import Linear
 from titan_models.layers.rms_norm import RMSNorm
 from titan_models.layers.rope import Llama3Scaling, Rope
@@ -47,24 +47,24 @@ __all__ = [
     "Flops",
     "GroupedQueryAttention",
     "HfAdapter",
+    "HfTensor",
     "Initializer",
-    "Inside",
     "KVCache",
+    "Layer",
     "Linear",
     "Llama3Scaling",
     "Mask",
-    "MaskLimit",
+    "MaskModifier",
     "Masks",
     "Model",
     "MultiHeadLatentAttention",
+    "NestedCheckpoint",
     "Normal",
-    "Part",
     "Places",
     "RMSNorm",
     "Rope",
     "Sdpa",
     "SlidingWindow",
-    "Stored",
     "SwiGLU",
     "Temperature",
     "TruncatedNormal",

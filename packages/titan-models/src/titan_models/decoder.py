@@ -40,7 +40,7 @@ class Decoder(Model):
         block: Block.Config
         """Every block."""
 
-        exceptions: dict[str, Block.Config] = {}
+        layer_overrides: dict[str, Block.Config] = {}
         """Blocks that are different, by their numbers as in a slice: "0", "0:3", or "1::2" for every second."""
 
         rope: Rope.Config
@@ -58,7 +58,7 @@ class Decoder(Model):
         def blocks(self) -> list[Block.Config]:
             """The config of each block."""
             blocks = [self.block] * self.num_layers
-            for numbers, block in self.exceptions.items():
+            for numbers, block in self.layer_overrides.items():
                 for layer in _layers(numbers, self.num_layers):
                     blocks[layer] = block
             return blocks
@@ -72,9 +72,11 @@ class Decoder(Model):
             for name in ("vocab_size", "dim", "num_layers", "max_seq_len"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"Got {name} {getattr(self, name)}. A model has some of it. Set it to 1 or more.")
-            named = Counter(layer for numbers in self.exceptions for layer in _layers(numbers, self.num_layers))
+            named = Counter(layer for numbers in self.layer_overrides for layer in _layers(numbers, self.num_layers))
             if twice := sorted(layer for layer, times in named.items() if times > 1):
-                raise ValueError(f"Got exceptions that name the blocks {twice} twice. A block is one. Name it once.")
+                raise ValueError(
+                    f"Got layer_overrides that name the blocks {twice} twice. A block is one. Name it once."
+                )
             for block in self.blocks():
                 rotated = block.attention.rotated_dim()
                 if rotated not in (None, self.rope.dim):
@@ -119,7 +121,7 @@ class Decoder(Model):
 
     def roles(self) -> Roles:
         roles: Roles = {"embedding": "embedding", "norm": "norm", "head": "head"}
-        if not self.config.exceptions:
+        if not self.config.layer_overrides:
             return roles | under("layers.*", cast(Block, self.layers[0]).roles())
         for number, layer in enumerate(self.layers):
             roles |= under(f"layers.{number}", cast(Block, layer).roles())
@@ -130,13 +132,13 @@ def _layers(numbers: str, num_layers: int) -> range:
     """The layers that "3", "0:3" or "1::2" are. Raises ValueError for what is no slice, and for none."""
     if not re.fullmatch(r"\d+|\d*:\d*(:[1-9]\d*)?", numbers):
         raise ValueError(
-            f"Got exceptions for the blocks {numbers!r}. They are numbers as in a slice. Write '3', '0:3' or '1::2'."
+            f"Got layer_overrides for the blocks {numbers!r}. They are numbers as in a slice. Write '3', '0:3' or '1::2'."
         )
     start, *rest = (int(number) if number else None for number in numbers.split(":"))
     bounds = slice(start, *rest) if rest else slice(start, cast(int, start) + 1)
     if not (layers := range(num_layers)[bounds]):
         raise ValueError(
-            f"Got exceptions for the blocks {numbers!r}. There are {num_layers}, numbered from 0. Remove them, or "
+            f"Got layer_overrides for the blocks {numbers!r}. There are {num_layers}, numbered from 0. Remove them, or "
             "raise num_layers."
         )
     return layers

@@ -11,7 +11,7 @@ from torch import nn
 from titan_models.layers.flops import Flops
 from titan_models.layers.roles import Roles
 from titan_models.model_size import count_active_parameters, count_flops_per_token, count_parameters
-from titan_models.training.auxiliary_loss import scale_own_losses
+from titan_models.training.auxiliary_loss import scale_auxiliary_losses
 from titan_models.training.step_counter import after_step
 from titan_models.weights import init_weights
 
@@ -53,9 +53,9 @@ class Model(Configurable, nn.Module, abc.ABC):
         """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.init_weights`."""
         init_weights(self, seed)
 
-    def scale_own_losses(self, scale: float) -> None:
+    def scale_auxiliary_losses(self, scale: float) -> None:
         """To call before the forward, in one process, where routers have losses: 1 / what loss sums are divided by."""
-        scale_own_losses(self, scale)
+        scale_auxiliary_losses(self, scale)
 
     def after_step(self) -> dict[str, float]:
         """To call after each step of the optimizer, in one process: experts are balanced by what they got since.

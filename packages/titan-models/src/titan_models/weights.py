@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from titan_models.initialization.counter_based_rng import Place, key_of
 from titan_models.initialization.local_shard import local_part
-from titan_models.layers.layer import Part
+from titan_models.layers.layer import Layer
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     for prefix, module in model.named_modules():
         own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
-        initializers = module.initializers() if isinstance(module, Part) else {}
+        initializers = module.initializers() if isinstance(module, Layer) else {}
         for name, parameter in own.items():
             full_name = f"{prefix}.{name}" if prefix else name
             if parameter in seen or full_name not in state:
@@ -33,11 +33,11 @@ def init_weights(model: nn.Module, seed: int) -> None:
             if name not in initializers:
                 raise ValueError(
                     f"Got the parameter or buffer {full_name} of a {type(module).__qualname__}. Each needs an "
-                    "initializer. Make its module a titan_models.Part whose initializers() names it."
+                    "initializer. Make its module a titan_models.Layer whose initializers() names it."
                 )
             if parameter.is_meta:
                 raise ValueError(
-                    f"Got the parameter {full_name} on the meta device. It needs memory to be initialised. Call "
+                    f"Got the parameter {full_name} on the meta device. It needs memory to be initialized. Call "
                     "model.to_empty(device=...) first."
                 )
             local, offsets = local_part(parameter)

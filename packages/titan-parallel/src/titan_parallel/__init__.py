@@ -4,9 +4,9 @@ from titan_parallel.check import CheckReport, check_parallel
 from titan_parallel.data_parallel.mixed_precision import MixedPrecision
 from titan_parallel.memory.activation_checkpoint import (
     ActivationCheckpoint,
-    EveryNthBlock,
-    FullRecompute,
-    SelectiveRecompute,
+    FullActivationCheckpoint,
+    PeriodicActivationCheckpoint,
+    SelectiveActivationCheckpoint,
 )
 from titan_parallel.memory.compile import Compile
 from titan_parallel.memory.to_empty import to_empty
@@ -27,15 +27,15 @@ __all__ = [
     "Batch",
     "CheckReport",
     "Compile",
-    "EveryNthBlock",
-    "FullRecompute",
+    "FullActivationCheckpoint",
     "Head",
     "Loss",
     "MixedPrecision",
     "ParallelDims",
     "ParallelModel",
+    "PeriodicActivationCheckpoint",
     "Plan",
-    "SelectiveRecompute",
+    "SelectiveActivationCheckpoint",
     "adopt_launcher",
     "check_parallel",
     "cross_entropy",

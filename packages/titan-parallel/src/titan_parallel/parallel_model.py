@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from titan_parallel.memory.to_empty import to_empty
 from titan_parallel.mesh.collectives import sequence_error
 from titan_parallel.mesh.parallel_dims import ParallelDims
-from titan_parallel.mesh.rank_consistency import Agreement
-from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck
+from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
 from titan_parallel.step.batch import Batch, Loss, described
 from titan_parallel.step.eval_mode import in_eval_mode
 from titan_parallel.step.grad_norm import gradient_norm, scale_gradients_
 from titan_parallel.step.gradient_accumulation import GradientHook, Schedule
-from titan_parallel.step.statistics import Tallies
+from titan_parallel.step.statistics import StepStatistics
 from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 
 if TYPE_CHECKING:
@@ -41,24 +41,24 @@ class ParallelModel:
         *,
         schedule: Schedule,
         partial_gradients: PartialGradients | None,
-        tallies: Tallies,
-        own_losses: OwnLosses,
+        statistics: StepStatistics,
+        auxiliary_losses: AuxiliaryLosses,
         context: ContextParallel | None = None,
-        names_elsewhere: Sequence[str] = (),
-        counted_elsewhere: Collection[str] = (),
+        nonlocal_parameters: Sequence[str] = (),
+        duplicate_parameters: Collection[str] = (),
     ) -> None:
-        """`counted_elsewhere` are parameters that another rank holds too, and whose gradients it counts."""
+        """`duplicate_parameters` are parameters that another rank holds too, and whose gradients it counts."""
         self.model = model
         self.dims = dims
-        self.names_elsewhere = names_elsewhere
+        self.nonlocal_parameters = nonlocal_parameters
         """The parameters of the model that take gradients and that other ranks hold, not this one."""
         self._schedule = schedule
         self._partial_gradients = partial_gradients
-        self._tallies = tallies
-        self._own_losses = own_losses
+        self._statistics = statistics
+        self._auxiliary_losses = auxiliary_losses
         self._gradient_hook: GradientHook | None = None
-        self._counted_elsewhere = counted_elsewhere
-        self._ranks_of_data_rank = dims.ranks_of_data_rank
+        self._duplicate_parameters = duplicate_parameters
+        self._ranks_of_data_rank = dims.ranks_of_dp_rank
         self._context = context
 
     def to_empty(self, device: torch.device | str) -> None:
@@ -74,26 +74,26 @@ class ParallelModel:
         """
         self._agree_on(batches, loss, "forward_backward", self._schedule.check)
         self.model.zero_grad(set_to_none=True)
-        self._tallies.forget()
+        self._statistics.forget()
         weighed = denominator / self._num_averaged
         with (
             self._sharing_sequences(),
             self._partial_gradients_summed_at_the_end(),
-            self._own_losses.divided_by(weighed),
+            self._auxiliary_losses.divided_by(weighed),
         ):
             total = self._schedule.forward_backward(batches, loss, weighed)
         if self._context is not None:
             self._context.check_shared(total, loss)
-        return self._sum_with_tallies(total)
+        return self._sum_with_statistics(total)
 
     def after_step(self) -> dict[str, float]:
         """To call after each step of the optimizer: parts that count over a step act on what all ranks counted.
 
         That is how experts are balanced. Returns what these parts tell, such as `expert_load`; of several the highest.
         """
-        if self._tallies.summed is None:  # a loop of somebody's own went backward
-            self._sum_with_tallies(torch.zeros((), dtype=torch.float64, device=self.dims.device_type))
-        return self._tallies.settle()
+        if self._statistics.summed is None:  # a loop of somebody's own went backward
+            self._sum_with_statistics(torch.zeros((), dtype=torch.float64, device=self.dims.device_type))
+        return self._statistics.update()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class ParallelModel:
         Returns the norm before scaling: an fp64 scalar, the same on every rank.
         """
         parameters = dict(self.model.named_parameters())
-        counted = [parameter for name, parameter in parameters.items() if name not in self._counted_elsewhere]
+        counted = [parameter for name, parameter in parameters.items() if name not in self._duplicate_parameters]
         norm = gradient_norm(counted, self.dims.world_size, self.dims.device_type)
         if max_norm is not None and math.isfinite(max_norm):
             scale_gradients_(parameters.values(), norm, max_norm)
@@ -145,23 +145,23 @@ class ParallelModel:
         """How micro-batches run."""
         return self._schedule
 
-    def _sum_with_tallies(self, total: Tensor) -> Tensor:
-        """The sum of `total` over the mesh, and in the same go those of the tallies, which replicas sum further."""
-        if not self._tallies.size:
-            self._tallies.summed = total.new_zeros(0)
+    def _sum_with_statistics(self, total: Tensor) -> Tensor:
+        """The sum of `total` over the mesh, and in the same go those of the statistics, which replicas sum further."""
+        if not self._statistics.size:
+            self._statistics.summed = total.new_zeros(0)
             return self._sum_over_mesh(total)
         own_total = total if self._is_first_tensor_rank else torch.zeros_like(total)
-        sums = torch.cat([own_total.reshape(1), self._tallies.own()])
+        sums = torch.cat([own_total.reshape(1), self._statistics.own()])
         if self.dims.world_size > 1:
             dist.all_reduce(sums)
-        self._tallies.summed = sums[1:].contiguous()
+        self._statistics.summed = sums[1:].contiguous()
         if self._gradient_hook is not None:
-            self._gradient_hook(self._tallies.summed)
+            self._gradient_hook(self._statistics.summed)
         return sums[0]
 
     def _sum_over_mesh(self, totals: Tensor) -> Tensor:
         """Over all ranks that saw other rows, tokens or stages; those of the tensor axis all have the same."""
-        if self.dims.world_size > self.dims.num_tensor:
+        if self.dims.world_size > self.dims.tp_size:
             totals = totals if self._is_first_tensor_rank else torch.zeros_like(totals)
             dist.all_reduce(totals)
         return totals
@@ -184,15 +184,15 @@ class ParallelModel:
         self, batches: Sequence[Batch], loss: Loss, doing: str, check: Callable[[Sequence[Batch]], None]
     ) -> None:
         """A step that one rank cannot do, or would do otherwise, is an error on every rank."""
-        with Agreement(doing, self.dims.device_type) as agreement:
+        with RankConsistencyCheck(doing, self.dims.device_type) as consistency:
             self._check(batches, loss)
             check(batches)
-            agreement.on("numbers of batches", str(len(batches)))
+            consistency.on("numbers of batches", str(len(batches)))
             if len(self._ranks_of_data_rank) > 1:
                 lines = (f"number {index}: {described(batch)}" for index, batch in enumerate(batches))
-                agreement.on("batches", "\n".join(lines), self._ranks_of_data_rank)
-            agreement.ask(self._schedule.must_probe(batches))
-        if agreement.asked:
+                consistency.on("batches", "\n".join(lines), self._ranks_of_data_rank)
+            consistency.ask(self._schedule.must_probe(batches))
+        if consistency.asked:
             self._probe_shapes(batches)
 
     def _check(self, batches: Sequence[Batch], loss: Loss) -> None:
@@ -209,5 +209,5 @@ class ParallelModel:
     def _check_divides(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
             for name, dim in batch.sequence_dims.items():
-                if name in batch.inputs and batch.inputs[name].size(dim) % self.dims.num_tensor:
-                    raise ValueError(sequence_error(batch.inputs[name].size(dim), self.dims.num_tensor))
+                if name in batch.inputs and batch.inputs[name].size(dim) % self.dims.tp_size:
+                    raise ValueError(sequence_error(batch.inputs[name].size(dim), self.dims.tp_size))

@@ -14,16 +14,16 @@ from titan_parallel.data_parallel.mixed_precision import MixedPrecision
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.memory.compile import Compile
 from titan_parallel.mesh.parallel_dims import ParallelDims
-from titan_parallel.mesh.rank_consistency import Agreement, host_device_type
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck, host_device_type
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.probe.checks import ContextCheck, StageCheck, probe_for, settle_tensor_parallel
 from titan_parallel.sharding_plan.roles import Roles, RoleTable
 from titan_parallel.sharding_plan.units import blocks_of, check_weights_of_blocks, with_role_errors
-from titan_parallel.step.auxiliary_losses import OwnLosses
+from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
 from titan_parallel.step.forward_loss import LossForward
 from titan_parallel.step.gradient_accumulation import Accumulation, Schedule
 from titan_parallel.step.loss_in_head import HeadForward
-from titan_parallel.step.statistics import Tallies
+from titan_parallel.step.statistics import StepStatistics
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -52,15 +52,17 @@ def parallelize(
     `operator.attrgetter("logits")`. No parameter changes its name. Raises ConfigError for roles that do not fit the
     model, and for a model that does not fit the mesh.
     """
-    with Agreement("parallelize", host_device_type(dims.device_type)) as agreement:  # what fails, fails on every rank
+    with RankConsistencyCheck(
+        "parallelize", host_device_type(dims.device_type)
+    ) as consistency:  # what fails, fails on every rank
         matched = Roles(model, roles)
-        _agree_on(agreement, model, matched, dims, (activation_checkpoint, compile, mixed_precision))
+        _agree_on(consistency, model, matched, dims, (activation_checkpoint, compile, mixed_precision))
         options = _Options.of(activation_checkpoint, compile, mixed_precision, output)
         probe = probe_for(model, matched, dims)  # of the whole model, before any part of it is changed
         dims = settle_tensor_parallel(model, matched, dims, probe)
-        agreement.on("sequence_parallel", str(dims.sequence_parallel))
+        consistency.on("sequence_parallel", str(dims.sequence_parallel))
         transformed = _transformed(model, matched, dims, options, probe)
-        agreement.on("stages", "" if transformed.stages is None else repr(transformed.stages.schedule))
+        consistency.on("stages", "" if transformed.stages is None else repr(transformed.stages.schedule))
     return _joined(model, matched, dims, options, transformed)
 
 
@@ -93,19 +95,21 @@ class _Transformed:
 
     held: Roles
     context: ContextParallel | None
-    tallies: Tallies
+    statistics: StepStatistics
     stages: Stages | None
     tensor_parallel: TensorParallel | None
     head: HeadForward | None
 
 
-def _agree_on(agreement: Agreement, model: nn.Module, roles: Roles, dims: ParallelDims, configs: Sequence[Any]) -> None:
-    agreement.on("degrees", repr(dims.config))
-    agreement.on("roles", str(roles))
-    agreement.on("parameters", _described(model))
-    agreement.on("weights", _first_values(model))
+def _agree_on(
+    consistency: RankConsistencyCheck, model: nn.Module, roles: Roles, dims: ParallelDims, configs: Sequence[Any]
+) -> None:
+    consistency.on("degrees", repr(dims.config))
+    consistency.on("roles", str(roles))
+    consistency.on("parameters", _described(model))
+    consistency.on("weights", _first_values(model))
     for name, config in zip(("activation_checkpoint", "compile", "mixed_precision"), configs, strict=True):
-        agreement.on(name, repr(config))
+        consistency.on(name, repr(config))
 
 
 def _transformed(
@@ -116,7 +120,7 @@ def _transformed(
     if dims.world_size > 1:
         check_weights_of_blocks(model, roles)
     context = _share_sequences(model, roles, dims, probe)
-    tallies = Tallies(model, roles, dims)
+    statistics = StepStatistics(model, roles, dims)
     stages = _cut_into_stages(model, roles, dims, options, probe)
     held = roles if stages is None else roles.without(stages.taken_out)
     tensor_parallel = _split_over_tensor_ranks(model, held, dims)
@@ -126,7 +130,7 @@ def _transformed(
         model.forward = tensor_parallel.local_view("")(model.forward)
     if dims.world_size > 1:
         model.forward = with_role_errors(model.forward, roles)
-    return _Transformed(held, context, tallies, stages, tensor_parallel, head)
+    return _Transformed(held, context, statistics, stages, tensor_parallel, head)
 
 
 def _joined(
@@ -146,11 +150,11 @@ def _joined(
         if stages is None
         else _pipeline(stages, runner, units),
         partial_gradients=tensor_parallel.partial_gradients if tensor_parallel is not None else None,
-        tallies=transformed.tallies,
-        own_losses=OwnLosses(model, roles, num_tensor=dims.num_tensor, device_type=dims.device_type),
+        statistics=transformed.statistics,
+        auxiliary_losses=AuxiliaryLosses(model, roles, tp_size=dims.tp_size, device_type=dims.device_type),
         context=transformed.context,
-        names_elsewhere=() if stages is None else stages.names_elsewhere,
-        counted_elsewhere=() if stages is None else stages.counted_elsewhere,
+        nonlocal_parameters=() if stages is None else stages.nonlocal_parameters,
+        duplicate_parameters=() if stages is None else stages.duplicate_parameters,
     )
 
 
@@ -163,13 +167,13 @@ def _pipeline(stages: Stages, runner: StageRunner | None, units: list[FSDPModule
 
 def _reduces_each(dims: ParallelDims) -> bool:
     """Return whether each micro-batch's gradients are brought to the ranks that own them: where ranks own parts."""
-    return dims.config.fsdp_reduce_gradients == "always" and dims.num_shard * dims.num_context > 1
+    return dims.config.fsdp_reduce_gradients == "always" and dims.dp_shard_size * dims.cp_size > 1
 
 
 def _share_sequences(
     model: nn.Module, roles: Roles, dims: ParallelDims, probe: TokenProbe | None
 ) -> ContextParallel | None:
-    if dims.num_context == 1 or probe is None:
+    if dims.cp_size == 1 or probe is None:
         return None
     from titan_parallel.context_parallel.apply import ContextParallel
 
@@ -184,7 +188,7 @@ def _cut_into_stages(
     probe: TokenProbe | None,
 ) -> Stages | None:
     """Take out of the model what other ranks of the pipeline hold."""
-    if dims.num_pipeline == 1:
+    if dims.pp_size == 1:
         return None
     assert probe is not None  # probe_for makes one for pipelines
     from titan_parallel.pipeline_parallel.partition import Stages
@@ -192,7 +196,7 @@ def _cut_into_stages(
 
     if len(roles.stacks) > 1:
         raise ConfigError(
-            f"pipeline_parallel_degree must be 1 for several stacks of blocks, got {dims.num_pipeline} with blocks in "
+            f"pipeline_parallel_degree must be 1 for several stacks of blocks, got {dims.pp_size} with blocks in "
             f"{' and in '.join(parent or 'the model' for parent in roles.stacks)}. Give the role block to one list of "
             "layers, or set pipeline_parallel_degree to 1."
         )
@@ -226,7 +230,7 @@ def _described(model: nn.Module) -> str:
 
 
 def _split_over_tensor_ranks(model: nn.Module, roles: Roles, dims: ParallelDims) -> TensorParallel | None:
-    if dims.num_tensor == 1:
+    if dims.tp_size == 1:
         return None
     from titan_parallel.tensor_parallel.apply import TensorParallel
 

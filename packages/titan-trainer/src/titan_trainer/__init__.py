@@ -1,10 +1,10 @@
 """The training loop: optimizer, schedule, loss, metrics, validation, profiling."""
 
 from titan_trainer.errors import NonFiniteError
-from titan_trainer.look_ahead import LookAhead
 from titan_trainer.loss import CrossEntropy
 from titan_trainer.main import main
 from titan_trainer.metrics import Metrics, TensorBoard
+from titan_trainer.mtp_loss import MultiTokenPredictionLoss
 from titan_trainer.optimizer import AdamW, Optimizer, ParameterGroup
 from titan_trainer.plot import draw_loss_curve
 from titan_trainer.profiling import Profiler
@@ -20,8 +20,8 @@ __all__ = [
     "Comm",
     "CrossEntropy",
     "Debug",
-    "LookAhead",
     "Metrics",
+    "MultiTokenPredictionLoss",
     "NonFiniteError",
     "Optimizer",
     "ParameterGroup",

@@ -52,11 +52,11 @@ class Optimizer(Configurable, ABC):
         config: Config,
         *,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        names_elsewhere: Collection[str] = (),
+        nonlocal_parameters: Collection[str] = (),
     ) -> None:
-        """`names_elsewhere` are parameters of the model that other ranks have: patterns may be about these alone."""
+        """`nonlocal_parameters` are parameters of the model that other ranks have: patterns may be about these alone."""
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self.optimizer = self.build_optimizer(group_parameters(self.parameters, config, names_elsewhere))
+        self.optimizer = self.build_optimizer(group_parameters(self.parameters, config, nonlocal_parameters))
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = self.initial_state(parameter)
@@ -117,10 +117,10 @@ class AdamW(Optimizer):
         config: Config,
         *,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        names_elsewhere: Collection[str] = (),
+        nonlocal_parameters: Collection[str] = (),
     ) -> None:
         self.config = config
-        super().__init__(config, parameters=parameters, names_elsewhere=names_elsewhere)
+        super().__init__(config, parameters=parameters, nonlocal_parameters=nonlocal_parameters)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """torch's AdamW."""
@@ -151,7 +151,7 @@ def require_finite(name: str, value: float) -> None:
 
 
 def group_parameters(
-    parameters: dict[str, nn.Parameter], config: Optimizer.Config, names_elsewhere: Collection[str] = ()
+    parameters: dict[str, nn.Parameter], config: Optimizer.Config, nonlocal_parameters: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Torch's parameter groups: one per entry of `config.parameter_groups`, and one for all others.
 
@@ -159,7 +159,7 @@ def group_parameters(
     """
     groups = []
     remaining = dict(parameters)
-    left_elsewhere = set(names_elsewhere)
+    left_elsewhere = set(nonlocal_parameters)
     for exception in config.parameter_groups:
         names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
         taken_elsewhere = {name for name in left_elsewhere if fnmatchcase(name, exception.pattern)}
@@ -170,7 +170,7 @@ def group_parameters(
             raise ConfigError(
                 f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least "
                 "one that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
-                f"{nearest(exception.pattern, [*parameters, *names_elsewhere])}."
+                f"{nearest(exception.pattern, [*parameters, *nonlocal_parameters])}."
             )
         groups.append(
             {

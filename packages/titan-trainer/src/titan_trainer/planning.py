@@ -73,18 +73,18 @@ def read_words(words: Sequence[str]) -> Arguments:
 def plan_of(config: Trainer.Config, world_size: int, device_memory: str | None = None) -> Plan:
     """The plan of a run on `world_size` ranks. Raises ConfigError where it could not run."""
     training = config.training
-    num_data_ranks = ParallelDims.count_data_ranks(config.parallelism, world_size)
+    dp_size = ParallelDims.count_data_ranks(config.parallelism, world_size)
     loader: LoaderConfig = config.dataloader  # type: ignore[assignment]  # the recipe's promise
-    batch, advance = loader.outline(
+    batch, cursor_delta = loader.batch_spec(
         seq_len=training.seq_len,
         global_batch_size=training.global_batch_size,
         local_batch_size=training.local_batch_size,
     )
 
     def sums_of_the_loop(dims: ParallelDims) -> None:
-        """Those of `sum_over_data_ranks` (valid targets, tokens, advance) and of `agree`."""
-        if dims.num_data_ranks > 1:
-            dist.all_reduce(torch.zeros(2 + advance.numel(), dtype=torch.int64), group=dims.data_group)
+        """Those of `sum_over_data_ranks` (valid targets, tokens, cursor_delta) and of `agree`."""
+        if dims.dp_size > 1:
+            dist.all_reduce(torch.zeros(2 + cursor_delta.numel(), dtype=torch.int64), group=dims.data_group)
         if dims.world_size > 1:
             dist.all_reduce(torch.tensor(0))
 
@@ -93,7 +93,7 @@ def plan_of(config: Trainer.Config, world_size: int, device_memory: str | None =
     return plan(
         lambda: model_on_meta(config)[0],
         batch=batch,
-        num_batches=training.num_batches(num_data_ranks),
+        num_batches=training.num_batches(dp_size),
         loss=config.loss.build(),
         optimizer=lambda parameters: config.optimizer.build(parameters=parameters).optimizer,
         world_size=world_size,

@@ -73,16 +73,16 @@ class Loss(Protocol):
 class Loader(Protocol):
     """Draws a data rank's share of the global batch; a step that was not committed gives its samples back."""
 
-    def draw(self, rank: int, num_ranks: int) -> Sequence[Batch]:
+    def next_batches(self, rank: int, num_ranks: int) -> Sequence[Batch]:
         """The micro-batches of the next step; none once the data has ended."""
         ...
 
-    def advance(self) -> Tensor:
+    def cursor_delta(self) -> Tensor:
         """How far the last draw moved each stream: int64; zero for streams that other ranks drew from."""
         ...
 
-    def commit(self, advance: Tensor) -> None:
-        """Make the step final; `advance` is the sum over all data ranks."""
+    def commit(self, cursor_delta: Tensor) -> None:
+        """Make the step final; `cursor_delta` is the sum over all data ranks."""
         ...
 
     def rollback(self) -> None: ...
@@ -95,8 +95,8 @@ class Loader(Protocol):
 class LoaderConfig(Protocol):
     """What `--plan` reads of a loader's config. One that has an `infinite` which is True needs validator.tokens."""
 
-    def outline(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
-        """A micro-batch and an `advance`, of which only the shapes count: nothing is read."""
+    def batch_spec(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
+        """A micro-batch and an `cursor_delta`, of which only the shapes count: nothing is read."""
         ...
 
 

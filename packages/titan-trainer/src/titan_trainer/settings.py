@@ -53,19 +53,19 @@ class Training(Configurable.Config):
         """What `parallelize` takes."""
         return MixedPrecision.Config(param=self.mixed_precision_param, reduce=self.mixed_precision_reduce)
 
-    def num_batches(self, num_data_ranks: int) -> int:
+    def num_batches(self, dp_size: int) -> int:
         """Micro-batches of a step on each data rank. Raises ConfigError where ranks cannot take as many whole ones."""
-        rows_at_once = num_data_ranks * self.local_batch_size
+        rows_at_once = dp_size * self.local_batch_size
         if self.global_batch_size % rows_at_once:
             raise ConfigError(
-                f"Got a global batch of {self.global_batch_size} rows for {num_data_ranks} data ranks with "
+                f"Got a global batch of {self.global_batch_size} rows for {dp_size} data ranks with "
                 f"micro-batches of {self.local_batch_size}. Each rank takes as many whole ones. "
-                f"Set --training.global_batch_size to a multiple of {rows_at_once}{self._or_fewer(num_data_ranks)}."
+                f"Set --training.global_batch_size to a multiple of {rows_at_once}{self._or_fewer(dp_size)}."
             )
         return self.global_batch_size // rows_at_once
 
-    def _or_fewer(self, num_data_ranks: int) -> str:
-        rows, rest = divmod(self.global_batch_size, num_data_ranks)
+    def _or_fewer(self, dp_size: int) -> str:
+        rows, rest = divmod(self.global_batch_size, dp_size)
         if rest:
             return ""
         fitting = max(size for size in range(1, self.local_batch_size + 1) if rows % size == 0)

@@ -128,7 +128,7 @@ class Trainer(Configurable):
                 "Every token id needs a row of the embedding. "
                 f"Set --model.vocab_size to {self.tokenizer.vocab_size} or more, or take the model's own tokenizer."
             )
-        config.training.num_batches(self.dims.num_data_ranks)
+        config.training.num_batches(self.dims.dp_size)
         self.loader = self.build_loader(config.dataloader)
 
     def build_loader(self, config: Configurable.Config) -> Loader:
@@ -164,7 +164,7 @@ class Trainer(Configurable):
         """Build the optimizer over the model's parameters, the schedule of its learning rate, and of other numbers."""
         config = self.config
         self.optimizer: Optimizer = config.optimizer.build(
-            parameters=self.model.named_parameters(), names_elsewhere=self.parallel.names_elsewhere
+            parameters=self.model.named_parameters(), nonlocal_parameters=self.parallel.nonlocal_parameters
         )
         self.schedule: WarmupStableDecay = config.lr_scheduler.build(training_steps=config.training.steps)
         numbers: list[ScheduledNumber] = [each.build() for each in config.scheduled]
@@ -223,13 +223,13 @@ class Trainer(Configurable):
         replica, num_replicas = self.replica_group.begin_step()
         for number, owners in self.scheduled:
             number.apply(owners, self.step)
-        ranks_each = self.dims.num_data_ranks
-        batches = self.loader.draw(replica * ranks_each + self.dims.data_rank, num_replicas * ranks_each)
+        ranks_each = self.dims.dp_size
+        batches = self.loader.next_batches(replica * ranks_each + self.dims.dp_rank, num_replicas * ranks_each)
         if not batches:
             log.warning("The data ended after step %d.", self.step)
             self.data_ended = True
             return None
-        count, tokens, advance = self.sum_over_data_ranks(batches)
+        count, tokens, cursor_delta = self.sum_over_data_ranks(batches)
 
         loss_sum = self.parallel.forward_backward(batches, self.loss, denominator=count)
         self.replica_group.reduce_(loss_sum)
@@ -247,20 +247,22 @@ class Trainer(Configurable):
         measured = self.parallel.after_step()
         for converter in self.converters:
             converter.after_step(self.model)
-        self.loader.commit(advance)
+        self.loader.commit(cursor_delta)
         self.step += 1
         return StepResult(loss, grad_norm, self.config.optimizer.lr * lr_factor, tokens, num_replicas, measured)
 
     def sum_over_data_ranks(self, batches: Sequence[Batch]) -> tuple[int, int, Tensor]:
         """What the group is about to compute on: valid targets (at least 1), tokens, how far each stream moves."""
         count = int(sum(self.loss.count(batch.targets) for batch in batches))
-        advance = self.loader.advance()
-        totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), advance.flatten()]).to(self.device)
-        if self.dims.num_data_ranks > 1:
+        cursor_delta = self.loader.cursor_delta()
+        totals = torch.cat([torch.tensor([count, sum(map(num_tokens, batches))]), cursor_delta.flatten()]).to(
+            self.device
+        )
+        if self.dims.dp_size > 1:
             dist.all_reduce(totals, group=self.dims.data_group)
         self.replica_group.reduce_(totals)
         totals = totals.cpu()
-        return max(int(totals[0]), 1), int(totals[1]), totals[2:].view_as(advance)
+        return max(int(totals[0]), 1), int(totals[1]), totals[2:].view_as(cursor_delta)
 
     def require_finite(self, loss: float, grad_norm: float, batches: Sequence[Batch]) -> None:
         """Raise NonFiniteError, on every rank alike, unless loss and gradient norm are finite."""

@@ -76,17 +76,17 @@ class Validator(Configurable):
                 if count == 0:
                     break
                 log.warning("Validated on %d batches, and is not done: see --validator.tokens.", num_batches)
-            batches = self.loader.draw(dims.data_rank, dims.num_data_ranks)
+            batches = self.loader.next_batches(dims.dp_rank, dims.dp_size)
             if not batches:
                 break
             batch_sum, batch_count = self.parallel.evaluate(batches, self.loss)
             loss_sum += float(batch_sum)
             count += int(batch_count)
             num_batches += 1
-            advance = self.loader.advance()
-            if dims.num_data_ranks > 1:
-                dist.all_reduce(advance, group=dims.data_group)
-            self.loader.commit(advance)
+            cursor_delta = self.loader.cursor_delta()
+            if dims.dp_size > 1:
+                dist.all_reduce(cursor_delta, group=dims.data_group)
+            self.loader.commit(cursor_delta)
         if count == 0:
             raise ValueError(
                 f"Got no valid target in {num_batches} batches of validation. The text must fill at least one batch. "

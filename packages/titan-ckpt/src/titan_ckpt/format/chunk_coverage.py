@@ -13,7 +13,7 @@ _MOST_DIMS_CUT = 8  # a mesh has five axes; each dim doubles the corners
 
 
 def misfit(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
-    """Return what is wrong with `boxes` as the pieces of a tensor of `shape`: empty when they fill it exactly once.
+    """Return what is wrong with `boxes` as the mappings of a tensor of `shape`: empty when they fill it exactly once.
 
     Boxes fill a shape without gap or overlap when, and only when, their corners (with alternating signs) add up to
     those of the shape: the signed corners determine how often each point is covered. Time: boxes x 2^dims cut.

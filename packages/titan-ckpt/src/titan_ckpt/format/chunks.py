@@ -1,4 +1,4 @@
-"""The piece of a tensor that this rank holds, and where it belongs in the whole."""
+"""The mapping of a tensor that this rank holds, and where it belongs in the whole."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
 
 
 def is_writer(name: str, tensor: Tensor) -> bool:
-    """Whether this rank is the one among the replicas of its piece of a DTensor that writes it; spread by name."""
+    """Whether this rank is the one among the replicas of its mapping of a DTensor that writes it; spread by name."""
     if not is_dtensor(tensor):
         return True
     coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()

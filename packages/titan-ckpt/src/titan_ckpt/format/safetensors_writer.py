@@ -105,5 +105,5 @@ def read_through(stand_ins: Mapping[str, Tensor], read: Callable[[str], Tensor])
 
 
 def _content(tensor: Tensor) -> memoryview | bytes:
-    """The bytes of a tensor, without a copy where it is on the CPU and in one piece."""
+    """The bytes of a tensor, without a copy where it is on the CPU and in one mapping."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

@@ -15,14 +15,14 @@ from titan_ckpt.errors import CheckpointError, listed
 T = TypeVar("T")
 
 
-class Piece(Protocol):
+class WeightMapping(Protocol):
     """Weights of a model, and the tensors in Hugging Face's files that hold the same numbers."""
 
     @property
     def own(self) -> Sequence[tuple[str, int | None]]:
         """Names of weights; with a number, of one of the matrices that a weight is a stack of.
 
-        A piece without any is a check: it is read before any weight is touched.
+        A mapping without any is a check: it is read before any weight is touched.
         """
 
     @property
@@ -30,8 +30,8 @@ class Piece(Protocol):
         """Names in the files: one to write, one or several to read; none for state that is not exported."""
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether its numbers are computed from quantised ones, and may be rounded to the model's dtype."""
+    def is_quantized(self) -> bool:
+        """Whether its numbers are computed from quantized ones, and may be rounded to the model's dtype."""
 
     @property
     def keeps_dtype(self) -> bool:
@@ -43,15 +43,15 @@ class Piece(Protocol):
 
 
 class HFAdapter(Protocol):
-    """Translates the weights of a model piece by piece; ValueErrors say what does not fit."""
+    """Translates the weights of a model mapping by mapping; ValueErrors say what does not fit."""
 
-    def pieces(self) -> Sequence[Piece]:
+    def mappings(self) -> Sequence[WeightMapping]:
         """All of the model, as it is exported."""
 
-    def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None, /) -> Sequence[Piece]:
+    def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None, /) -> Sequence[WeightMapping]:
         """All of the model, as it is in files with these tensors (on the meta device) and this `config.json`.
 
-        Every tensor is in a piece; those that the model has no use for are in one without own weights.
+        Every tensor is in a mapping; those that the model has no use for are in one without own weights.
         """
 
     def hf_config(self) -> dict[str, Any]:
@@ -60,11 +60,11 @@ class HFAdapter(Protocol):
 
 @dataclass(frozen=True)
 class Renamed:
-    """A piece that is a weight under another name: what an adapter of one's own is made of."""
+    """A mapping that is a weight under another name: what an adapter of one's own is made of."""
 
     name: str
     hf_name: str
-    is_quantised: bool = False
+    is_quantized: bool = False
     keeps_dtype: bool = False
 
     @property
@@ -87,9 +87,9 @@ def on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
 
 
-def parts_of(piece: Piece, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The own tensors of a piece, out of a model's state."""
-    return [state[name] if index is None else state[name][index] for name, index in piece.own]
+def parts_of(mapping: WeightMapping, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The own tensors of a mapping, out of a model's state."""
+    return [state[name] if index is None else state[name][index] for name, index in mapping.own]
 
 
 def asked(adapter: Callable[..., T], *arguments: Any) -> T:
@@ -104,13 +104,15 @@ def asked(adapter: Callable[..., T], *arguments: Any) -> T:
         raise CheckpointError(f"The model's Hugging Face adapter refused the weights: {error}") from error
 
 
-def check_complete(pieces: Sequence[Piece], state: Mapping[str, Tensor], elsewhere: Collection[str] = ()) -> None:
-    """Check that pieces are all of a state, and nothing of it twice; `elsewhere` are weights that other ranks have.
+def check_complete(
+    mappings: Sequence[WeightMapping], state: Mapping[str, Tensor], elsewhere: Collection[str] = ()
+) -> None:
+    """Check that mappings are all of a state, and nothing of it twice; `elsewhere` are weights that other ranks have.
 
     Raises:
         CheckpointError: naming weights that are not.
     """
-    found = Counter(slot for piece in pieces for slot in piece.own if slot[0] not in elsewhere)
+    found = Counter(slot for mapping in mappings for slot in mapping.own if slot[0] not in elsewhere)
     stacked = {name for name, index in found if index is not None and name in state}
     needed: Counter[tuple[str, int | None]]
     needed = Counter((name, index) for name in stacked for index in range(len(state[name])))

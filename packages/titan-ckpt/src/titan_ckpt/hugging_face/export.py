@@ -11,12 +11,12 @@ import torch
 from titan_config import from_dict
 from torch import Tensor
 
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.chunks import is_dtensor
 from titan_ckpt.format.readers import TensorReader, read_config
 from titan_ckpt.format.verify import check_whole
-from titan_ckpt.hugging_face.adapter import HFAdapter, Piece, asked, check_complete, on_meta, parts_of
+from titan_ckpt.hugging_face.adapter import HFAdapter, WeightMapping, asked, check_complete, on_meta, parts_of
 from titan_ckpt.hugging_face.base_folder import BASE_MODEL
 from titan_ckpt.hugging_face.folder_writer import write_folder
 from titan_ckpt.hugging_face.metadata import Companions, companions, ids_of_saved
@@ -36,8 +36,8 @@ def save_hf(
 ) -> None:
     """Write the weights of a live model, plain or sharded, as a folder that `transformers` loads.
 
-    A collective of all ranks. Rank 0 writes; beside the model there is never more than one piece of it. Floating point
-    numbers are rounded to `dtype` (None: as they are), but for pieces that keep theirs.
+    A collective of all ranks. Rank 0 writes; beside the model there is never more than one mapping of it. Floating point
+    numbers are rounded to `dtype` (None: as they are), but for mappings that keep theirs.
 
     `base_model` is the Hugging Face folder that the model began with (None: there is none): what training does not
     change is that of its `config.json` (ids of tokens, settings of no layer), its `generation_config.json` and its
@@ -46,7 +46,7 @@ def save_hf(
     Raises:
         CheckpointError: when the adapter refuses the state, the folder is there already, or what is copied is not.
     """
-    ranks = Ranks()
+    ranks = CollectiveGuard()
 
     def read(name: str) -> Tensor:
         tensor = state[name].detach()
@@ -109,7 +109,7 @@ def export_checkpoint(
         def read(name: str) -> Tensor:
             return reader.read(prefix + name)
 
-        _write(state, read, adapter, folder, dtype, max_file_bytes, Ranks(alone=True), beside)
+        _write(state, read, adapter, folder, dtype, max_file_bytes, CollectiveGuard(alone=True), beside)
 
 
 def _write(
@@ -119,24 +119,24 @@ def _write(
     folder: Path,
     dtype: torch.dtype | None,
     max_file_bytes: int,
-    ranks: Ranks,
+    ranks: CollectiveGuard,
     beside: Callable[[Mapping[str, Any]], Companions],
 ) -> None:
-    all_pieces = asked(adapter.pieces)
+    all_pieces = asked(adapter.mappings)
     check_complete(all_pieces, state)
-    pieces = {piece.hf_names[0]: piece for piece in all_pieces if piece.hf_names}
+    mappings = {mapping.hf_names[0]: mapping for mapping in all_pieces if mapping.hf_names}
     stand_ins = {
-        key: tensor.to(_rounded(piece, tensor.dtype, dtype))
-        for key, piece in pieces.items()
-        for tensor in [asked(piece.to_hf, parts_of(piece, state))]
+        key: tensor.to(_rounded(mapping, tensor.dtype, dtype))
+        for key, mapping in mappings.items()
+        for tensor in [asked(mapping.to_hf, parts_of(mapping, state))]
     }
     kept = _Kept(read)
 
     def read_hf(key: str) -> Tensor:
-        own = kept.only({name for name, _ in pieces[key].own})
-        return pieces[key].to_hf(parts_of(pieces[key], own)).to(stand_ins[key].dtype)
+        own = kept.only({name for name, _ in mappings[key].own})
+        return mappings[key].to_hf(parts_of(mappings[key], own)).to(stand_ins[key].dtype)
 
-    weights = [tensor.dtype for key, tensor in stand_ins.items() if not pieces[key].keeps_dtype]
+    weights = [tensor.dtype for key, tensor in stand_ins.items() if not mappings[key].keeps_dtype]
     floats = (each for each in weights if each.is_floating_point)
     widest = max(floats, key=lambda each: each.itemsize, default=torch.float32)
     config = {**adapter.hf_config(), "dtype": str(widest).removeprefix("torch.")}
@@ -145,7 +145,7 @@ def _write(
 
 
 class _Kept:
-    """Reads weights, and keeps those that the piece before needed too: the matrices of a stack come one by one."""
+    """Reads weights, and keeps those that the mapping before needed too: the matrices of a stack come one by one."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         self._read = read
@@ -158,8 +158,8 @@ class _Kept:
         return self._kept
 
 
-def _rounded(piece: Piece, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and dtype.is_floating_point and not piece.keeps_dtype else dtype
+def _rounded(mapping: WeightMapping, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and dtype.is_floating_point and not mapping.keeps_dtype else dtype
 
 
 def _check_new(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from titan_ckpt.errors import CheckpointError, listed
 from titan_ckpt.format.safetensors_reader import MappedFile
 from titan_ckpt.format.strict_json import is_there, read_json
-from titan_ckpt.hugging_face.adapter import Piece
+from titan_ckpt.hugging_face.adapter import WeightMapping
 from titan_ckpt.hugging_face.weight_files import INDEX, folder_of, weight_files
 from titan_ckpt.paths import local_path
 
@@ -68,6 +68,6 @@ class HFReader:
         """All tensors on the meta device: their names, shapes and types."""
         return self._stand_ins
 
-    def read(self, piece: Piece) -> list[Tensor]:
-        """The tensors of a piece, of which that is read which is looked at."""
-        return [self._file_of[key].tensor(key) for key in piece.hf_names]
+    def read(self, mapping: WeightMapping) -> list[Tensor]:
+        """The tensors of a mapping, of which that is read which is looked at."""
+        return [self._file_of[key].tensor(key) for key in mapping.hf_names]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.format.durable_files import publish, write_json
 from titan_ckpt.format.safetensors_writer import read_through, write_streamed
 from titan_ckpt.hugging_face.metadata import Companions
@@ -23,7 +23,7 @@ def write_folder(
     read: Callable[[str], Tensor],
     companions: Companions | None,
     max_file_bytes: int,
-    ranks: Ranks,
+    ranks: CollectiveGuard,
 ) -> None:
     """Write tensors as `model-00001-of-00002.safetensors` and so on, with their index and what else a model has there.
 

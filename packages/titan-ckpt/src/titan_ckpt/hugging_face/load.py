@@ -12,7 +12,7 @@ from torch import Tensor
 from titan_ckpt.errors import CheckpointError, listed
 from titan_ckpt.format.chunks import Chunk, local_chunks
 from titan_ckpt.format.finite import not_finite
-from titan_ckpt.hugging_face.adapter import HFAdapter, Piece, asked, check_complete, on_meta, parts_of
+from titan_ckpt.hugging_face.adapter import HFAdapter, WeightMapping, asked, check_complete, on_meta, parts_of
 from titan_ckpt.hugging_face.folder_reader import HFReader
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ def load_hf(
 ) -> None:
     """Fill the tensors of a live model, plain or sharded, from a folder of Hugging Face weights.
 
-    One piece after the other: beside the model there is never more than a piece of it. Each rank reads only its own
-    part of every tensor, as far as the adapter's pieces allow. Numbers may be widened (bfloat16 to float32), never
-    rounded, but for those that were quantised. `config.json`, if there is one, and all names, shapes and types are
+    One mapping after the other: beside the model there is never more than a mapping of it. Each rank reads only its own
+    part of every tensor, as far as the adapter's mappings allow. Numbers may be widened (bfloat16 to float32), never
+    rounded, but for those that were quantized. `config.json`, if there is one, and all names, shapes and types are
     checked before a weight is touched; weights that are not finite are logged. `folder` may be one file of it that says
     which of two sets of weights to take: an index, or a safetensors file. `elsewhere` names weights that other ranks
     have, of a model in pipeline stages.
@@ -42,32 +42,32 @@ def load_hf(
     """
     with HFReader(folder) as reader, torch.no_grad():
         stored = reader.stand_ins()
-        pieces = asked(adapter.find, stored, reader.config)
-        check_complete(pieces, state, elsewhere)
-        _check_fit(folder, pieces, stored, on_meta(state), elsewhere)
-        for piece in pieces:
-            if not piece.own:
-                asked(piece.from_hf, reader.read(piece))
+        mappings = asked(adapter.find, stored, reader.config)
+        check_complete(mappings, state, elsewhere)
+        _check_fit(folder, mappings, stored, on_meta(state), elsewhere)
+        for mapping in mappings:
+            if not mapping.own:
+                asked(mapping.from_hf, reader.read(mapping))
         chunks = local_chunks(state)
-        odd = [piece.hf_names[0] for piece in pieces if not _fill(piece, chunks, reader)]
+        odd = [mapping.hf_names[0] for mapping in mappings if not _fill(mapping, chunks, reader)]
     if odd:
         logger.warning("Weights must be finite, got NaN or infinity in %s of %s.", listed(odd), folder)
 
 
-def _fill(piece: Piece, chunks: Mapping[str, Chunk], reader: HFReader) -> bool:
-    """Copy a piece to where this rank holds something of it; return whether it is finite there.
+def _fill(mapping: WeightMapping, chunks: Mapping[str, Chunk], reader: HFReader) -> bool:
+    """Copy a mapping to where this rank holds something of it; return whether it is finite there.
 
     What this rank does not hold it does not read.
     """
-    boxes = [_box(chunks.get(name), index) for name, index in piece.own]
+    boxes = [_box(chunks.get(name), index) for name, index in mapping.own]
     if not any(boxes):
         return True
     filled = []
-    for box, value in zip(boxes, asked(piece.from_hf, reader.read(piece)), strict=True):
+    for box, value in zip(boxes, asked(mapping.from_hf, reader.read(mapping)), strict=True):
         if box is not None:
             target, slices = box
             filled.append(target.copy_(value[slices]))
-    return not piece.hf_names or not not_finite({str(number): tensor for number, tensor in enumerate(filled)})
+    return not mapping.hf_names or not not_finite({str(number): tensor for number, tensor in enumerate(filled)})
 
 
 def _box(chunk: Chunk | None, index: int | None) -> tuple[Tensor, tuple[slice, ...]] | None:
@@ -84,15 +84,15 @@ def _box(chunk: Chunk | None, index: int | None) -> tuple[Tensor, tuple[slice, .
 
 def _check_fit(
     folder: Path,
-    pieces: Sequence[Piece],
+    mappings: Sequence[WeightMapping],
     stored: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     elsewhere: Collection[str],
 ) -> None:
-    used = {key for piece in pieces for key in piece.hf_names}
-    here = [piece for piece in pieces if piece.own and not any(name in elsewhere for name, _ in piece.own)]
-    direct = {piece.hf_names[0]: piece for piece in here if not piece.is_quantised}
-    expected = {key: piece.to_hf(parts_of(piece, state)) for key, piece in direct.items() if key in stored}
+    used = {key for mapping in mappings for key in mapping.hf_names}
+    here = [mapping for mapping in mappings if mapping.own and not any(name in elsewhere for name, _ in mapping.own)]
+    direct = {mapping.hf_names[0]: mapping for mapping in here if not mapping.is_quantized}
+    expected = {key: mapping.to_hf(parts_of(mapping, state)) for key, mapping in direct.items() if key in stored}
     shapes = [
         f"{key} (there {list(stored[key].shape)}, here {list(tensor.shape)})"
         for key, tensor in expected.items()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from titan_ckpt.checkpoint_folder import Shelf
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.checkpoint_folder import CheckpointFolder
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.format.state_tree import Part, split_parts
 from titan_ckpt.hugging_face.adapter import HFAdapter
@@ -25,8 +25,8 @@ def begin_with(
     path: Path | None,
     in_hf: bool,
     parts: Mapping[str, Part],
-    shelf: Shelf,
-    ranks: Ranks,
+    checkpoint_folder: CheckpointFolder,
+    ranks: CollectiveGuard,
     find_adapter: Callable[[], HFAdapter],
     run_config: Any,
 ) -> None:
@@ -37,7 +37,7 @@ def begin_with(
     Raises:
         CheckpointError: when there is no such part, or what is at `path` is not whole or does not fit it.
     """
-    ranks.together(lambda: _keep_base(path, in_hf, shelf) if ranks.is_first else None)
+    ranks.together(lambda: _keep_base(path, in_hf, checkpoint_folder) if ranks.is_first else None)
     if path is None:
         return
     if "model" not in parts:
@@ -56,7 +56,9 @@ def begin_with(
     logger.info("Began with the model of %s.", path)
 
 
-def _load_hf(path: Path, model: Mapping[str, Any], ranks: Ranks, find_adapter: Callable[[], HFAdapter]) -> None:
+def _load_hf(
+    path: Path, model: Mapping[str, Any], ranks: CollectiveGuard, find_adapter: Callable[[], HFAdapter]
+) -> None:
     tensors, _, states = ranks.together(lambda: split_parts(model))
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     elsewhere = set().union(*ranks.gather(set(weights))) - weights.keys()
@@ -64,11 +66,11 @@ def _load_hf(path: Path, model: Mapping[str, Any], ranks: Ranks, find_adapter: C
     ranks.together(lambda: model["model"].load_state_dict(dict(states["model"])))
 
 
-def _keep_base(path: Path | None, in_hf: bool, shelf: Shelf) -> None:
+def _keep_base(path: Path | None, in_hf: bool, checkpoint_folder: CheckpointFolder) -> None:
     """Copy beside the checkpoints what exports keep of the folder, or the run, that this run begins with."""
     if path is not None and not in_hf:
         path = path.parent / BASE_MODEL
     if path is not None and path.exists():
-        keep_base_model(folder_of(path), shelf.folder)
+        keep_base_model(folder_of(path), checkpoint_folder.folder)
     else:
-        forget_base_model(shelf.folder)
+        forget_base_model(checkpoint_folder.folder)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from titan_ckpt.checkpoint_folder import Shelf
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.checkpoint_folder import CheckpointFolder
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, UnknownFormat, listed
 from titan_ckpt.format.chunks import Chunk, local_chunks
 from titan_ckpt.format.finite import not_finite
@@ -27,14 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class Skipped:
     """A checkpoint that was not loaded, and why."""
 
     folder: Path
     reason: str
 
 
-def find_newest_whole(shelf: Shelf, ranks: Ranks, least: int = 0) -> tuple[int | None, list[PassedOver]]:
+def find_newest_whole(
+    checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard, least: int = 0
+) -> tuple[int | None, list[Skipped]]:
     """Return the step of the newest whole checkpoint from step `least` on, and the broken ones that are newer.
 
     Raises:
@@ -42,42 +44,44 @@ def find_newest_whole(shelf: Shelf, ranks: Ranks, least: int = 0) -> tuple[int |
         CheckpointError: when there are checkpoints, and all are broken: to begin anew is for a person to decide. When
             the disk fails.
     """
-    passed_over: list[PassedOver] = []
-    for step in reversed(ranks.first(shelf.steps)):
+    skipped: list[Skipped] = []
+    for step in reversed(ranks.first(checkpoint_folder.steps)):
         if step < least:
             break
-        damage = damage_of(shelf.path(step), ranks)
+        damage = damage_of(checkpoint_folder.path(step), ranks)
         if not damage:
-            return step, passed_over
-        passed_over.append(PassedOver(shelf.path(step), damage))
+            return step, skipped
+        skipped.append(Skipped(checkpoint_folder.path(step), damage))
         if ranks.is_first:
-            logger.warning("Passing over %s: %s.", shelf.path(step), damage)
-    if passed_over:
-        reasons = "\n".join(f"  {broken.folder.name}: {broken.reason}" for broken in passed_over)
+            logger.warning("Passing over %s: %s.", checkpoint_folder.path(step), damage)
+    if skipped:
+        reasons = "\n".join(f"  {broken.folder.name}: {broken.reason}" for broken in skipped)
         raise CheckpointError(
-            f"Got {len(passed_over)} checkpoints in {shelf.folder}, all of them broken:\n{reasons}\nA run goes on "
+            f"Got {len(skipped)} checkpoints in {checkpoint_folder.folder}, all of them broken:\n{reasons}\nA run goes on "
             f"from a whole one. Restore one, or move them away to begin anew."
         )
     return None, []
 
 
-def find_asked(shelf: Shelf, ranks: Ranks, load_step: int) -> tuple[int, list[PassedOver]]:
+def find_asked(
+    checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard, load_step: int
+) -> tuple[int, list[Skipped]]:
     """Return `load_step`, whose files are whole.
 
     Raises:
         BrokenCheckpoint: when it is not whole, or not there.
         CheckpointError: when the disk fails.
     """
-    damage = damage_of(shelf.path(load_step), ranks)
+    damage = damage_of(checkpoint_folder.path(load_step), ranks)
     if damage:
         raise BrokenCheckpoint(
             f"load_step must name a whole checkpoint, got {load_step}: {damage}. Choose one of "
-            f"{ranks.first(shelf.steps)}, or leave load_step out."
+            f"{ranks.first(checkpoint_folder.steps)}, or leave load_step out."
         )
     return load_step, []
 
 
-def was_followed(shelf: Shelf, load_step: int) -> bool:
+def was_followed(checkpoint_folder: CheckpointFolder, load_step: int) -> bool:
     """Return whether the newest checkpoint after `load_step` was saved by a run with this same setting.
 
     Such a run has gone back already; when it is started again by the same command, it goes on.
@@ -86,11 +90,11 @@ def was_followed(shelf: Shelf, load_step: int) -> bool:
         UnknownFormat: when that checkpoint is of a format that this version does not read.
         CheckpointError: when the disk fails.
     """
-    for step in reversed(shelf.steps()):
+    for step in reversed(checkpoint_folder.steps()):
         if step <= load_step:
             return False
         try:
-            return _manifest_of(shelf.path(step)).load_step == load_step
+            return _manifest_of(checkpoint_folder.path(step)).load_step == load_step
         except UnknownFormat:  # what saved it may have gone back, so this run must not
             raise
         except BrokenCheckpoint:
@@ -98,7 +102,7 @@ def was_followed(shelf: Shelf, load_step: int) -> bool:
     return False
 
 
-def damage_of(folder: Path, ranks: Ranks) -> str:
+def damage_of(folder: Path, ranks: CollectiveGuard) -> str:
     """Return what is wrong with a checkpoint (empty: it is whole), on all ranks; they share the checking.
 
     Raises:
@@ -141,7 +145,9 @@ def _manifest_of(folder: Path) -> Manifest:
         ) from error
 
 
-def load_parts(folder: Path, parts: Mapping[str, Part], ranks: Ranks, run_config: Any, exactly: bool = True) -> None:
+def load_parts(
+    folder: Path, parts: Mapping[str, Part], ranks: CollectiveGuard, run_config: Any, exactly: bool = True
+) -> None:
     """Load a checkpoint that was found whole into the parts: all is compared first, then all is loaded.
 
     Parts without tensors get their state first, so that one which refuses it does so before a weight is touched. With
@@ -174,7 +180,7 @@ def _check_fit(
     chunks: Mapping[str, Chunk],
     tensors: Mapping[str, Tensor],
     parts: Iterable[str],
-    ranks: Ranks,
+    ranks: CollectiveGuard,
     run_config: Any,
 ) -> None:
     names = set().union(*ranks.gather(set(tensors)))
@@ -185,7 +191,7 @@ def _check_fit(
         raise_misfit(folder, found, describe_config(read_config(folder), run_config))
 
 
-def _report_not_finite(folder: Path, chunks: Mapping[str, Chunk], ranks: Ranks) -> None:
+def _report_not_finite(folder: Path, chunks: Mapping[str, Chunk], ranks: CollectiveGuard) -> None:
     weights = {name: chunk.data for name, chunk in chunks.items() if name.startswith("model.")}
     found = sorted(set().union(*ranks.gather(ranks.together(lambda: not_finite(weights)))))
     if found and ranks.is_first:
@@ -211,7 +217,7 @@ def _hand_over(
     states: Mapping[str, Mapping[str, Any]],
     values: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    ranks: Ranks,
+    ranks: CollectiveGuard,
 ) -> None:
     def load_all() -> None:
         for name in names:

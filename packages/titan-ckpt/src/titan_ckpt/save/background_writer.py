@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import SaveFailed
 from titan_ckpt.save.save import Snapshot
 
@@ -31,7 +31,7 @@ class Writer:
         max_failed_saves: how many saves in a row may fail.
     """
 
-    def __init__(self, ranks: Ranks, yields: bool, max_failed_saves: int) -> None:
+    def __init__(self, ranks: CollectiveGuard, yields: bool, max_failed_saves: int) -> None:
         self._ranks = ranks
         self._max_failed_saves = max_failed_saves
         self._failed_saves = 0

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_ckpt.checkpoint_folder import Shelf
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.checkpoint_folder import CheckpointFolder
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.errors import SaveFailed
 from titan_ckpt.format.durable_files import CONFIG, INDEX, STATE, FileRecord, write_blocks, write_json
 from titan_ckpt.format.manifest import Manifest, installed_versions, write_manifest
 from titan_ckpt.format.state_tree import merge
-from titan_ckpt.save.write_plan import Plan
+from titan_ckpt.save.write_plan import WritePlan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Snapshot:
     """What a rank brings to a save: its plan, what writes the plan's chunks as a file, and the values of its parts."""
 
     step: int
-    plan: Plan
+    plan: WritePlan
     write_chunks: Callable[[Path], FileRecord]
     values: Mapping[str, Any]
 
@@ -32,7 +32,13 @@ class _Written:
     files: dict[str, FileRecord]
 
 
-def save(snapshot: Snapshot, shelf: Shelf, ranks: Ranks, run_config: Any, load_step: int | None = None) -> None:
+def save(
+    snapshot: Snapshot,
+    checkpoint_folder: CheckpointFolder,
+    ranks: CollectiveGuard,
+    run_config: Any,
+    load_step: int | None = None,
+) -> None:
     """Write a snapshot and publish it: a collective of all ranks.
 
     Raises:
@@ -42,21 +48,21 @@ def save(snapshot: Snapshot, shelf: Shelf, ranks: Ranks, run_config: Any, load_s
     """
     temporary: Path | None = None
     try:
-        if ranks.first(lambda: shelf.flush_published(snapshot.step)):
+        if ranks.first(lambda: checkpoint_folder.flush_published(snapshot.step)):
             return
-        temporary = folder = ranks.first(lambda: shelf.begin(snapshot.step))
+        temporary = folder = ranks.first(lambda: checkpoint_folder.begin(snapshot.step))
         everything = ranks.gather_first(ranks.together(lambda: _write(folder, snapshot)))
-        ranks.first(lambda: _publish(folder, snapshot, everything, shelf, run_config, load_step))
+        ranks.first(lambda: _publish(folder, snapshot, everything, checkpoint_folder, run_config, load_step))
     except Exception as error:  # of any kind, so that all ranks come to the next line
         if ranks.any(isinstance(error, OSError)):
             raise SaveFailed(
-                f"The disk must take all of a save, got {error} at step {snapshot.step} in {shelf.folder}. Free "
+                f"The disk must take all of a save, got {error} at step {snapshot.step} in {checkpoint_folder.folder}. Free "
                 f"space; earlier checkpoints are whole."
             ) from error
         raise
     finally:
         if ranks.is_first and temporary is not None:
-            shelf.end(temporary)
+            checkpoint_folder.end(temporary)
 
 
 def _write(folder: Path, snapshot: Snapshot) -> _Written:
@@ -68,7 +74,7 @@ def _publish(
     folder: Path,
     snapshot: Snapshot,
     everything: Sequence[_Written],
-    shelf: Shelf,
+    checkpoint_folder: CheckpointFolder,
     run_config: Any,
     load_step: int | None,
 ) -> None:
@@ -81,4 +87,4 @@ def _publish(
     files[CONFIG] = write_json(folder / CONFIG, run_config)
     counters = [name for name, state in values.items() if type(state.get("step")) is int and state["step"] == step]
     write_manifest(folder, Manifest(step, len(everything), installed_versions(), files, load_step, counters))
-    shelf.publish(folder, step)
+    checkpoint_folder.publish(folder, step)

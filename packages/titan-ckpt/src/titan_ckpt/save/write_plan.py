@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titan_ckpt.collective_guard import Ranks
+from titan_ckpt.collective_guard import CollectiveGuard
 from titan_ckpt.format.chunks import Chunk
 from titan_ckpt.format.index import Index, encode_index, index_of, join_indices
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """The chunks that this rank writes, by name, their file, and (on rank 0) the index of what all ranks write."""
 
     mine: frozenset[str]
@@ -22,12 +22,12 @@ class Plan:
 class Planner:
     """Keeps the plan of a run; `plan` is a collective of all ranks."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: CollectiveGuard) -> None:
         self._ranks = ranks
         self._held: object = None
-        self._plan = Plan(frozenset(), "", b"")
+        self._plan = WritePlan(frozenset(), "", b"")
 
-    def plan(self, chunks: Sequence[Chunk], replicated: frozenset[str]) -> Plan:
+    def plan(self, chunks: Sequence[Chunk], replicated: frozenset[str]) -> WritePlan:
         """Return the last plan where all ranks hold chunks of the same names, shapes and types as then, or a new one.
 
         Raises:
@@ -44,7 +44,7 @@ class Planner:
         return self._plan
 
 
-def make_plan(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks) -> Plan:
+def make_plan(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: CollectiveGuard) -> WritePlan:
     """Agree on who writes what.
 
     `replicated` names the chunks that come from plain tensors; of the ranks that bring such a chunk one writes it. The
@@ -63,10 +63,10 @@ def make_plan(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks)
         for rank, index in enumerate(indices)
     ]
     index = ranks.together(lambda: encode_index(join_indices(once)) if ranks.is_first else b"")
-    return Plan(frozenset(chunk.name for chunk in mine), file, index)
+    return WritePlan(frozenset(chunk.name for chunk in mine), file, index)
 
 
-def _my_chunks(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: Ranks) -> list[Chunk]:
+def _my_chunks(chunks: Sequence[Chunk], replicated: frozenset[str], ranks: CollectiveGuard) -> list[Chunk]:
     """The chunks this rank writes: of what several ranks hold, each takes its turn."""
     holders: dict[str, list[int]] = {}
     for rank, names in enumerate(ranks.gather(sorted(replicated))):

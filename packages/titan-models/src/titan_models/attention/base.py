@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from titan_models.attention.kernels import AttentionCore, Sdpa
-from titan_models.attention.mask import Mask, MaskLimit
-from titan_models.layers.layer import Part
+from titan_models.attention.mask import Mask, MaskModifier
+from titan_models.layers.layer import Layer
 from titan_models.layers.roles import Roles
 
 
@@ -29,14 +29,14 @@ class Places(NamedTuple):
     """From `Rope`, for attentions whose softmax scale is multiplied by it."""
 
 
-class Attention(Part, abc.ABC):
+class Attention(Layer, abc.ABC):
     """Self-attention of a block; built with `dim`, the width of the stream."""
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         num_heads: int
         """Query heads."""
 
-        limits: list[MaskLimit.Config] = []
+        mask_modifiers: list[MaskModifier.Config] = []
         """What a query does not see of its own document's past: none, or all keys that any of these leaves out."""
 
         core: AttentionCore.Config = Sdpa.Config()
@@ -49,13 +49,13 @@ class Attention(Part, abc.ABC):
     def __init__(self, config: Config) -> None:
         """Call it from your own, after that of `nn.Module`."""
         self.core: AttentionCore = config.core.build()
-        self.limits: tuple[MaskLimit, ...] = tuple(limit.build() for limit in config.limits)
-        self.mask_kind = repr((config.core, config.limits))
-        """Layers in which it is the same share a realised mask."""
+        self.mask_modifiers: tuple[MaskModifier, ...] = tuple(limit.build() for limit in config.mask_modifiers)
+        self.mask_kind = repr((config.core, config.mask_modifiers))
+        """Layers in which it is the same share a built_mask mask."""
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
-        """`[B, T, D] -> [B, T, D]`; `mask` is what `core.realise` made of it."""
+        """`[B, T, D] -> [B, T, D]`; `mask` is what `core.build_mask` made of it."""
 
     @abc.abstractmethod
     def roles(self) -> Roles:
@@ -68,11 +68,11 @@ class Masks:
     def __init__(self, positions: Tensor, documents: Tensor | None) -> None:
         """Both `[B, T]`; see `Mask.causal`."""
         self._positions, self._documents = positions, documents
-        self._realised: dict[str, Any] = {}
+        self._built_mask: dict[str, Any] = {}
 
     def of(self, attention: Attention) -> Any:
         """The mask of a layer, as its core wants it."""
-        if attention.mask_kind not in self._realised:
-            mask = Mask.causal(self._positions, self._documents, attention.limits)
-            self._realised[attention.mask_kind] = attention.core.realise(mask)
-        return self._realised[attention.mask_kind]
+        if attention.mask_kind not in self._built_mask:
+            mask = Mask.causal(self._positions, self._documents, attention.mask_modifiers)
+            self._built_mask[attention.mask_kind] = attention.core.build_mask(mask)
+        return self._built_mask[attention.mask_kind]

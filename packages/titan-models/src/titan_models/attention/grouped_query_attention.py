@@ -14,7 +14,7 @@ from titan_models.layers.layer import new_parameter
 from titan_models.layers.linear import Linear
 from titan_models.layers.rms_norm import RMSNorm
 from titan_models.layers.roles import Roles
-from titan_models.layers.rope import rotate, rotate_neighbours
+from titan_models.layers.rope import rotate, rotate_neighbors
 
 
 class GroupedQueryAttention(Attention):
@@ -43,7 +43,7 @@ class GroupedQueryAttention(Attention):
         sink_init: Initializer.Config | None = None
         """How sinks are drawn: a learned score in each head of one key more, without a value. None: there are none."""
 
-        rotation: Literal["halves", "neighbours"] | None = "halves"
+        rotation: Literal["halves", "neighbors"] | None = "halves"
         """Which features of a head rotate together: i with i + K/2, or 2i with 2i + 1. None: positions rotate none."""
 
         temperature: Temperature.Config | None = None
@@ -90,7 +90,7 @@ class GroupedQueryAttention(Attention):
     def _rotate(self, x: Tensor, places: Places) -> Tensor:
         if self.config.rotation is None:
             return x
-        together = rotate if self.config.rotation == "halves" else rotate_neighbours
+        together = rotate if self.config.rotation == "halves" else rotate_neighbors
         return together(x, places.cos, places.sin)
 
     def initializers(self) -> dict[str, Initializer]:

@@ -12,7 +12,7 @@ from titan_models.layers.flops import Flops
 from titan_models.layers.linear import Linear
 from titan_models.layers.rms_norm import RMSNorm
 from titan_models.layers.roles import Roles
-from titan_models.layers.rope import rotate_neighbours
+from titan_models.layers.rope import rotate_neighbors
 
 
 class MultiHeadLatentAttention(Attention):
@@ -94,14 +94,14 @@ class MultiHeadLatentAttention(Attention):
     def _queries(self, x_BTD: Tensor, places: Places) -> Tensor:
         q_BTHK = self.q_proj(self.q_norm(self.q_down_proj(x_BTD))).unflatten(-1, (-1, self.qk_head_dim))
         q_BTHN, q_BTHR = q_BTHK.split([self.config.head_dim, self.config.rotated_head_dim], -1)
-        return torch.cat((q_BTHN, rotate_neighbours(q_BTHR, places.cos, places.sin)), -1)
+        return torch.cat((q_BTHN, rotate_neighbors(q_BTHR, places.cos, places.sin)), -1)
 
     def _keys_and_values(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         c = self.config
         latent_BTC, k_BTR = self.kv_down_proj(x_BTD).split([c.kv_rank, c.rotated_head_dim], -1)
         kv_BTHX = self.kv_proj(self.kv_norm(latent_BTC)).unflatten(-1, (-1, c.head_dim + c.value_head_dim))
         k_BTHN, v_BTHV = kv_BTHX.split([c.head_dim, c.value_head_dim], -1)
-        k_BT1R = rotate_neighbours(k_BTR.unsqueeze(2), places.cos, places.sin)
+        k_BT1R = rotate_neighbors(k_BTR.unsqueeze(2), places.cos, places.sin)
         return torch.cat((k_BTHN, k_BT1R.expand(-1, -1, k_BTHN.shape[2], -1)), -1), v_BTHV
 
     def own_flops(self, seq_len: int) -> Flops:

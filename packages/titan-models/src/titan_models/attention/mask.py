@@ -1,4 +1,4 @@
-"""Which keys a query may see, described; attention cores realise the description in the form their kernel wants."""
+"""Which keys a query may see, described; attention cores build_mask the description in the form their kernel wants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from titan_config import Configurable
 from torch import Tensor
 
 
-class MaskLimit(Configurable, abc.ABC):
+class MaskModifier(Configurable, abc.ABC):
     """Leaves out some of what a causal mask shows: `SlidingWindow`, `Chunks`, or one of your own."""
 
     @abc.abstractmethod
@@ -20,10 +20,10 @@ class MaskLimit(Configurable, abc.ABC):
         """
 
 
-class SlidingWindow(MaskLimit):
+class SlidingWindow(MaskModifier):
     """A query sees itself and the keys just before."""
 
-    class Config(MaskLimit.Config):
+    class Config(MaskModifier.Config):
         size: int
         """Keys that a query sees."""
 
@@ -38,10 +38,10 @@ class SlidingWindow(MaskLimit):
         return query_position - key_position < self.size
 
 
-class Chunks(MaskLimit):
+class Chunks(MaskModifier):
     """A query sees the keys of its own chunk."""
 
-    class Config(MaskLimit.Config):
+    class Config(MaskModifier.Config):
         size: int
         """Positions in a chunk."""
 
@@ -58,7 +58,7 @@ class Chunks(MaskLimit):
 
 @dataclass(frozen=True)
 class Mask:
-    """A causal mask, and its intersections with documents and limits.
+    """A causal mask, and its intersections with documents and mask_modifiers.
 
     Queries and keys are described apart, by their places in the sequence and the documents they belong to, so that
     either may be any shard of it. B batch, T queries, S keys.
@@ -76,16 +76,18 @@ class Mask:
     key_documents: Tensor | None = None
     """[B, S] integers; given when `query_documents` is."""
 
-    limits: tuple[MaskLimit, ...] = ()
+    mask_modifiers: tuple[MaskModifier, ...] = ()
     """A query sees the keys that all of them leave."""
 
     @staticmethod
-    def causal(positions: Tensor, documents: Tensor | None = None, limits: tuple[MaskLimit, ...] = ()) -> Mask:
+    def causal(
+        positions: Tensor, documents: Tensor | None = None, mask_modifiers: tuple[MaskModifier, ...] = ()
+    ) -> Mask:
         """The mask of tokens that attend to each other: `positions` and `documents` `[B, T]`.
 
         Positions rise along a document; without documents they rise along the row.
         """
-        return Mask(positions, positions, documents, documents, limits)
+        return Mask(positions, positions, documents, documents, mask_modifiers)
 
     def __post_init__(self) -> None:
         if (self.query_documents is None) != (self.key_documents is None):
@@ -95,8 +97,8 @@ class Mask:
 
     @property
     def only_causal(self) -> bool:
-        """Whether the queries are the keys, in order, and nothing but order limits what they see."""
-        return self.query_positions is self.key_positions and self.query_documents is None and not self.limits
+        """Whether the queries are the keys, in order, and nothing but order mask_modifiers what they see."""
+        return self.query_positions is self.key_positions and self.query_documents is None and not self.mask_modifiers
 
     def visible(self) -> Tensor:
         """[B, T, S] bool: whether a query sees a key."""
@@ -112,6 +114,6 @@ class Mask:
         visible = query_position >= key_position
         if query_document is not None:
             visible = visible & (query_document == key_document)
-        for limit in self.limits:
+        for limit in self.mask_modifiers:
             visible = visible & limit.visible(query_position, key_position)
         return visible

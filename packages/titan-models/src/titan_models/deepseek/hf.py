@@ -14,7 +14,7 @@ from titan_models.hugging_face.decoder import (
     SPLIT_EXPERTS_RULES,
     decoder_adapter,
     dense_hidden_dim,
-    refuse_limits,
+    refuse_mask_modifiers,
     refuse_uneven_heads,
     same_in_all,
 )
@@ -51,9 +51,9 @@ _V3_LEFT_OUT = {
 }
 
 
-def hf_adapter(config: Decoder.Config, *, look_ahead: bool) -> HfAdapter:
+def hf_adapter(config: Decoder.Config, *, mtp: bool) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
-    refuse_limits(config)
+    refuse_mask_modifiers(config)
     feed_forwards = [block.feed_forward for block in config.blocks()]
     moes = [part for part in feed_forwards if isinstance(part, MoE.Config)]
     num_dense = len(feed_forwards) - len(moes)
@@ -73,25 +73,25 @@ def hf_adapter(config: Decoder.Config, *, look_ahead: bool) -> HfAdapter:
     rules = _ATTENTION_RULES | (_Q_RULES if attention["q_lora_rank"] is None else _LOW_RANK_Q_RULES)
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
     if hf_config["model_type"] == "deepseek_v2":
-        _check_v2(config, attention["num_attention_heads"], look_ahead)
+        _check_v2(config, attention["num_attention_heads"], mtp)
         return decoder_adapter(config, hf_config, rules, left_out=_V2_LEFT_OUT)
     rules |= _V3_RULES
-    if look_ahead:
-        return _looking_ahead(config, hf_config, rules)
+    if mtp:
+        return _with_mtp(config, hf_config, rules)
     ignored = (f"model.layers.{config.num_layers}.",)
     return decoder_adapter(config, hf_config, rules, ignored=ignored, left_out=_V3_LEFT_OUT)
 
 
-def _check_v2(config: Decoder.Config, num_heads: int, look_ahead: bool) -> None:
+def _check_v2(config: Decoder.Config, num_heads: int, mtp: bool) -> None:
     refuse_uneven_heads(config, num_heads)
-    if look_ahead:
+    if mtp:
         raise ValueError(
             "Got a model of softmax scores that looks ahead. transformers' DeepseekV2ForCausalLM has no block for "
-            "that. Turn look_ahead off to export the model, or take the sigmoids of V3."
+            "that. Turn mtp off to export the model, or take the sigmoids of V3."
         )
 
 
-def _looking_ahead(config: Decoder.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
+def _with_mtp(config: Decoder.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
     """The released files hold the block that looks ahead as one layer more, with the embedding and the head again."""
     own, theirs = f"layers.{config.num_layers}", f"model.layers.{config.num_layers}"
     names = {
@@ -169,10 +169,10 @@ def _is_deepseeks(moe: MoE.Config) -> bool:
 
 def _v2_fields(router: TopKRouter.Config) -> dict[str, Any]:
     groups = router.groups
-    if router.renormalise or router.balancing is not None or (groups is not None and groups.score != "best"):
+    if router.renormalize or router.balancing is not None or (groups is not None and groups.score != "best"):
         raise ValueError(
             f"Got {router}. transformers' DeepseekV2ForCausalLM chooses by a softmax alone, in groups judged by their "
-            "best expert, and renormalises nothing. Make it that to export the model, or take the sigmoids of V3."
+            "best expert, and renormalizes nothing. Make it that to export the model, or take the sigmoids of V3."
         )
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
@@ -198,6 +198,6 @@ def _v3_fields(router: TopKRouter.Config) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "n_group": groups.num_groups,
         "topk_group": groups.num_kept,
-        "norm_topk_prob": router.renormalise,
+        "norm_topk_prob": router.renormalize,
         "num_nextn_predict_layers": 0,
     }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from titan_models.block import Block
 from titan_models.decoder import Decoder
 from titan_models.deepseek import hf
-from titan_models.deepseek.look_ahead import LookAheadBlock
+from titan_models.deepseek.mtp import MultiTokenPredictionBlock
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.layers.roles import Roles, under
 from titan_models.layers.tied import TiedEmbedding
@@ -18,26 +18,26 @@ from titan_models.layers.tied import TiedEmbedding
 class DeepSeek(Decoder):
     """Pre-norm blocks of `MultiHeadLatentAttention`, and SwiGLU or a mixture of experts with shared ones.
 
-    With `look_ahead` the last of `layers` is a `LookAheadBlock`, and the model may be given the tokens that follow.
+    With `mtp` the last of `layers` is a `MultiTokenPredictionBlock`, and the model may be given the tokens that follow.
     """
 
     class Config(Decoder.Config):
         max_seq_len: int = 163_840
         """Tokens that the model is meant for; exported as max_position_embeddings."""
 
-        look_ahead: bool = False
+        mtp: bool = False
         """One block more, alike, predicts the token after next in training: V3's multi-token prediction, of depth 1."""
 
         def hf_adapter(self) -> HfAdapter:
             """Renames the weights to and from those of `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM`."""
-            return hf.hf_adapter(self, look_ahead=self.look_ahead)
+            return hf.hf_adapter(self, mtp=self.mtp)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.looks_ahead = config.look_ahead
-        if config.look_ahead:
+        self.has_mtp = config.mtp
+        if config.mtp:
             block = config.block
-            one_more = LookAheadBlock.Config(
+            one_more = MultiTokenPredictionBlock.Config(
                 attention=block.attention, feed_forward=block.feed_forward, norm=block.norm
             )
             sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
@@ -58,10 +58,10 @@ class DeepSeek(Decoder):
         """
         if next_tokens is None:
             return super().forward(tokens, positions, document_ids)
-        if not self.looks_ahead:
+        if not self.has_mtp:
             raise ValueError(
                 "Got next_tokens for a model that does not look ahead. Its blocks know what they predict from. Set "
-                "look_ahead on the model, or take it from the loader."
+                "mtp on the model, or take it from the loader."
             )
         x_BTD, places, masks = self.enter(tokens, positions, document_ids)
         *stack, last = (cast(Block, layer) for layer in self.layers)
@@ -70,7 +70,7 @@ class DeepSeek(Decoder):
         return self.head(last(x_BTD, places, masks.of(last.attention), self.next_embedding(next_tokens)))
 
     def roles(self) -> Roles:
-        if not self.looks_ahead:
+        if not self.has_mtp:
             return super().roles()
         roles: Roles = {"embedding": "embedding", "head": "head"}
         for number, layer in enumerate(self.layers):

@@ -70,7 +70,7 @@ def _choose(logits_BV: Tensor, temperature: float | None, top_p: float, generato
     """A token for each row, int64 `[B]`."""
     if not logits_BV.isfinite().all():
         raise ValueError(
-            "Got logits that are not finite. A token is chosen by them. Initialise the model or load its weights, and "
+            "Got logits that are not finite. A token is chosen by them. Initialize the model or load its weights, and "
             "look at the run if they come from one."
         )
     if temperature is None:

@@ -18,7 +18,7 @@ _NOBODY = -1
 
 
 class KVCache:
-    """What the attention cores of a model have seen; all of it, whatever a layer's limits leave of it.
+    """What the attention cores of a model have seen; all of it, whatever a layer's mask_modifiers leave of it.
 
     While `extend` calls the model, keys and values of a core are those of this call and of all before. It is done at
     the cores alone, by the description of the mask: every family, attention and mask works, one of your own too.
@@ -58,15 +58,17 @@ class KVCache:
         self._documents_BS[:, self._length : end] = document_ids_BT
         with ExitStack() as stack:
             for core in self._cores:
-                methods = {"realise": self._realise_with(core.realise), "forward": self._attend_with(core)}
+                methods = {"build_mask": self._build_mask_with(core.build_mask), "forward": self._attend_with(core)}
                 stack.enter_context(_replaced(core, methods))
             logits: Tensor = self._model(tokens_BT, positions_BT, document_ids_BT)
         self._length = end
         return logits
 
-    def _realise_with(self, realise: Callable[[Mask], Any]) -> Callable[[Mask], Any]:
+    def _build_mask_with(self, build_mask: Callable[[Mask], Any]) -> Callable[[Mask], Any]:
         """Keys of a mask are those of all calls."""
-        return lambda mask: realise(replace(mask, key_positions=self._positions_BS, key_documents=self._documents_BS))
+        return lambda mask: build_mask(
+            replace(mask, key_positions=self._positions_BS, key_documents=self._documents_BS)
+        )
 
     def _attend_with(self, core: AttentionCore) -> Callable[..., Tensor]:
         attend = core.forward

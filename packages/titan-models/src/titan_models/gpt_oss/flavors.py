@@ -6,7 +6,7 @@ Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
 from __future__ import annotations
 
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
-from titan_models.attention.mask import MaskLimit, SlidingWindow
+from titan_models.attention.mask import MaskModifier, SlidingWindow
 from titan_models.block import Block
 from titan_models.gpt_oss.model import GptOss
 from titan_models.initialization.initializers import Constant, DepthScaledNormal, FanInNormal
@@ -36,14 +36,14 @@ def _gpt_oss(*, vocab_size: int = 201_088, dim: int = 2880, num_layers: int, num
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
-        block=_block(num_experts, limits=[SlidingWindow.Config(size=128)]),
-        exceptions={"1::2": _block(num_experts, limits=[])},
+        block=_block(num_experts, mask_modifiers=[SlidingWindow.Config(size=128)]),
+        layer_overrides={"1::2": _block(num_experts, mask_modifiers=[])},
         rope=Rope.Config(dim=64, theta=150_000.0, scaling=Yarn.Config(factor=32.0, truncate=False)),
         head=Linear.Config(weight_init=FanInNormal.Config()),
     )
 
 
-def _block(num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
+def _block(num_experts: int, mask_modifiers: list[MaskModifier.Config]) -> Block.Config:
     def zeros() -> Constant.Config:
         return Constant.Config(value=0.0)
 
@@ -55,7 +55,7 @@ def _block(num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
             num_heads=64,
             num_kv_heads=8,
             head_dim=64,
-            limits=limits,
+            mask_modifiers=mask_modifiers,
             input=linear(),
             output=linear(),
             sink_init=DepthScaledNormal.Config(),
@@ -64,7 +64,7 @@ def _block(num_experts: int, limits: list[MaskLimit.Config]) -> Block.Config:
             router=TopKRouter.Config(
                 num_experts=num_experts,
                 top_k=4,
-                renormalise=True,
+                renormalize=True,
                 weight_init=DepthScaledNormal.Config(),
                 bias_init=zeros(),
             ),

@@ -11,8 +11,8 @@ from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
 from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import GROUPED_QUERY_RULES, decoder_adapter, grouped_query_fields, same_in_all
-from titan_models.hugging_face.rules import Rules, Stored
-from titan_models.hugging_face.steps import Alternating, Transposed
+from titan_models.hugging_face.layout_transforms import Alternating, Transposed
+from titan_models.hugging_face.rules import HfTensor, Rules
 from titan_models.layers.feed_forward import FeedForward
 from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
 
@@ -27,13 +27,13 @@ _ATTENTION_RULES: Rules = {
 _MOE_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.mlp.router.weight",
     "layers.*.feed_forward.router.bias": "model.layers.*.mlp.router.bias",
-    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): HfTensor(
         "model.layers.*.mlp.experts.gate_up_proj", Alternating(dim=-2), Transposed()
     ),
-    ("layers.*.feed_forward.experts.gate_proj.bias", "layers.*.feed_forward.experts.up_proj.bias"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.bias", "layers.*.feed_forward.experts.up_proj.bias"): HfTensor(
         "model.layers.*.mlp.experts.gate_up_proj_bias", Alternating(dim=-1)
     ),
-    "layers.*.feed_forward.experts.down_proj.weight": Stored("model.layers.*.mlp.experts.down_proj", Transposed()),
+    "layers.*.feed_forward.experts.down_proj.weight": HfTensor("model.layers.*.mlp.experts.down_proj", Transposed()),
     "layers.*.feed_forward.experts.down_proj.bias": "model.layers.*.mlp.experts.down_proj_bias",
 }
 
@@ -72,15 +72,20 @@ def hf_adapter(config: Decoder.Config) -> HfAdapter:
 def _window_fields(attentions: list[Attention.Config]) -> dict[str, Any]:
     if not all(_is_gpt_osss_attention(attention) for attention in attentions):
         raise ValueError(
-            "Got attention with other limits than one SlidingWindow, with norms, a temperature or another rotation, or "
+            "Got attention with other mask_modifiers than one SlidingWindow, with norms, a temperature or another rotation, or "
             "without sinks or some biases. transformers' GptOssForCausalLM has sinks, biases and rotated halves alone. "
             "Make it that to export the model."
         )
     sizes = [
-        limit.size for attention in attentions for limit in attention.limits if isinstance(limit, SlidingWindow.Config)
+        limit.size
+        for attention in attentions
+        for limit in attention.mask_modifiers
+        if isinstance(limit, SlidingWindow.Config)
     ]
     return {
-        "layer_types": ["sliding_attention" if attention.limits else "full_attention" for attention in attentions],
+        "layer_types": [
+            "sliding_attention" if attention.mask_modifiers else "full_attention" for attention in attentions
+        ],
         "sliding_window": same_in_all("windows", sizes) if sizes else 128,  # not used: it must be a number
     }
 
@@ -90,7 +95,7 @@ def _is_gpt_osss_attention(attention: Attention.Config) -> bool:
         return False
     has_all = None not in (attention.input.bias_init, attention.output.bias_init, attention.sink_init)
     rotates_alone = (attention.qk_norm, attention.temperature, attention.rotation) == (None, None, "halves")
-    kinds = [type(limit) for limit in attention.limits]
+    kinds = [type(limit) for limit in attention.mask_modifiers]
     return has_all and rotates_alone and kinds in ([], [SlidingWindow.Config])
 
 
@@ -98,7 +103,7 @@ def _moe_fields(moe: Any) -> dict[str, Any]:
     if not _is_gpt_osss_moe(moe):
         raise ValueError(
             f"Got {moe}. transformers' GptOssForCausalLM has SwiGLUExperts with ClampedGating, chosen by a TopKRouter "
-            "by their renormalised softmax alone, biases in both, and no shared experts. Make it that to export the "
+            "by their renormalized softmax alone, biases in both, and no shared experts. Make it that to export the "
             "model."
         )
     router, experts = moe.router, moe.experts
@@ -120,7 +125,7 @@ def _is_gpt_osss_moe(moe: FeedForward.Config) -> bool:
     if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
         return False
     has_biases = None not in (router.bias_init, experts.bias_init)
-    chosen = (router.score, router.renormalise, router.scale) == ("softmax", True, 1.0)
+    chosen = (router.score, router.renormalize, router.scale) == ("softmax", True, 1.0)
     limited = router.groups is not None or router.balancing is not None
     gated = moe.weighted == "output" and isinstance(experts.gating, ClampedGating.Config)
     return has_biases and chosen and not limited and gated

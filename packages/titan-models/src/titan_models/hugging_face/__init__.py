@@ -1,1 +1,1 @@
-"""Weights to and from Hugging Face's files: names, layouts, quantised forms and configs, checked."""
+"""Weights to and from Hugging Face's files: names, layouts, quantized tensor_formats and configs, checked."""

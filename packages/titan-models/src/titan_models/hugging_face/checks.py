@@ -35,7 +35,7 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
         if other:
             raise ValueError(f"Got {listed(other)} among {common}. Weights have one dtype. Cast them to one before.")
         if not common.is_floating_point:
-            raise ValueError(f"Got weights of {common}. They are floating-point numbers. Dequantise them before.")
+            raise ValueError(f"Got weights of {common}. They are floating-point numbers. Dequantize them before.")
 
 
 def check_floats(dtypes: Mapping[str, torch.dtype]) -> None:
@@ -43,7 +43,7 @@ def check_floats(dtypes: Mapping[str, torch.dtype]) -> None:
     other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     if other:
         raise ValueError(
-            f"Weights of a checkpoint must be of {', '.join(map(str, _FLOATS))}, or quantised with factors beside "
+            f"Weights of a checkpoint must be of {', '.join(map(str, _FLOATS))}, or quantized with factors beside "
             f"them, got {listed(other)}."
         )
 

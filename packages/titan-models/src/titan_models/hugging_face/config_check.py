@@ -36,7 +36,7 @@ def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any], left_out: Le
             f"model_type of config.json must be {own['model_type']!r}, which is this model in transformers, got "
             f"{model_type!r}. Take the family and flavor that the weights belong to."
         )
-    _check_quantisation(mapping_in(theirs, "quantization_config"))
+    _check_quantization(mapping_in(theirs, "quantization_config"))
     _check_rope(read_rope(theirs, left_out), read_rope(own, left_out))
     read = read_config(theirs, left_out, sizes=own)
     both = sorted(own.keys() & read.keys() - _NO_MATTER)
@@ -50,8 +50,8 @@ def check_config(theirs: Mapping[str, Any], own: Mapping[str, Any], left_out: Le
 
 def block_sizes(config: Mapping[str, Any] | None) -> tuple[int, int]:
     """Rows and columns of the blocks of FP8 weights, as a checkpoint's config tells them: 128 x 128 unless it does."""
-    quantisation = mapping_in(config or {}, "quantization_config") or {}
-    rows, columns = quantisation.get("weight_block_size") or (128, 128)
+    quantization = mapping_in(config or {}, "quantization_config") or {}
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
     return rows, columns
 
 
@@ -62,17 +62,17 @@ def _differ(theirs: Any, own: Any) -> bool:
     return bool(theirs) != own if isinstance(own, bool) else theirs != own
 
 
-def _check_quantisation(quantisation: Mapping[str, Any] | None) -> None:
-    if not quantisation:
+def _check_quantization(quantization: Mapping[str, Any] | None) -> None:
+    if not quantization:
         return
-    method = quantisation.get("quant_method")
+    method = quantization.get("quant_method")
     if method not in (*_QUANTISED,):
         raise ValueError(
-            f"Got a config.json with weights quantised by {method!r}. What can be read is "
+            f"Got a config.json with weights quantized by {method!r}. What can be read is "
             f"{' and '.join(f'{name} ({what})' for name, what in _QUANTISED.items())}. Take a checkpoint of those, or "
-            "one that is not quantised."
+            "one that is not quantized."
         )
-    sizes = quantisation.get("weight_block_size")
+    sizes = quantization.get("weight_block_size")
     is_known = isinstance(sizes, list) and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
     if method == "fp8" and sizes is not None and not is_known:
         raise ValueError(

@@ -46,8 +46,8 @@ def read_rope(stated: Settings, left_out: LeftOut) -> dict[str, Any]:
         **{key: value for key, value in scaling.items() if key != "type"},
     }
     if rope["rope_type"] in ("llama3", "yarn"):
-        inside = rope.get("original_max_position_embeddings", stated.get("max_position_embeddings"))
-        rope["original_max_position_embeddings"] = stated.get("original_max_position_embeddings", inside)
+        nested = rope.get("original_max_position_embeddings", stated.get("max_position_embeddings"))
+        rope["original_max_position_embeddings"] = stated.get("original_max_position_embeddings", nested)
     if "truncate" in rope:
         rope["truncate"] = bool(rope["truncate"])
     return {key: value for key, value in rope.items() if value is not None or key == "rope_type"}

@@ -9,7 +9,7 @@ from titan_config import traverse
 
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.decoder import Decoder
-from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.adapter import HfAdapter, NestedCheckpoint
 from titan_models.hugging_face.config_reading import LeftOut
 from titan_models.hugging_face.rules import Rules
 from titan_models.layers.feed_forward import FeedForward
@@ -55,12 +55,12 @@ def decoder_adapter(
     ignored: tuple[str, ...] = (),
     repeats: Mapping[str, str] | None = None,
     final_norm: str = "norm",
-    inside: Inside | None = None,
+    nested: NestedCheckpoint | None = None,
     left_out: LeftOut | None = None,
 ) -> HfAdapter:
     """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
 
-    `ignored`, `repeats`, `inside` and `left_out` are those of `HfAdapter`; `final_norm` is the name of the norm before
+    `ignored`, `repeats`, `nested` and `left_out` are those of `HfAdapter`; `final_norm` is the name of the norm before
     the head.
 
     Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
@@ -72,7 +72,7 @@ def decoder_adapter(
         repeats={**(_REPEATS if tied else {}), **(repeats or {})},
         config={**_hf_config(config), **hf_config},
         ignored=ignored,
-        inside=inside,
+        nested=nested,
         left_out=left_out,
     )
 
@@ -103,7 +103,7 @@ def dense_hidden_dim(feed_forwards: list[FeedForward.Config]) -> int:
 def grouped_query_fields(config: Decoder.Config) -> dict[str, Any]:
     """What a `config.json` says of grouped queries. Raises ValueError unless all blocks have them, plain and alike.
 
-    It says nothing of limits: a family that has some in transformers says which.
+    It says nothing of mask_modifiers: a family that has some in transformers says which.
     """
     for attention in grouped_queries(config):
         gainless = attention.qk_norm is not None and attention.qk_norm.weight_init is None
@@ -142,11 +142,11 @@ def grouped_queries(config: Decoder.Config) -> list[GroupedQueryAttention.Config
     return attentions
 
 
-def refuse_limits(config: Decoder.Config) -> None:
+def refuse_mask_modifiers(config: Decoder.Config) -> None:
     """Raise ValueError for a model whose queries do not see all of their past."""
-    if any(block.attention.limits for block in config.blocks()):
+    if any(block.attention.mask_modifiers for block in config.blocks()):
         raise ValueError(
-            "Got attention with limits. In the family in transformers every query sees all of its document's past. "
+            "Got attention with mask_modifiers. In the family in transformers every query sees all of its document's past. "
             "Remove them to export the model."
         )
 

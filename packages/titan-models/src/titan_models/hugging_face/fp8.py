@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from titan_models.hugging_face.forms import Form
-from titan_models.hugging_face.pieces import Piece
+from titan_models.hugging_face.tensor_formats import TensorFormat
+from titan_models.hugging_face.weight_mapping import WeightMapping
 
 
 @dataclass(frozen=True)
-class Fp8Blocks(Form):
+class Fp8Blocks(TensorFormat):
     """A matrix of e4m3 numbers `[R, C]` and the factors of its blocks, one for each `rows x columns`.
 
-    The last blocks of a row or column of them may be smaller. Source: DeepSeek-AI, "DeepSeek-V3 technical report"
+    The last blocks of a row or column of them may be smaller. StoredWeight: DeepSeek-AI, "DeepSeek-V3 technical report"
     (2024), 3.3; `weight_scale_inv` is what a number is multiplied by.
     """
 
@@ -36,8 +36,8 @@ class Fp8Blocks(Form):
             )
         return tuple(weight.shape)
 
-    def find(self, piece: Piece, names: tuple[str, ...], shape: tuple[int, ...]) -> list[Piece]:
-        return [replace(piece, hf_names=names, decode=self.numbers)]
+    def find(self, mapping: WeightMapping, names: tuple[str, ...], shape: tuple[int, ...]) -> list[WeightMapping]:
+        return [replace(mapping, hf_names=names, decode=self.numbers)]
 
     def numbers(self, weight_RC: Tensor, factors: Tensor) -> Tensor:
         """The numbers `[R, C]`, fp32."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan_models.hugging_face.forms import Form
-from titan_models.hugging_face.pieces import Piece
+from titan_models.hugging_face.tensor_formats import TensorFormat
+from titan_models.hugging_face.weight_mapping import WeightMapping
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What the 16 codes mean (Open Compute Project, "Microscaling formats", 5.3.3)."""
@@ -17,11 +17,11 @@ _BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Mxfp4(Form):
+class Mxfp4(TensorFormat):
     """A stack of matrices in blocks of 32 numbers of 4 bits, two a byte, the lower half first, and powers of two.
 
     Blocks `[E, R, C / 32, 16]` and exponents `[E, R, C / 32]`, both uint8, are the numbers `[E, C, R]`: transposed. It
-    is read expert by expert. Source: Open Compute Project, "OCP microscaling formats (MX) specification" (2023).
+    is read expert by expert. StoredWeight: Open Compute Project, "OCP microscaling formats (MX) specification" (2023).
     """
 
     def shape(self, *parts: Tensor) -> tuple[int, ...]:
@@ -36,9 +36,9 @@ class Mxfp4(Form):
         num_experts, rows, num_blocks = exponents.shape
         return num_experts, _BLOCK * num_blocks, rows
 
-    def find(self, piece: Piece, names: tuple[str, ...], shape: tuple[int, ...]) -> list[Piece]:
+    def find(self, mapping: WeightMapping, names: tuple[str, ...], shape: tuple[int, ...]) -> list[WeightMapping]:
         return [
-            Piece(tuple((name, expert) for name, _ in piece.own), names, piece.steps, _Matrix(expert))
+            WeightMapping(tuple((name, expert) for name, _ in mapping.own), names, mapping.transforms, _Matrix(expert))
             for expert in range(shape[0])
         ]
 

@@ -1,4 +1,4 @@
-"""Rules by which a model's weights are found in Hugging Face's files: patterns of names, and steps of layout."""
+"""Rules by which a model's weights are found in Hugging Face's files: patterns of names, and transforms of layout."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from titan_models.hugging_face.pieces import Piece
-from titan_models.hugging_face.steps import Step
+from titan_models.hugging_face.layout_transforms import LayoutTransform
+from titan_models.hugging_face.weight_mapping import WeightMapping
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where Hugging Face's files hold weights: under `name`, after `steps`, in that order.
+class HfTensor:
+    """Where Hugging Face's files hold weights: under `name`, after `transforms`, in that order.
 
-    >>> Stored("model.layers.*.mlp.experts.gate_up_proj", Halves(dim=-2), Transposed())  # doctest: +SKIP
+    >>> HfTensor("model.layers.*.mlp.experts.gate_up_proj", Halves(dim=-2), Transposed())  # doctest: +SKIP
     """
 
     name: str
-    steps: tuple[Step, ...]
+    transforms: tuple[LayoutTransform, ...]
 
-    def __init__(self, name: str, *steps: Step) -> None:
+    def __init__(self, name: str, *transforms: LayoutTransform) -> None:
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "transforms", transforms)
 
 
-Rules = dict[str | tuple[str, ...], str | Stored]
-"""`{own pattern: Hugging Face's}`, or `{(own patterns): Stored(...)}` for weights that are one tensor there."""
+Rules = dict[str | tuple[str, ...], str | HfTensor]
+"""`{own pattern: Hugging Face's}`, or `{(own patterns): HfTensor(...)}` for weights that are one tensor there."""
 
 
-def pieces_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[Piece]:
+def mappings_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[WeightMapping]:
     """What becomes of each weight.
 
-    Raises ValueError unless weights have one rule each, rules a weight, and no two pieces the same name.
+    Raises ValueError unless weights have one rule each, rules a weight, and no two mappings the same name.
     """
     groups = [((own,) if isinstance(own, str) else own, _stored(stored)) for own, stored in rules.items()]
-    pieces: list[Piece] = []
+    mappings: list[WeightMapping] = []
     used = set()
     for name in shapes:
         group, stored, match = _rule_for(name, groups)
@@ -48,16 +48,18 @@ def pieces_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[Piece
                 "are one tensor there are all there. Correct the rule."
             )
         if name == names[0]:
-            pieces += _pieces(names, _filled(stored.name, match), stored.steps, shapes)
+            mappings += _mappings(names, _filled(stored.name, match), stored.transforms, shapes)
     if unused := sorted(", ".join(group) for group, _ in groups if group not in used):
         raise ValueError(f"Got rules that fit no parameter: {listed(unused)}. A rule renames something. Remove them.")
-    counts = Counter(piece.hf_name for piece in pieces)
+    counts = Counter(mapping.hf_name for mapping in mappings)
     if met := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"Got two parameters for {listed(met)}. Names map one to one. Correct the rules.")
-    return pieces
+    return mappings
 
 
-def _rule_for(name: str, groups: list[tuple[tuple[str, ...], Stored]]) -> tuple[tuple[str, ...], Stored, re.Match[str]]:
+def _rule_for(
+    name: str, groups: list[tuple[tuple[str, ...], HfTensor]]
+) -> tuple[tuple[str, ...], HfTensor, re.Match[str]]:
     fitting = [
         (group, stored, match)
         for group, stored in groups
@@ -72,18 +74,18 @@ def _rule_for(name: str, groups: list[tuple[tuple[str, ...], Stored]]) -> tuple[
     return fitting[0]
 
 
-def _pieces(
-    names: tuple[str, ...], hf_name: str, steps: tuple[Step, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[Piece]:
+def _mappings(
+    names: tuple[str, ...], hf_name: str, transforms: tuple[LayoutTransform, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[WeightMapping]:
     if "#" not in hf_name:
-        yield Piece(tuple((name, None) for name in names), (hf_name,), steps)
+        yield WeightMapping(tuple((name, None) for name in names), (hf_name,), transforms)
         return
     for index in range(shapes[names[0]][0]):
-        yield Piece(tuple((name, index) for name in names), (hf_name.replace("#", str(index)),), steps)
+        yield WeightMapping(tuple((name, index) for name in names), (hf_name.replace("#", str(index)),), transforms)
 
 
-def _stored(stored: str | Stored) -> Stored:
-    return Stored(stored) if isinstance(stored, str) else stored
+def _stored(stored: str | HfTensor) -> HfTensor:
+    return HfTensor(stored) if isinstance(stored, str) else stored
 
 
 def _expression(pattern: str) -> str:

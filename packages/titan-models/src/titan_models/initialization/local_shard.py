@@ -17,6 +17,6 @@ def local_part(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape):
         raise ValueError(
             f"Got a parameter of placements {parameter.placements}. Initial weights need each rank's part to be one "
-            "block of it. Shard interleaved parts on another dim, or initialise before sharding."
+            "block of it. Shard interleaved parts on another dim, or initialize before sharding."
         )
     return local, tuple(chunks[0].offsets)

@@ -7,13 +7,13 @@ from torch.nn import functional
 
 from titan_models.initialization.initializers import Initializer, Normal
 from titan_models.layers.flops import Flops
-from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.layer import Layer, new_parameter
 
 
-class Embedding(Part):
+class Embedding(Layer):
     """Row `token` of a table `[vocabulary, D]`. Raises IndexError for a token beyond the vocabulary."""
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
         """How the table is drawn."""
 

@@ -12,7 +12,7 @@ from titan_models.initialization.initializers import Initializer
 from titan_models.layers.flops import Flops
 
 
-class Part(Configurable, nn.Module, abc.ABC):
+class Layer(Configurable, nn.Module, abc.ABC):
     """A module that owns parameters or does matrix products of its own."""
 
     def initializers(self) -> dict[str, Initializer]:
@@ -29,5 +29,5 @@ class Part(Configurable, nn.Module, abc.ABC):
 
 
 def new_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of NaNs: a weight that was never initialised nor loaded shows at the first loss."""
+    """A parameter of NaNs: a weight that was never initialized nor loaded shows at the first loss."""
     return nn.Parameter(torch.full(shape, torch.nan))

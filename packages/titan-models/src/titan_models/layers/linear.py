@@ -6,13 +6,13 @@ from torch import nn
 
 from titan_models.initialization.initializers import DepthScaledNormal, Initializer, Normal
 from titan_models.layers.flops import Flops, matmul_flops
-from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.layer import Layer, new_parameter
 
 
-class Linear(Part, nn.Linear):
+class Linear(Layer, nn.Linear):
     """`y = x W^T + b` with `W [out, in]`. An `nn.Linear`, so that tools which look for these find it."""
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
         """How the weight is drawn."""
 

@@ -1,4 +1,4 @@
-"""Root mean square layer normalisation."""
+"""Root mean square layer normalization."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch.nn import functional
 
 from titan_models.initialization.initializers import Constant, Initializer
 from titan_models.layers.flops import Flops
-from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.layer import Layer, new_parameter
 
 
-class RMSNorm(Part):
+class RMSNorm(Layer):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dim (Zhang and Sennrich, 2019), computed in fp32 or wider."""
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         eps: float = 1e-5
         """Added to the mean square."""
 

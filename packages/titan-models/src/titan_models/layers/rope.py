@@ -140,7 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `rotate`, but feature 2i turns with 2i + 1."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(x.dtype)

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from titan_models.layers.embedding import Embedding
 from titan_models.layers.flops import Flops, matmul_flops
-from titan_models.layers.layer import Part
+from titan_models.layers.layer import Layer
 
 
-class Tied(Part, abc.ABC):
+class Tied(Layer, abc.ABC):
     """A module whose weight is the embedding's: one parameter, known by the embedding's name.
 
     The two stay one through `to_empty` and `to`, where PyTorch would part them, and `state_dict` holds the weight once.

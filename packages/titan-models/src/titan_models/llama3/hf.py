@@ -11,7 +11,7 @@ from titan_models.hugging_face.decoder import (
     decoder_adapter,
     dense_hidden_dim,
     grouped_query_fields,
-    refuse_limits,
+    refuse_mask_modifiers,
     refuse_uneven_heads,
 )
 
@@ -20,7 +20,7 @@ _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32)}
 
 def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that `LlamaForCausalLM` cannot be."""
-    refuse_limits(config)
+    refuse_mask_modifiers(config)
     heads = grouped_query_fields(config)
     refuse_uneven_heads(config, heads["num_attention_heads"])
     hf_config = {

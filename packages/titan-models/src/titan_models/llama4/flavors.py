@@ -72,9 +72,9 @@ def _llama4(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=residual_linear()
         )
         if rotating:
-            attention.rotation = "neighbours"
+            attention.rotation = "neighbors"
             attention.qk_norm = RMSNorm.Config(weight_init=None) if qk_norm else None
-            attention.limits = [Chunks.Config(size=chunk)]
+            attention.mask_modifiers = [Chunks.Config(size=chunk)]
         else:
             attention.rotation = None
             attention.temperature = Temperature.Config(step=chunk)
@@ -83,15 +83,15 @@ def _llama4(
         dense = SwiGLU.Config(hidden_dim=dense_dim, up=residual_linear(), down=residual_linear())
         return Block.Config(attention=attention, feed_forward=dense)
 
-    exceptions = {"3::4": block(rotating=False, with_experts=True)}
+    layer_overrides = {"3::4": block(rotating=False, with_experts=True)}
     if dense_dim is not None:
-        exceptions["1::4"] = block(rotating=True, with_experts=True)
+        layer_overrides["1::4"] = block(rotating=True, with_experts=True)
     return Llama4.Config(
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
         block=block(rotating=True, with_experts=False),
-        exceptions=exceptions,
+        layer_overrides=layer_overrides,
         rope=Rope.Config(
             dim=head_dim,
             theta=500_000.0,

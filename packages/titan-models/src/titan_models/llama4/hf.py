@@ -7,7 +7,7 @@ from typing import Any
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.attention.mask import Chunks
 from titan_models.decoder import Decoder
-from titan_models.hugging_face.adapter import HfAdapter, Inside
+from titan_models.hugging_face.adapter import HfAdapter, NestedCheckpoint
 from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
 from titan_models.hugging_face.decoder import (
     GROUPED_QUERY_RULES,
@@ -17,8 +17,8 @@ from titan_models.hugging_face.decoder import (
     head_fields,
     same_in_all,
 )
-from titan_models.hugging_face.rules import Rules, Stored
-from titan_models.hugging_face.steps import Halves, Transposed
+from titan_models.hugging_face.layout_transforms import Halves, Transposed
+from titan_models.hugging_face.rules import HfTensor, Rules
 from titan_models.moe import MoE, SiluGating, SwiGLUExperts, TopKRouter
 
 _DENSE_RULES: Rules = {
@@ -31,10 +31,10 @@ _SHARED_RULES: Rules = {
 }
 _MOE_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.feed_forward.router.weight",
-    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): Stored(
+    ("layers.*.feed_forward.experts.gate_proj.weight", "layers.*.feed_forward.experts.up_proj.weight"): HfTensor(
         "model.layers.*.feed_forward.experts.gate_up_proj", Halves(dim=-2), Transposed()
     ),
-    "layers.*.feed_forward.experts.down_proj.weight": Stored(
+    "layers.*.feed_forward.experts.down_proj.weight": HfTensor(
         "model.layers.*.feed_forward.experts.down_proj", Transposed()
     ),
     **_SHARED_RULES,
@@ -57,8 +57,8 @@ def hf_adapter(config: Decoder.Config) -> HfAdapter:
     if dense:
         hf_config["intermediate_size_mlp"] = dense_hidden_dim(dense)
     rules = GROUPED_QUERY_RULES | (_MOE_RULES if moes else {}) | (_DENSE_RULES if dense else {})
-    inside = Inside("language_model.", others=("vision_model.", "multi_modal_projector."))
-    return decoder_adapter(config, hf_config, rules, inside=inside, left_out=_LEFT_OUT)
+    inside = NestedCheckpoint("language_model.", others=("vision_model.", "multi_modal_projector."))
+    return decoder_adapter(config, hf_config, rules, nested=inside, left_out=_LEFT_OUT)
 
 
 def _moe_layers(config: Settings) -> Any:
@@ -89,7 +89,7 @@ def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
     for attention in attentions:
         if not (_is_llamas_rotating(attention) or _is_llamas_still(attention)):
             raise ValueError(
-                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbours, with a norm "
+                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbors, with a norm "
                 "without a gain or with none, or it does not rotate and may have a temperature; it sees all of the "
                 "past or its chunk. Make it one of these to export the model."
             )
@@ -104,10 +104,12 @@ def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
     fields = {
         **head_fields(config),
         "no_rope_layers": [int(attention.rotation is not None) for attention in attentions],
-        "layer_types": ["chunked_attention" if attention.limits else "full_attention" for attention in attentions],
+        "layer_types": [
+            "chunked_attention" if attention.mask_modifiers else "full_attention" for attention in attentions
+        ],
         "use_qk_norm": bool(rotating) and same_in_all("qk_norm", [each.qk_norm for each in rotating]) is not None,
     }
-    if chunks := [limit for attention in attentions for limit in attention.limits]:
+    if chunks := [limit for attention in attentions for limit in attention.mask_modifiers]:
         fields["attention_chunk_size"] = same_in_all("chunks", chunks).size
     temperature = same_in_all("temperature", [each.temperature for each in still]) if still else None
     fields["attn_temperature_tuning"] = temperature is not None
@@ -121,7 +123,7 @@ def _is_llamas_rotating(attention: GroupedQueryAttention.Config) -> bool:
     normed_plainly = norm is None or norm.weight_init is None
     return (
         _sees_chunks(attention)
-        and attention.rotation == "neighbours"
+        and attention.rotation == "neighbors"
         and attention.temperature is None
         and normed_plainly
     )
@@ -133,7 +135,7 @@ def _is_llamas_still(attention: GroupedQueryAttention.Config) -> bool:
 
 def _sees_chunks(attention: GroupedQueryAttention.Config) -> bool:
     """Or everything."""
-    return [type(limit) for limit in attention.limits] in ([], [Chunks.Config])
+    return [type(limit) for limit in attention.mask_modifiers] in ([], [Chunks.Config])
 
 
 def _moe_fields(moe: Any) -> dict[str, Any]:
@@ -157,6 +159,6 @@ def _is_llamas_moe(moe: MoE.Config) -> bool:
     router, experts = moe.router, moe.experts
     if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
         return False
-    plain = (router.score, router.groups, router.renormalise, router.scale) == ("sigmoid", None, False, 1.0)
+    plain = (router.score, router.groups, router.renormalize, router.scale) == ("sigmoid", None, False, 1.0)
     shared = moe.shared is not None and moe.shared.hidden_dim == experts.hidden_dim
     return plain and shared and moe.weighted == "input" and isinstance(experts.gating, SiluGating.Config)

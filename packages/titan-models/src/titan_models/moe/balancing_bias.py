@@ -40,7 +40,7 @@ class BalancingBias(Fp32State):
         return scores_NE + self.bias
 
     @torch.no_grad()
-    def move(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         """Move the bias against the load: `counts` are the tokens of each expert in a step, of all ranks."""
         excess_E = counts_E * len(counts_E) - counts_E.sum()
         self.bias.sub_(excess_E.sign(), alpha=self.rate)

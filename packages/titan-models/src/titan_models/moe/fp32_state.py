@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from titan_models.layers.flops import Flops
-from titan_models.layers.layer import Part
+from titan_models.layers.layer import Layer
 
 
-class Fp32State(Part):
+class Fp32State(Layer):
     """A part without parameters whose buffers stay in fp32, with all their bits, whatever the model is cast to."""
 
     def own_flops(self, seq_len: int) -> Flops:

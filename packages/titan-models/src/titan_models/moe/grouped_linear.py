@@ -8,18 +8,18 @@ from torch.nn import functional
 
 from titan_models.initialization.initializers import Initializer, Normal
 from titan_models.layers.flops import Flops, matmul_flops
-from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.layer import Layer, new_parameter
 from titan_models.moe.kernels import GroupedMM, Kernel
 
 
-class GroupedLinear(Part):
+class GroupedLinear(Layer):
     """`y = x W_e^T + b_e` for the tokens of each expert `e`: weights `[E, O, I]`, biases `[E, O]`.
 
     Built with `num_experts`, `top_k`, `in_features` and `out_features`. N tokens, E experts, I features in, O features
     out.
     """
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
         """How the weights are drawn."""
 

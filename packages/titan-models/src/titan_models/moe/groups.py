@@ -14,7 +14,7 @@ class ExpertGroups(Configurable):
 
     class Config(Configurable.Config):
         num_groups: int
-        """Groups, of as many neighbouring experts each."""
+        """Groups, of as many neighboring experts each."""
 
         num_kept: int
         """Groups that a token's experts come from."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from titan_models.moe.loop import expert_products
+from titan_models.moe.for_loop import expert_products
 
 _ALIGNMENT = 16
 """Bytes: torch's kernel takes matrices whose rows are multiples of it."""
@@ -30,7 +30,7 @@ class Kernel(Configurable, abc.ABC):
         """
 
 
-class Loop(Kernel):
+class ForLoop(Kernel):
     """One product after the other: the reference. It waits for the counts on the CPU.
 
     In compiled code the loop is one operator, since a compiler cannot know the counts. In a plan, where tensors have no
@@ -54,7 +54,7 @@ class GroupedMM(Kernel):
     """
 
     def __init__(self, config: Configurable.Config) -> None:
-        self._loop: Loop = Loop.Config().build()
+        self._loop: ForLoop = ForLoop.Config().build()
 
     def __call__(self, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         if not _taken(x_NI, weight_EOI):

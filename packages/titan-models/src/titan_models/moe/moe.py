@@ -12,7 +12,7 @@ from titan_models.layers.roles import Roles, under
 from titan_models.layers.swiglu import SwiGLU
 from titan_models.moe.experts import Experts
 from titan_models.moe.router import Router
-from titan_models.training.step_counter import Tally
+from titan_models.training.step_counter import StepCounter
 
 
 class MoE(FeedForward):
@@ -43,13 +43,13 @@ class MoE(FeedForward):
         self.router: Router = config.router.build(dim=dim)
         self.experts: Experts = config.experts.build(dim=dim, num_experts=num_experts, top_k=top_k)
         self.shared: SwiGLU | None = None if config.shared is None else config.shared.build(dim=dim)
-        self.load = Tally(num_experts, settle=self.router.settle, measure=_load_of_busiest)
+        self.token_counter = StepCounter(num_experts, update=self.router.update, metrics=_load_of_busiest)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weights_NK = self.router(x_ND)
         order, counts_E = self._sort(chosen_NK)
-        weights_NK = self.load(weights_NK, counts_E)
+        weights_NK = self.token_counter(weights_NK, counts_E)
         sorted_input = x_ND.index_select(0, order // chosen_NK.shape[1])
         if self.config.weighted == "input":
             sorted_input = sorted_input * weights_NK.flatten().index_select(0, order).unsqueeze(-1)
@@ -73,7 +73,7 @@ class MoE(FeedForward):
         """
         experts = under("experts", self.experts.roles())
         shared = {} if self.shared is None else under("shared", self.shared.roles())
-        own: Roles = {"load": "tally", **under("router", self.router.roles())}
+        own: Roles = {"token_counter": "step_counter", **under("router", self.router.roles())}
         if experts:
             own[""] = "region"
             shared.pop("shared", None)

@@ -11,21 +11,21 @@ from torch.nn import functional
 
 from titan_models.initialization.initializers import Initializer, Normal
 from titan_models.layers.flops import Flops, matmul_flops
-from titan_models.layers.layer import Part, new_parameter
+from titan_models.layers.layer import Layer, new_parameter
 from titan_models.layers.roles import Roles
+from titan_models.moe.auxiliary_losses import RouterLoss
 from titan_models.moe.balancing_bias import BalancingBias
 from titan_models.moe.groups import ExpertGroups
-from titan_models.moe.router_losses import RouterLoss
-from titan_models.training.auxiliary_loss import OwnLoss
+from titan_models.training.auxiliary_loss import AuxiliaryLoss
 
 
-class Router(Part, abc.ABC):
+class Router(Layer, abc.ABC):
     """Chooses each token's experts and how much each of them counts; built with `dim`, the width of the stream.
 
     N tokens, D width, E experts, K experts of a token.
     """
 
-    class Config(Part.Config):
+    class Config(Layer.Config):
         num_experts: int
         """Experts to choose from."""
 
@@ -43,7 +43,7 @@ class Router(Part, abc.ABC):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of each token's experts, int64 `[N, K]`, all different, and their weights `[N, K]`."""
 
-    def settle(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did. Most do nothing."""
 
     def roles(self) -> Roles:
@@ -54,7 +54,7 @@ class Router(Part, abc.ABC):
 class TopKRouter(Router):
     """The experts with the highest scores, weighted by these: a linear projection, a softmax or sigmoid, a choice.
 
-    A softmax over the chosen experts alone, as GPT-OSS has it, is one over all of them with `renormalise`. Computed in
+    A softmax over the chosen experts alone, as GPT-OSS has it, is one over all of them with `renormalize`. Computed in
     fp32 or wider; the weights have the dtype of the tokens.
     """
 
@@ -65,7 +65,7 @@ class TopKRouter(Router):
         groups: ExpertGroups.Config | None = None
         """The choice is limited to a token's best groups. None: it is not."""
 
-        renormalise: bool = False
+        renormalize: bool = False
         """A token's weights are divided by their sum."""
 
         balancing: BalancingBias.Config | None = None
@@ -101,7 +101,7 @@ class TopKRouter(Router):
         if config.balancing is not None:
             self.balancing = config.balancing.build(num_experts=config.num_experts)
         self.losses = nn.ModuleList(loss.build(num_experts=config.num_experts) for loss in config.losses)
-        self.own_loss = OwnLoss()
+        self.auxiliary_loss = AuxiliaryLoss()
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(x_ND.dtype, torch.float32)
@@ -110,11 +110,11 @@ class TopKRouter(Router):
         scores_NE = logits_NE.softmax(-1) if self.config.score == "softmax" else logits_NE.sigmoid()
         chosen_NK = self._choose(scores_NE.detach())
         weights_NK = scores_NE.gather(1, chosen_NK)
-        if self.config.renormalise:
+        if self.config.renormalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         if self.losses and torch.is_grad_enabled():
             losses_LN = torch.stack([loss(logits_NE, scores_NE) for loss in self.losses])
-            weights_NK = self.own_loss(weights_NK, losses_LN.sum())
+            weights_NK = self.auxiliary_loss(weights_NK, losses_LN.sum())
         return chosen_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -122,14 +122,14 @@ class TopKRouter(Router):
         limited = judged if self.groups is None else self.groups.limit(judged)
         return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
 
-    def settle(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         if self.balancing is not None:
-            self.balancing.move(counts_E)
+            self.balancing.update(counts_E)
         for loss in self.losses:
-            cast(RouterLoss, loss).settle(counts_E)
+            cast(RouterLoss, loss).update(counts_E)
 
     def roles(self) -> Roles:
-        return {"own_loss": "own_loss"} if self.losses else {}
+        return {"auxiliary_loss": "auxiliary_loss"} if self.losses else {}
 
     def initializers(self) -> dict[str, Initializer]:
         bias_init = self.config.bias_init

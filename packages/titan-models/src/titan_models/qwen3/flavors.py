@@ -108,7 +108,7 @@ def _qwen3(
         residual = Normal.Config(std=0.02 / math.sqrt(2 * num_layers))
         output = Linear.Config(weight_init=residual)
         feed_forward = MoE.Config(
-            router=TopKRouter.Config(num_experts=num_experts, top_k=top_k, renormalise=True),
+            router=TopKRouter.Config(num_experts=num_experts, top_k=top_k, renormalize=True),
             experts=SwiGLUExperts.Config(hidden_dim=hidden_dim, down_init=copy.copy(residual)),
         )
     return Qwen3.Config(

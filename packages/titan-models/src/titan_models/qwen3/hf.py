@@ -14,7 +14,7 @@ from titan_models.hugging_face.decoder import (
     decoder_adapter,
     dense_hidden_dim,
     grouped_query_fields,
-    refuse_limits,
+    refuse_mask_modifiers,
     same_in_all,
 )
 from titan_models.hugging_face.rules import Rules
@@ -29,7 +29,7 @@ _LEFT_OUT = {**LEFT_OUT, **heads_left_out(32, 32, 128), "use_sliding_window": Fa
 
 def hf_adapter(config: Decoder.Config) -> HfAdapter:
     """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
-    refuse_limits(config)
+    refuse_mask_modifiers(config)
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
     moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
     dense = {layer: part for layer, part in feed_forwards.items() if layer not in moes}
@@ -71,7 +71,7 @@ def _moe_fields(moe: Any) -> dict[str, Any]:
     return {
         "num_experts": router.num_experts,
         "num_experts_per_tok": router.top_k,
-        "norm_topk_prob": router.renormalise,
+        "norm_topk_prob": router.renormalize,
         "moe_intermediate_size": experts.hidden_dim,
         "intermediate_size": experts.hidden_dim * router.top_k,  # of dense layers, if there are any
         "decoder_sparse_step": 1,

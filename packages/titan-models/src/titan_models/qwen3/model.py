@@ -1,4 +1,4 @@
-"""The Qwen3 family: the shared decoder with queries and keys normalised head by head."""
+"""The Qwen3 family: the shared decoder with queries and keys normalized head by head."""
 
 from __future__ import annotations
 

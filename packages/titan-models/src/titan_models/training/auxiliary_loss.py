@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
-class OwnLoss(nn.Module):
-    """Adds a loss to the one at the head, with the role `own_loss`: (sum at the head + sums here) / denominator.
+class AuxiliaryLoss(nn.Module):
+    """Adds a loss to the one at the head, with the role `auxiliary_loss`: (sum at the head + sums here) / denominator.
 
     Sums over tokens, so that neither the mesh nor the micro-batches change them. `scale` is what a unit of the head's
-    loss sum weighs in the gradients, usually 1 / denominator; an engine sets it for each step, or `scale_own_losses`.
+    loss sum weighs in the gradients, usually 1 / denominator; an engine sets it for each step, or `scale_auxiliary_losses`.
     `share` is the part of the sum that this rank gives: an engine sets it where other ranks have the same tokens.
     """
 
@@ -26,17 +26,17 @@ class OwnLoss(nn.Module):
         if self.scale is None:
             raise RuntimeError(
                 "Got a model with losses of its own, and nothing that says how they compare to that of the head. They "
-                "are sums over tokens, divided by the same number. Call model.scale_own_losses(1 / denominator) before "
+                "are sums over tokens, divided by the same number. Call model.scale_auxiliary_losses(1 / denominator) before "
                 "the forward, or titan_parallel's forward_backward, which does."
             )
         output: Tensor = _WithLoss.apply(x, loss_sum, self.scale * self.share)
         return output
 
 
-def scale_own_losses(model: nn.Module, scale: float) -> None:
+def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
     """Set what a unit of loss weighs, for all losses that `model` has of its own."""
     for module in model.modules():
-        if isinstance(module, OwnLoss):
+        if isinstance(module, AuxiliaryLoss):
             module.scale = torch.tensor(scale, dtype=torch.float64)
 
 

@@ -18,9 +18,9 @@ from titan_parallel.check.factor import sizes_of
 from titan_parallel.check.forked import Failed, require_fork, run_alone, run_on_ranks
 from titan_parallel.check.mesh_names import describe, ranks_of
 from titan_parallel.check.on_mesh import Judgement, judge_on_rank
-from titan_parallel.check.plain import Record, run_plain
+from titan_parallel.check.plain import ReferenceRun, run_plain
 from titan_parallel.check.report import CheckReport, MeshReport
-from titan_parallel.check.summary import failed, summarise
+from titan_parallel.check.summary import failed, summarize
 from titan_parallel.check.trial import Trial
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.memory.compile import Compile
@@ -75,7 +75,7 @@ def check_parallel(
 
         def refer(_: str) -> None:
             model = trial.model()
-            table = Roles(model, trial.roles_of(model))
+            table = Roles(model, trial.roles_for(model))
             given = CheckBatch.of(batch) if batch is not None else make_up_batch(model, table, *shape, seed)
             run_plain(trial, given.to(dtype)).save(path)
 
@@ -92,7 +92,7 @@ class _Case:
     num_ranks: int
 
     @property
-    def num_data_ranks(self) -> int:
+    def dp_size(self) -> int:
         return self.config.data_parallel_replicate_degree * shard_degree(self.config, self.num_ranks)
 
     @property
@@ -103,7 +103,7 @@ class _Case:
 
 def _report(trial: Trial, cases: Sequence[_Case], path: Path, timeout_s: float) -> CheckReport:
     """Start ranks once for each number of them."""
-    record = Record.load(path)
+    record = ReferenceRun.load(path)
     by_name = {case.name: case for case in cases}
     outcomes: dict[str, list[Judgement] | Failed] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
@@ -111,24 +111,24 @@ def _report(trial: Trial, cases: Sequence[_Case], path: Path, timeout_s: float) 
 
         def judge(name: str) -> Judgement:
             case = by_name[name]
-            return judge_on_rank(trial, case.config, case.num_ranks, Record.load(path))
+            return judge_on_rank(trial, case.config, case.num_ranks, ReferenceRun.load(path))
 
         outcomes |= run_on_ranks(num_ranks, judge, names, timeout_s)
     return CheckReport({case.name: _mesh_report(case, outcomes[case.name], record, trial) for case in cases})
 
 
-def _mesh_report(case: _Case, outcome: list[Judgement] | Failed, record: Record, trial: Trial) -> MeshReport:
+def _mesh_report(case: _Case, outcome: list[Judgement] | Failed, record: ReferenceRun, trial: Trial) -> MeshReport:
     degrees = describe(case.config)
     if isinstance(outcome, Failed):
         return failed(case.name, degrees, case.num_ranks, outcome)
     copies = case.num_ranks // case.config.pipeline_parallel_degree
     sizes = sizes_of(case.config, case.num_ranks, trial.num_microbatches)
-    return summarise(case.name, degrees, outcome, record, copies, sizes)
+    return summarize(case.name, degrees, outcome, record, copies, sizes)
 
 
 def _shape(cases: Sequence[_Case], num_microbatches: int) -> tuple[int, int]:
     """Rows and tokens of a global batch that every mesh can divide; of a row, 16 tokens or some more."""
-    rows = math.lcm(*(case.num_data_ranks for case in cases)) * num_microbatches
+    rows = math.lcm(*(case.dp_size for case in cases)) * num_microbatches
     return rows, math.lcm(16, *(case.num_parts_of_sequence for case in cases))
 
 

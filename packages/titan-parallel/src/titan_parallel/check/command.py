@@ -18,11 +18,15 @@ from torch import nn
 from titan_parallel.check.check_parallel import check_parallel
 from titan_parallel.check.hugging_face import build_small
 from titan_parallel.check.mesh_names import meshes
-from titan_parallel.memory.activation_checkpoint import FullRecompute, SelectiveRecompute
+from titan_parallel.memory.activation_checkpoint import FullActivationCheckpoint, SelectiveActivationCheckpoint
 from titan_parallel.memory.compile import Compile
 from titan_parallel.mesh.parallel_dims import ParallelDims
 
-RECOMPUTATIONS = {"none": None, "full": FullRecompute.Config(), "selective": SelectiveRecompute.Config()}
+RECOMPUTATIONS = {
+    "none": None,
+    "full": FullActivationCheckpoint.Config(),
+    "selective": SelectiveActivationCheckpoint.Config(),
+}
 
 
 def add_to(commands: Any) -> None:

@@ -29,7 +29,7 @@ class DeclaresPlan(Protocol):
         """The head."""
 
 
-def roles_of(model: nn.Module) -> RoleTable:
+def declared_roles(model: nn.Module) -> RoleTable:
     """`model.roles()`, or those of a Hugging Face model. Raises ConfigError for a model that has none."""
     if isinstance(model, StatesRoles):
         return model.roles()

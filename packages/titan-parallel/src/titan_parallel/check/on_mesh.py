@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
 from titan_parallel.check.full_tensors import whole
-from titan_parallel.check.plain import LOSS_OF_EVALUATION, Record, loss_of_step, norm_of_step
+from titan_parallel.check.plain import LOSS_OF_EVALUATION, ReferenceRun, loss_of_step, norm_of_step
 from titan_parallel.check.tolerances import Comparison, compare, norm_of
 from titan_parallel.check.trial import MAX_NORM, Trial
 from titan_parallel.mesh.parallel_dims import ParallelDims
@@ -35,7 +35,7 @@ class Judgement:
     weights: dict[str, Comparison | str]
 
 
-def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, record: Record) -> Judgement:
+def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, record: ReferenceRun) -> Judgement:
     """Run the trial on the mesh of `config`, of which this process is a rank."""
     with computing_in(trial.dtype):
         dims = config.build(world_size=num_ranks, device_type="cpu")
@@ -43,7 +43,7 @@ def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, rec
         _require_equal(model, record)
         parallel = parallelize(
             model,
-            trial.roles_of(model),
+            trial.roles_for(model),
             dims,
             activation_checkpoint=trial.activation_checkpoint,
             compile=trial.compile,
@@ -54,7 +54,7 @@ def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, rec
 
 
 class _Judge:
-    def __init__(self, trial: Trial, parallel: ParallelModel, record: Record) -> None:
+    def __init__(self, trial: Trial, parallel: ParallelModel, record: ReferenceRun) -> None:
         self._trial, self._parallel, self._record = trial, parallel, record
         self._batches = _own_rows(CheckBatch(**record.batch), parallel.dims, trial.num_microbatches)
 
@@ -115,12 +115,12 @@ class _Judge:
 
 def _own_rows(batch: CheckBatch, dims: ParallelDims, num_microbatches: int) -> list[CheckBatch]:
     """This data rank's micro-batches."""
-    rows = batch.num_rows // dims.num_data_ranks
-    first, step = dims.data_rank * rows, rows // num_microbatches
+    rows = batch.num_rows // dims.dp_size
+    first, step = dims.dp_rank * rows, rows // num_microbatches
     return [batch.rows(first + i * step, first + (i + 1) * step) for i in range(num_microbatches)]
 
 
-def _require_equal(model: nn.Module, record: Record) -> None:
+def _require_equal(model: nn.Module, record: ReferenceRun) -> None:
     for name, parameter in model.named_parameters():
         expected = record.initial.get(name)
         if expected is None or not torch.equal(parameter, expected):

@@ -17,12 +17,12 @@ from titan_parallel.check.tolerances import norm_of, roundings
 from titan_parallel.check.trial import MAX_NORM, Trial
 from titan_parallel.probe.float64 import computing_in
 from titan_parallel.sharding_plan.roles import Roles
-from titan_parallel.step.auxiliary_losses import OwnLosses
-from titan_parallel.step.statistics import Tallying
+from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
+from titan_parallel.step.statistics import CountsPerStep
 
 
 @dataclass(frozen=True)
-class Record:
+class ReferenceRun:
     """What a run of the plain model left; weights and gradients by every name that a parameter has.
 
     Buffers that are state, and that the run changed, are weights too. A trial in float32 is judged by a run in float64
@@ -50,7 +50,7 @@ class Record:
         torch.save(asdict(self), path)
 
     @classmethod
-    def load(cls, path: Path) -> Record:
+    def load(cls, path: Path) -> ReferenceRun:
         """As it was saved; tensors are read when they are needed."""
         return cls(**torch.load(path, mmap=True, weights_only=True))
 
@@ -59,7 +59,7 @@ _MOST_ROUNDING = 1e-3
 """Of all gradients: by a plain process that rounds more nothing can be judged."""
 
 
-def run_plain(trial: Trial, batch: CheckBatch) -> Record:
+def run_plain(trial: Trial, batch: CheckBatch) -> ReferenceRun:
     """Train the plain model for a few steps on the whole batch at once."""
     if trial.dtype is torch.float64:
         return _run(trial, batch)
@@ -70,7 +70,7 @@ def run_plain(trial: Trial, batch: CheckBatch) -> Record:
     return replace(exact, batch=asdict(batch), initial=runs[0].initial, rounding=rounding)
 
 
-def _run_in_float64(trial: Trial, batch: CheckBatch) -> Record:
+def _run_in_float64(trial: Trial, batch: CheckBatch) -> ReferenceRun:
     """Run the trial in float64 from the same weights."""
     with computing_in(trial.dtype):
         model = trial.model().double()
@@ -82,7 +82,7 @@ def _run_in_float64(trial: Trial, batch: CheckBatch) -> Record:
         raise
 
 
-def _require_small(rounding: dict[str, float], exact: Record) -> None:
+def _require_small(rounding: dict[str, float], exact: ReferenceRun) -> None:
     """Raise ConfigError for a model that float32 does not compute."""
     share = math.hypot(*rounding.values()) / float(norm_of(exact.gradients.values()))
     if not share <= _MOST_ROUNDING:
@@ -92,7 +92,7 @@ def _require_small(rounding: dict[str, float], exact: Record) -> None:
         )
 
 
-def _run(trial: Trial, batch: CheckBatch) -> Record:
+def _run(trial: Trial, batch: CheckBatch) -> ReferenceRun:
     with computing_in(trial.dtype):
         model = trial.model()
         initial = _named(model, weights=True)
@@ -103,10 +103,10 @@ def _run(trial: Trial, batch: CheckBatch) -> Record:
         gradients: dict[str, Tensor] = {}
         with torch.no_grad():
             denominator = float(trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)[1])
-        own_losses = OwnLosses(model, Roles(model, trial.roles_of(model)), num_tensor=1, device_type="cpu")
+        auxiliary_losses = AuxiliaryLosses(model, Roles(model, trial.roles_for(model)), tp_size=1, device_type="cpu")
         for step in range(1, trial.steps + 1):
             optimizer.zero_grad()
-            with own_losses.divided_by(denominator):
+            with auxiliary_losses.divided_by(denominator):
                 loss_sum, _ = trial.plain_loss(trial.logits(model(**batch.inputs)), batch.targets)
                 (loss_sum / denominator).backward()
             gradients = gradients or _named(model, weights=False)
@@ -122,7 +122,7 @@ def _run(trial: Trial, batch: CheckBatch) -> Record:
     changed = {name: now for name, now in _state_buffers(model).items() if not torch.equal(now, buffers[name])}
     weights = _named(model, weights=True) | changed
     names |= {name: name for name in changed}
-    return Record(asdict(batch), denominator, losses, norms, initial, gradients, weights, names, rounding={})
+    return ReferenceRun(asdict(batch), denominator, losses, norms, initial, gradients, weights, names, rounding={})
 
 
 def loss_of_step(step: int) -> str:
@@ -151,10 +151,10 @@ def _state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _settle(model: nn.Module, trial: Trial) -> None:
     """Let modules act on what they counted in a step, as `after_step` does on a mesh."""
-    for name in Roles(model, trial.roles_of(model)).named("tally"):
-        module = cast(Tallying, model.get_submodule(name))
+    for name in Roles(model, trial.roles_for(model)).named("step_counter"):
+        module = cast(CountsPerStep, model.get_submodule(name))
         leaf = cast(Tensor, module.leaf)
-        module.settle(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        module.update(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         leaf.grad = None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from titan_parallel.check.factor import explain
 from titan_parallel.check.forked import Failed
 from titan_parallel.check.on_mesh import Judgement
-from titan_parallel.check.plain import Record
+from titan_parallel.check.plain import ReferenceRun
 from titan_parallel.check.report import KINDS, Finding, Kind, MeshReport
 from titan_parallel.check.tolerances import Comparison
 
@@ -27,8 +27,13 @@ def failed(name: str, degrees: str, num_ranks: int, why: Failed) -> MeshReport:
     return MeshReport(name, degrees, num_ranks, {}, [], f"{ranks}: {said}", trace)
 
 
-def summarise(
-    name: str, degrees: str, judgements: Sequence[Judgement], record: Record, copies: int, sizes: Mapping[str, int]
+def summarize(
+    name: str,
+    degrees: str,
+    judgements: Sequence[Judgement],
+    record: ReferenceRun,
+    copies: int,
+    sizes: Mapping[str, int],
 ) -> MeshReport:
     """The report on a mesh where all ranks came to the end; `copies` ranks or more hold each parameter."""
     kinds, findings = {}, []
@@ -58,7 +63,7 @@ def _add_missing(
     said: dict[str, dict[int, Said]],
     expected: Iterable[str],
     judgements: Sequence[Judgement],
-    record: Record,
+    record: ReferenceRun,
     copies: int,
 ) -> None:
     """A parameter that too few ranks hold under its name: a stage holds its own, all others hold all."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_parallel._transformers import is_transformers_model
-from titan_parallel.check.model_roles import roles_of
+from titan_parallel.check.model_roles import declared_roles
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.memory.compile import Compile
 from titan_parallel.sharding_plan.roles import RoleTable
@@ -59,13 +59,13 @@ class Trial:
                 if not parameter.isfinite().all():
                     raise ConfigError(
                         f"Got {name} with weights that are not finite. A check begins with a model that could be "
-                        "trained. Initialise it in build: config.build() and then init_weights(0), say."
+                        "trained. Initialize it in build: config.build() and then init_weights(0), say."
                     )
         return model
 
-    def roles_of(self, model: nn.Module) -> RoleTable:
+    def roles_for(self, model: nn.Module) -> RoleTable:
         """The table that was given, or that of the model."""
-        return self.roles if self.roles is not None else roles_of(model)
+        return self.roles if self.roles is not None else declared_roles(model)
 
     def logits(self, output: Any) -> Tensor:
         """The logits in what the model returns."""

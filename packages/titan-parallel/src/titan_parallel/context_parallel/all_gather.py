@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_parallel.context_parallel.attention_kernel import AttentionKernel, MaskDescription, Realise
+from titan_parallel.context_parallel.attention_kernel import AttentionKernel, BuildMask, MaskDescription
 from titan_parallel.context_parallel.sequence_sharding import ContextShards
 
 
@@ -21,15 +21,15 @@ class Gather:
     def __init__(self, shards: ContextShards) -> None:
         self._shards = shards
 
-    def realise(self, realise: Realise, mask: MaskDescription) -> Any:
-        """What the core's own `realise` makes of these queries and all keys."""
-        return realise(with_whole(mask, ("key_positions", "key_documents"), self._shards))
+    def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> Any:
+        """What the core's own `build_mask` makes of these queries and all keys."""
+        return build_mask(with_whole(mask, ("key_positions", "key_documents"), self._shards))
 
-    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
+    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
         """`[B, t, ..]` to `[B, t, ..]`."""
         kv_BTGK = self._shards.whole(torch.cat([k, v], -1))
         k_BTGK, v_BTGK = kv_BTGK.split([k.size(-1), v.size(-1)], -1)
-        return kernel(q, k_BTGK, v_BTGK, realised)
+        return kernel(q, k_BTGK, v_BTGK, built_mask)
 
 
 def with_whole(mask: MaskDescription, names: tuple[str, ...], shards: ContextShards) -> Any:

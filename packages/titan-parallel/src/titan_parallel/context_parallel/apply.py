@@ -23,7 +23,7 @@ from titan_parallel.context_parallel.transformers_attention import HuggingFaceAt
 from titan_parallel.context_parallel.ulysses import Ulysses, check_heads_divide
 from titan_parallel.mesh.collectives import Axis
 from titan_parallel.mesh.parallel_dims import ParallelDims
-from titan_parallel.mesh.rank_consistency import Agreement
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck
 from titan_parallel.sharding_plan.roles import Roles
 from titan_parallel.step.batch import Batch, BatchCheck, Loss
 from titan_parallel.step.loss_unit import sequences_over, unit_of
@@ -46,14 +46,14 @@ class ContextParallel:
             self._interface = HuggingFaceAttention(model, self.shards, self.method)
         elif not cores:
             raise ConfigError(
-                f"Got context_parallel_degree {dims.num_context} and roles without an attention. Tokens of different "
+                f"Got context_parallel_degree {dims.cp_size} and roles without an attention. Tokens of different "
                 "ranks meet in the attention cores. Give the role attention to the modules that compute "
                 "core(q, k, v, mask, scale), or set context_parallel_degree to 1."
             )
         if isinstance(self.method, Ulysses):
             _check_heads(roles, dims)
         self._check = check()
-        self._realise, self._forward = _realise_with(self), _attend_with(self)
+        self._build_mask, self._forward = _build_mask_with(self), _attend_with(self)
         for name in cores:
             self._share(name, model.get_submodule(name))
 
@@ -86,7 +86,7 @@ class ContextParallel:
         ends = torch.stack([total, -total])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._dims.cp_mesh.get_group())
         highest, lowest = float(ends[0]), -float(ends[1])
-        with Agreement("take the loss", self._dims.device_type):
+        with RankConsistencyCheck("take the loss", self._dims.device_type):
             if highest - lowest > 1e-5 * max(abs(highest), abs(lowest)):
                 size = self.shards.axis.size
                 raise ValueError(
@@ -126,36 +126,36 @@ class ContextParallel:
         dims, divisor = self._dims, self.shards.divisor
         why = f"Each rank has {'an early and a late part' if self.shards.balanced else 'one part'} of it, all as long"
         if dims.sequence_parallel:
-            divisor = math.lcm(divisor, dims.num_context * dims.num_tensor)
-            why += f", which sequence parallel splits over {dims.num_tensor} tensor ranks"
+            divisor = math.lcm(divisor, dims.cp_size * dims.tp_size)
+            why += f", which sequence parallel splits over {dims.tp_size} tensor ranks"
         if length % divisor:
             raise ValueError(
-                f"Got a sequence of {length} tokens over context_parallel_degree {dims.num_context}. {why}. Make the "
+                f"Got a sequence of {length} tokens over context_parallel_degree {dims.cp_size}. {why}. Make the "
                 f"sequence length a multiple of {divisor}."
             )
 
     def _share(self, name: str, core: Any) -> None:
-        """Let `core.realise` and `core.forward` go through the method; what they were stays within reach."""
-        for needed in ("realise", "with_lse") if self.is_ring else ("realise",):
+        """Let `core.build_mask` and `core.forward` go through the method; what they were stays within reach."""
+        for needed in ("build_mask", "with_lse") if self.is_ring else ("build_mask",):
             if not callable(getattr(core, needed, None)):
                 raise ConfigError(
                     f"Got the attention core {name}, a {type(core).__name__} without {needed}, under "
                     f"context_parallel_method {self._dims.config.context_parallel_method}. docs/parallel.md says what "
                     f"a core offers. Give it {needed}, or take another core or method."
                 )
-        core.whole_realise, core.whole_forward = core.realise, core.forward
-        core.realise, core.forward = MethodType(self._realise, core), MethodType(self._forward, core)
+        core.whole_build_mask, core.whole_forward = core.build_mask, core.forward
+        core.build_mask, core.forward = MethodType(self._build_mask, core), MethodType(self._forward, core)
 
 
-def _realise_with(context: ContextParallel) -> Callable[..., Any]:
+def _build_mask_with(context: ContextParallel) -> Callable[..., Any]:
     """One function for all cores, so that what is compiled for one block serves all."""
 
-    def realise(core: Any, mask: Any) -> Any:
+    def build_mask(core: Any, mask: Any) -> Any:
         if not context.is_sharing:
-            return core.whole_realise(mask)
-        return context.method.realise(core.whole_realise, mask)
+            return core.whole_build_mask(mask)
+        return context.method.build_mask(core.whole_build_mask, mask)
 
-    return realise
+    return build_mask
 
 
 def _attend_with(context: ContextParallel) -> Callable[..., Any]:
@@ -180,8 +180,8 @@ def _check_heads(roles: Roles, dims: ParallelDims) -> None:
     for region in roles.named("region"):
         options = [roles.options(name) for name in roles.named("colwise") if roles.region_of(name) == region]
         counts = [its["num_heads"] for its in options if "num_heads" in its]
-        if counts and max(counts) % dims.num_tensor == 0:
-            check_heads_divide(max(counts) // dims.num_tensor, dims.num_context)
+        if counts and max(counts) % dims.tp_size == 0:
+            check_heads_divide(max(counts) // dims.tp_size, dims.cp_size)
 
 
 def _shards_and_method(dims: ParallelDims) -> tuple[ContextShards, Method]:

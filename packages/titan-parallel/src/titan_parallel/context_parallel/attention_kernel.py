@@ -34,12 +34,12 @@ class MaskDescription(Protocol):
         """[B, T, S] bool: whether a query sees a key."""
 
 
-Realise = Callable[[Any], Any]
-"""A core's `realise`: a description to what its kernel wants."""
+BuildMask = Callable[[Any], Any]
+"""A core's `build_mask`: a description to what its kernel wants."""
 
 
 class AttentionKernel:
-    """Attention of any queries to any keys: `(q, k, v, realised mask)`, all `[B, tokens, heads, features]`.
+    """Attention of any queries to any keys: `(q, k, v, built_mask mask)`, all `[B, tokens, heads, features]`.
 
     (A plain class: torch 2.11 cannot compile code that makes a frozen dataclass.)
     """
@@ -57,11 +57,11 @@ class AttentionKernel:
         self.output_and_lse = output_and_lse
         self.sinks = sinks
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
         """The output, sinks counted."""
         if self.sinks is None:
-            return self.output(q, k, v, realised)
-        return self.sunk(*self.output_and_lse(q, k, v, realised))
+            return self.output(q, k, v, built_mask)
+        return self.sunk(*self.output_and_lse(q, k, v, built_mask))
 
     def sunk(self, output: Tensor, lse_BTH: Tensor) -> Tensor:
         """An output whose softmax did not yet count the sinks, as if it had."""
@@ -81,8 +81,8 @@ class AttentionKernel:
 class Method(Protocol):
     """How queries of one rank meet keys of the others."""
 
-    def realise(self, realise: Realise, mask: MaskDescription) -> Any:
+    def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> Any:
         """What `attend` needs of a mask that describes this rank's tokens."""
 
-    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
+    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
         """Attention of this rank's queries to the keys of all ranks: `[B, t, H, K]` to `[B, t, H, V]`."""

@@ -14,18 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_parallel.context_parallel.all_gather import with_whole
-from titan_parallel.context_parallel.attention_kernel import AttentionKernel, MaskDescription, Realise
+from titan_parallel.context_parallel.attention_kernel import AttentionKernel, BuildMask, MaskDescription
 from titan_parallel.context_parallel.sequence_sharding import ContextShards
-from titan_parallel.memory.activation_checkpoint import made_again
+from titan_parallel.memory.activation_checkpoint import recomputed_operators
 
 
 @dataclass(frozen=True)
-class Block:
+class Tile:
     """Some of this rank's queries, some keys of another rank, and which of them see each other."""
 
     queries: slice
     keys: slice
-    realised: Any
+    built_mask: Any
 
 
 class Ring:
@@ -37,10 +37,10 @@ class Ring:
 
     def __init__(self, shards: ContextShards, group: dist.ProcessGroup) -> None:
         self._shards = shards
-        self._neighbours = Neighbours(group)
+        self._neighbors = Neighbors(group)
 
-    def realise(self, realise: Realise, mask: MaskDescription) -> list[list[Block]]:
-        """For each step of the ring, the blocks to compute, each as the core's own `realise` makes it."""
+    def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> list[list[Tile]]:
+        """For each step of the ring, the blocks to compute, each as the core's own `build_mask` makes it."""
         rank, size = self._shards.axis.rank, self._shards.axis.size
         whole: Any = with_whole(mask, ("key_positions", "key_documents"), self._shards)
         length = mask.query_positions.size(1) // self._shards.num_parts
@@ -51,17 +51,17 @@ class Ring:
                 for index, part in enumerate(self._shards.parts((rank - step) % size)):
                     found.append((step, queries, places[index], _block(whole, queries, places[part])))
         seen = torch.stack([block.visible().any() for *_, block in found]).tolist()
-        blocks: list[list[Block]] = [[] for _ in range(size)]
+        blocks: list[list[Tile]] = [[] for _ in range(size)]
         for (step, queries, keys, block), is_seen in zip(found, seen, strict=True):
             if is_seen:
-                blocks[step].append(Block(queries, keys, realise(block)))
+                blocks[step].append(Tile(queries, keys, build_mask(block)))
         return blocks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, realised: list[list[Block]]) -> Tensor:
+    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: list[list[Tile]]) -> Tensor:
         """`[B, t, ..]` to `[B, t, ..]`."""
-        with made_again():
-            output, lse = _Ring.apply(q, k, v, kernel, realised, self._neighbours)
+        with recomputed_operators():
+            output, lse = _Ring.apply(q, k, v, kernel, built_mask, self._neighbors)
         return kernel.sunk(output, lse)
 
 
@@ -80,15 +80,15 @@ class _Ring(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         kernel: AttentionKernel,
-        blocks: list[list[Block]],
-        neighbours: Neighbours,
+        blocks: list[list[Tile]],
+        neighbors: Neighbors,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         output = q.new_zeros((*q.shape[:3], v.size(-1)), dtype=wide)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
         kv = torch.cat([k, v], -1)
         for step, to_do in enumerate(blocks):
-            coming = neighbours.pass_on(kv) if step + 1 < len(blocks) else None
+            coming = neighbors.pass_on(kv) if step + 1 < len(blocks) else None
             k_i, v_i = kv.split([k.size(-1), v.size(-1)], -1)
             for block in to_do:
                 rows = (slice(None), block.queries)
@@ -96,13 +96,13 @@ class _Ring(torch.autograd.Function):
                     q[rows].contiguous(),
                     k_i[:, block.keys].contiguous(),
                     v_i[:, block.keys].contiguous(),
-                    block.realised,
+                    block.built_mask,
                 )
                 output[rows], lse[rows] = _merged(output[rows], lse[rows], *part)
             if coming is not None:
                 kv = coming.wait()
         output = output.to(q.dtype)
-        ctx.kernel, ctx.blocks, ctx.neighbours = kernel, blocks, neighbours
+        ctx.kernel, ctx.blocks, ctx.neighbors = kernel, blocks, neighbors
         ctx.save_for_backward(q, k, v, output, lse)
         return output, lse
 
@@ -115,19 +115,19 @@ class _Ring(torch.autograd.Function):
         kv, widths = torch.cat([k, v], -1), [k.size(-1), v.size(-1)]
         d_kv_coming: Arriving | None = None
         for step, to_do in enumerate(ctx.blocks):
-            coming = ctx.neighbours.pass_on(kv) if step + 1 < len(ctx.blocks) else None
+            coming = ctx.neighbors.pass_on(kv) if step + 1 < len(ctx.blocks) else None
             d_kv = torch.zeros_like(kv, dtype=lse.dtype)
             for block in to_do:
                 rows = (slice(None), block.queries)
                 inputs = [q[rows], *kv[:, block.keys].split(widths, -1)]
                 gradients = _block_gradients(
-                    ctx.kernel, inputs, block.realised, lse[rows], d_output[rows], d_total[rows]
+                    ctx.kernel, inputs, block.built_mask, lse[rows], d_output[rows], d_total[rows]
                 )
                 d_q[rows] += gradients[0]
                 d_kv[:, block.keys] += torch.cat(gradients[1:], -1)
             if d_kv_coming is not None:
                 d_kv += d_kv_coming.wait()
-            d_kv_coming = ctx.neighbours.pass_on(d_kv)  # after as many steps as ranks it is home
+            d_kv_coming = ctx.neighbors.pass_on(d_kv)  # after as many steps as ranks it is home
             if coming is not None:
                 kv = coming.wait()
         assert d_kv_coming is not None
@@ -147,7 +147,7 @@ def _share(lse_of_part: Tensor, lse: Tensor) -> Tensor:
 
 
 def _block_gradients(
-    kernel: AttentionKernel, inputs: list[Tensor], realised: Any, lse: Tensor, d_output: Tensor, d_total: Tensor
+    kernel: AttentionKernel, inputs: list[Tensor], built_mask: Any, lse: Tensor, d_output: Tensor, d_total: Tensor
 ) -> tuple[Tensor, ...]:
     """What a block adds to the gradients of its queries, keys and values.
 
@@ -156,14 +156,14 @@ def _block_gradients(
     """
     with torch.enable_grad():
         q, k, v = (x.detach().contiguous().requires_grad_() for x in inputs)
-        output_i, lse_i = kernel.output_and_lse(q, k, v, realised)
+        output_i, lse_i = kernel.output_and_lse(q, k, v, built_mask)
     share = _share(lse_i.detach(), lse)
     d_output_i = (share.unsqueeze(-1) * d_output).to(output_i.dtype)
     d_lse_i = share * ((d_output * output_i.detach()).sum(-1) + d_total)
     return torch.autograd.grad((output_i, lse_i), (q, k, v), (d_output_i, d_lse_i.to(lse_i.dtype)))
 
 
-class Neighbours:
+class Neighbors:
     """Sends to the next rank of a group what comes from the one before."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -43,7 +43,7 @@ class HuggingFaceAttention:
         self._positions: Tensor | None = None
         self._name = f"titan_parallel_{next(_numbers)}"
         AttentionInterface.register(self._name, self._attend)
-        AttentionMaskInterface.register(self._name, self._realise)
+        AttentionMaskInterface.register(self._name, self._build_mask)
         self._configs = _configs_that_take(model, self._name)
         model.forward = self._without_positions(model.forward)
 
@@ -76,7 +76,7 @@ class HuggingFaceAttention:
 
         return forward_of_model
 
-    def _realise(
+    def _build_mask(
         self,
         *,
         q_length: int,
@@ -86,7 +86,7 @@ class HuggingFaceAttention:
         allow_is_causal_skip: bool = True,
         use_vmap: bool = False,
         **_: Any,
-    ) -> Realised:
+    ) -> BuiltMask:
         """What transformers calls to make a mask; the model hands what is returned to each of its attentions."""
         if attention_mask is None or use_vmap or not allow_is_causal_skip:
             raise ValueError(
@@ -94,7 +94,7 @@ class HuggingFaceAttention:
                 "context_parallel_degree > 1. Its places are those of one rank's tokens. Set the degree to 1."
             )
         mask = self._mask(mask_function, attention_mask, makes_documents=kv_length != q_length)
-        return Realised(self._method.realise(_realise_for_sdpa, mask))
+        return BuiltMask(self._method.build_mask(_build_mask_for_sdpa, mask))
 
     def _mask(self, rule: Callable[..., Tensor], padding: Tensor, *, makes_documents: bool) -> PlacesMask:
         """What this rank's tokens see of each other. A model that fills a cache makes no documents."""
@@ -129,7 +129,7 @@ class HuggingFaceAttention:
         **_: Any,
     ) -> tuple[Tensor, None]:
         """What transformers calls for `[B, H, t, K]`; returns `[B, t, H, K]`. Windows are in the mask."""
-        if not isinstance(attention_mask, Realised) or position_bias is not None:
+        if not isinstance(attention_mask, BuiltMask) or position_bias is not None:
             raise ValueError(
                 f"Got a {type(module).__name__} whose mask is not made by transformers' masking functions, or with a "
                 "position bias, under context_parallel_degree > 1. Neither can be split. Set the degree to 1."
@@ -150,7 +150,7 @@ class HuggingFaceAttention:
 
 
 @dataclass(frozen=True)
-class Realised:
+class BuiltMask:
     """A mask that this package made, and nobody else can read."""
 
     mask: Any
@@ -186,7 +186,7 @@ class PlacesMask:
         return self.rule is causal and self.query_documents is None and self.query_positions is self.key_positions
 
 
-def _realise_for_sdpa(mask: PlacesMask) -> Tensor | None:
+def _build_mask_for_sdpa(mask: PlacesMask) -> Tensor | None:
     return None if mask.only_causal else mask.visible()[:, None]
 
 

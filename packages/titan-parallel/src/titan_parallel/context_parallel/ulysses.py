@@ -13,7 +13,7 @@ from titan_config import ConfigError
 from torch import Tensor
 
 from titan_parallel.context_parallel.all_gather import with_whole
-from titan_parallel.context_parallel.attention_kernel import AttentionKernel, MaskDescription, Realise
+from titan_parallel.context_parallel.attention_kernel import AttentionKernel, BuildMask, MaskDescription
 from titan_parallel.context_parallel.sequence_sharding import ContextShards
 from titan_parallel.mesh.parallel_dims import one_of
 
@@ -29,18 +29,18 @@ class Ulysses:
     def __init__(self, shards: ContextShards) -> None:
         self._shards = shards
 
-    def realise(self, realise: Realise, mask: MaskDescription) -> Any:
-        """What the core's own `realise` makes of the whole mask."""
-        return realise(with_whole(mask, WHOLE, self._shards))
+    def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> Any:
+        """What the core's own `build_mask` makes of the whole mask."""
+        return build_mask(with_whole(mask, WHOLE, self._shards))
 
-    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, realised: Any) -> Tensor:
+    def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
         """`[B, t, ..]` to `[B, t, ..]`."""
         axis = self._shards.axis
         check_heads_divide(q.size(2), axis.size)
         repeats = math.lcm(k.size(2), axis.size) // k.size(2)
         k, v = (x.repeat_interleave(repeats, 2) if repeats > 1 else x for x in (k, v))
         q_BThK, k_BTgK, v_BTgK = self._tokens_to_heads([q, k, v])
-        output_BThK = kernel.of_heads(axis.rank, axis.size)(q_BThK, k_BTgK, v_BTgK, realised)
+        output_BThK = kernel.of_heads(axis.rank, axis.size)(q_BThK, k_BTgK, v_BTgK, built_mask)
         by_rank_cBthK = self._shards.exchange(self._shards.by_rank(output_BThK).contiguous())
         return by_rank_cBthK.movedim(0, 2).flatten(2, 3)
 

@@ -26,7 +26,7 @@ def shard_over_data_ranks(
     """
     options: dict[str, Any] = {
         "mesh": dims.fsdp_mesh,
-        "shard_placement_fn": _placement_over(dims.num_shard * dims.num_context),
+        "shard_placement_fn": _placement_over(dims.dp_shard_size * dims.cp_size),
     }
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision.policy()
@@ -65,9 +65,9 @@ def _frees_weights(dims: ParallelDims, *, early: bool = False) -> bool:
     A pipeline goes to and fro: freed weights would be gathered for each micro-batch.
     """
     choice = dims.config.fsdp_reshard_after_forward
-    if dims.num_shard * dims.num_context == 1 or choice == "never":
+    if dims.dp_shard_size * dims.cp_size == 1 or choice == "never":
         return False
-    return choice == "always" or (dims.num_pipeline == 1 and not early)
+    return choice == "always" or (dims.pp_size == 1 and not early)
 
 
 def _without_shared_parameters(model: nn.Module, names: list[str]) -> list[str]:

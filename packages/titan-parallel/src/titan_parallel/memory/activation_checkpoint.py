@@ -32,7 +32,7 @@ class ActivationCheckpoint(Configurable, ABC):
         """The forward of block number `index` (from 0) with recomputation, or as it is."""
 
 
-class FullRecompute(ActivationCheckpoint):
+class FullActivationCheckpoint(ActivationCheckpoint):
     """Keeps the inputs of blocks and makes all else again: least memory, a third more compute."""
 
     period = 1
@@ -41,17 +41,17 @@ class FullRecompute(ActivationCheckpoint):
         return _checkpointed(forward, {})
 
 
-class SelectiveRecompute(ActivationCheckpoint):
+class SelectiveActivationCheckpoint(ActivationCheckpoint):
     """Keeps what is dear to make (matrix products, attention, sums over ranks) and makes the rest again."""
 
     period = 1
 
     def wrap(self, forward: Forward, index: int) -> Forward:
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
+        contexts = functools.partial(create_selective_checkpoint_contexts, _save_expensive_outputs)
         return _checkpointed(forward, {"context_fn": contexts})
 
 
-class EveryNthBlock(ActivationCheckpoint):
+class PeriodicActivationCheckpoint(ActivationCheckpoint):
     """Recomputes every n-th block in full (the first, the n+1st, ...) and keeps the activations of the others."""
 
     class Config(ActivationCheckpoint.Config):
@@ -91,7 +91,7 @@ _DEAR = {
 
 
 @functools.cache
-def _dear_operators() -> frozenset[Any]:
+def _expensive_operators() -> frozenset[Any]:
     named = {getattr(getattr(torch.ops, space), name).default for space, names in _DEAR.items() for name in names}
     return frozenset({*named, torch.ops.higher_order.flex_attention})
 
@@ -100,7 +100,7 @@ _is_made_again = False
 
 
 @contextmanager
-def made_again() -> Iterator[None]:
+def recomputed_operators() -> Iterator[None]:
     """Nothing made herein is dear: for what keeps less than its matrix products, such as a ring."""
     global _is_made_again
     before, _is_made_again = _is_made_again, True
@@ -110,7 +110,7 @@ def made_again() -> Iterator[None]:
         _is_made_again = before
 
 
-def _keep_what_is_dear(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _save_expensive_outputs(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     if _is_made_again:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE if operator in _dear_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in _expensive_operators() else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,7 +13,7 @@ from titan_config import ConfigError, Configurable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_parallel._torch.distributed import backend_of_axes, concatenate, default_group, flatten
-from titan_parallel.mesh.rank_consistency import Agreement, host_device_type
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck, host_device_type
 
 # The order of the axes, slowest first: ranks next to each other exchange most. (Experts will be a second view of the
 # same ranks.)
@@ -79,21 +79,21 @@ class ParallelDims(Configurable):
         self.config = config
         self.world_size = world_size
         self.device_type = device_type
-        with Agreement("build a mesh", host_device_type(device_type)) as agreement:
-            agreement.on("degrees", f"{config!r} on {world_size} ranks of {device_type}")
-            self.num_shard = shard_degree(config, world_size)
+        with RankConsistencyCheck("build a mesh", host_device_type(device_type)) as consistency:
+            consistency.on("degrees", f"{config!r} on {world_size} ranks of {device_type}")
+            self.dp_shard_size = shard_degree(config, world_size)
             _require_group(world_size)
-        self.num_pipeline = config.pipeline_parallel_degree
-        self.num_replicate = config.data_parallel_replicate_degree
-        self.num_context = config.context_parallel_degree
-        self.num_tensor = config.tensor_parallel_degree
-        self.sequence_parallel = config.sequence_parallel is not False and self.num_tensor > 1
+        self.pp_size = config.pipeline_parallel_degree
+        self.dp_replicate_size = config.data_parallel_replicate_degree
+        self.cp_size = config.context_parallel_degree
+        self.tp_size = config.tensor_parallel_degree
+        self.sequence_parallel = config.sequence_parallel is not False and self.tp_size > 1
         """Whether it is on; `parallelize` decides where the config says None."""
-        self.loss_parallel = config.loss_parallel and self.num_tensor > 1
+        self.loss_parallel = config.loss_parallel and self.tp_size > 1
         self.mesh: DeviceMesh = _mesh(
             default_group(),
             device_type,
-            (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor),
+            (self.pp_size, self.dp_replicate_size, self.dp_shard_size, self.cp_size, self.tp_size),
         )
         self.data_group: dist.ProcessGroup = _along(self.mesh, "dp_replicate", "dp_shard").get_group()
         """The ranks that see other samples, and are alike in all else; never None, also for a rank alone."""
@@ -106,18 +106,18 @@ class ParallelDims(Configurable):
         return dims
 
     @property
-    def num_data_ranks(self) -> int:
+    def dp_size(self) -> int:
         """Into how many parts a global batch is split."""
-        return self.num_replicate * self.num_shard
+        return self.dp_replicate_size * self.dp_shard_size
 
     @property
-    def data_rank(self) -> int:
+    def dp_rank(self) -> int:
         """Which part of the global batch is this rank's."""
-        return self.mesh.get_local_rank("dp_replicate") * self.num_shard + self.mesh.get_local_rank("dp_shard")
+        return self.mesh.get_local_rank("dp_replicate") * self.dp_shard_size + self.mesh.get_local_rank("dp_shard")
 
-    def place_of(self, rank: int) -> tuple[int, ...]:
+    def coordinate_of(self, rank: int) -> tuple[int, ...]:
         """The place of any rank on the five axes, the slowest first."""
-        sizes = (self.num_pipeline, self.num_replicate, self.num_shard, self.num_context, self.num_tensor)
+        sizes = (self.pp_size, self.dp_replicate_size, self.dp_shard_size, self.cp_size, self.tp_size)
         place = []
         for size in reversed(sizes):
             rank, index = divmod(rank, size)
@@ -125,7 +125,7 @@ class ParallelDims(Configurable):
         return tuple(reversed(place))
 
     @property
-    def ranks_of_data_rank(self) -> list[int]:
+    def ranks_of_dp_rank(self) -> list[int]:
         """The ranks that are given the same batches as this one, this one among them."""
         axes = tuple(slice(None) if axis in ("pp", "cp", "tp") else self.mesh.get_local_rank(axis) for axis in AXES)
         return self.mesh.mesh[axes].flatten().tolist()
@@ -152,7 +152,7 @@ class ParallelDims(Configurable):
         Ranks that share a sequence hold the same weights, like those that see other samples, and shard them too.
         """
         shard = _along(self.mesh, "dp_shard", "cp")
-        return shard if self.num_replicate == 1 else concatenate(self.mesh["dp_replicate"], shard)
+        return shard if self.dp_replicate_size == 1 else concatenate(self.mesh["dp_replicate"], shard)
 
 
 @functools.cache

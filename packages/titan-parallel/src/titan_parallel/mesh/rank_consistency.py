@@ -1,4 +1,4 @@
-"""Agreement of ranks: what one rank cannot do, or would do otherwise than the others, is an error on every rank.
+"""RankConsistencyCheck of ranks: what one rank cannot do, or would do otherwise than the others, is an error on every rank.
 
 A rank that raises alone leaves the others waiting in their next collective, and ranks that go different ways meet in
 collectives that do not belong together. So ranks agree beforehand. That is one sum of three integers over all ranks;
@@ -36,14 +36,14 @@ class Item:
         return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest())
 
 
-class Agreement:
-    """`with Agreement("parallelize", "cpu") as agreement:` around what can fail on one rank alone.
+class RankConsistencyCheck:
+    """`with RankConsistencyCheck("parallelize", "cpu") as consistency:` around what can fail on one rank alone.
 
-    Inside, `agreement.on(name, text)` says what must be alike. On leaving, each rank that failed raises its own error,
+    Inside, `consistency.on(name, text)` says what must be alike. On leaving, each rank that failed raises its own error,
     and all others a ConfigError that says which rank said what; where texts differ, every rank raises a ConfigError
     naming the item, and who has which. Inside, no rank may wait for another. Does nothing where a rank is alone.
 
-    `agreement.ask(True)` asks all ranks to do something that they do together: `asked` says on leaving if any did.
+    `consistency.ask(True)` asks all ranks to do something that they do together: `asked` says on leaving if any did.
     """
 
     asked = False
@@ -64,7 +64,7 @@ class Agreement:
         """Let `asked` be true on every rank, after the block, if `needs` is on any."""
         self.asked = needs
 
-    def __enter__(self) -> Agreement:
+    def __enter__(self) -> RankConsistencyCheck:
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

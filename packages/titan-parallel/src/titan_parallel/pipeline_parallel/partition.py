@@ -47,9 +47,9 @@ class Stages:
         self.rank = dims.mesh.get_local_rank("pp")
         self.mine = [stage for stage, rank in enumerate(schedule.ranks) if rank == self.rank]
         self._model = model
-        pieces = StageModules.of(model, roles, dims.num_pipeline)
+        pieces = StageModules.of(model, roles, dims.pp_size)
         self._ranges = self._cut(pieces)
-        self._check = check(StageCut(self._ranges, self.mine, dims.num_pipeline))
+        self._check = check(StageCut(self._ranges, self.mine, dims.pp_size))
         self._parts = StageModel.of(model, roles, pieces, dtype)
         owners = self._owners(pieces)
         holders = self._holders(owners)
@@ -66,7 +66,7 @@ class Stages:
         )
         self._strip(owners, holders)
         here = dict(model.named_parameters())
-        self.names_elsewhere = [name for name in whole if name not in here]
+        self.nonlocal_parameters = [name for name in whole if name not in here]
         """The parameters that other ranks train, and this one does not have."""
         named = {**pieces.embeddings, **pieces.blocks, **pieces.after}
         self.taken_out = [name for name, module in named.items() if not any(True for _ in module.parameters())]
@@ -82,21 +82,21 @@ class Stages:
     @property
     def held_by_all(self) -> list[str]:
         """The names of the weights that every rank of the pipeline holds."""
-        return [name for name, ranks in self._holders_by_name.items() if len(ranks) == self.dims.num_pipeline]
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) == self.dims.pp_size]
 
     @property
     def held_by_ends(self) -> list[str]:
         """The names of the weights that this rank and the other end of the pipeline hold, and no other rank."""
-        return [name for name, ranks in self._holders_by_name.items() if len(ranks) < self.dims.num_pipeline]
+        return [name for name, ranks in self._holders_by_name.items() if len(ranks) < self.dims.pp_size]
 
     @property
-    def counted_elsewhere(self) -> list[str]:
+    def duplicate_parameters(self) -> list[str]:
         """Weights whose gradients another rank of the pipeline counts: the first of those that hold them."""
         return [name for name, ranks in self._holders_by_name.items() if min(ranks) != self.rank]
 
     def around(self, forward: LossForward) -> StageRunner:
         """What runs this rank's stages."""
-        tokens = self.dims.num_tensor if self.dims.sequence_parallel else 1
+        tokens = self.dims.tp_size if self.dims.sequence_parallel else 1
         return StageRunner(
             forward,
             {stage: StageForward(self._parts, self._ranges[stage]) for stage in self.mine},
@@ -119,7 +119,7 @@ class Stages:
 
     def _holders(self, owners: dict[nn.Module, set[int]]) -> dict[nn.Parameter, set[int]]:
         """The ranks of the pipeline that hold each parameter. Raises ConfigError for ranks that cannot share one."""
-        everyone, ends = set(range(self.dims.num_pipeline)), {self.schedule.ranks[0], self.schedule.ranks[-1]}
+        everyone, ends = set(range(self.dims.pp_size)), {self.schedule.ranks[0], self.schedule.ranks[-1]}
         holders: dict[nn.Parameter, set[int]] = {}
         for module in self._model.modules():
             for parameter in module._parameters.values():

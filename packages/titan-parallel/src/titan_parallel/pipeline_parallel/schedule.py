@@ -117,14 +117,14 @@ class StageModule(nn.Module):
         super().__init__()
         self._run = runner.run
         self._index = index
-        self.parameters: Callable[..., Any] = lambda: itertools.chain(runner.parameters(), _tallies(runner))
+        self.parameters: Callable[..., Any] = lambda: itertools.chain(runner.parameters(), _statistics(runner))
         self.micro_batch = 0
 
     def forward(self, received: Tensor | None = None) -> Tensor:
         return self._run(self._index, self.micro_batch, received)
 
 
-def _tallies(runner: nn.Module) -> Iterator[Tensor]:
+def _statistics(runner: nn.Module) -> Iterator[Tensor]:
     """What takes gradients besides the parameters: leaves in which modules count."""
     return (buffer for buffer in runner.buffers() if buffer.requires_grad)
 

@@ -93,16 +93,16 @@ def schedule_of(dims: ParallelDims) -> PipelineSchedule:
             f"{traits.stages_per_rank} on each rank. Set it to {traits.stages_per_rank} or None, or take another "
             "schedule."
         )
-    num_stages = dims.num_pipeline * (number or traits.stages_per_rank)
-    ranks = stage_ranks(dims.num_pipeline, num_stages, traits.layout)
+    num_stages = dims.pp_size * (number or traits.stages_per_rank)
+    ranks = stage_ranks(dims.pp_size, num_stages, traits.layout)
     return PipelineSchedule(name, ranks, traits.splits_backward)
 
 
 def _from_file(path: Path, dims: ParallelDims) -> PipelineSchedule:
-    actions, per_rank = read_actions(path, dims.num_pipeline), dims.config.pipeline_parallel_stages_per_rank
-    if per_rank is not None and any(actions.ranks.count(rank) != per_rank for rank in range(dims.num_pipeline)):
+    actions, per_rank = read_actions(path, dims.pp_size), dims.config.pipeline_parallel_stages_per_rank
+    if per_rank is not None and any(actions.ranks.count(rank) != per_rank for rank in range(dims.pp_size)):
         raise ConfigError(
             f"Got pipeline_parallel_stages_per_rank {per_rank} and {path} with {len(actions.ranks)} stages on "
-            f"{dims.num_pipeline} ranks. The file says which rank holds which stage. Set it to None."
+            f"{dims.pp_size} ranks. The file says which rank holds which stage. Set it to None."
         )
     return PipelineSchedule(path.name, actions.ranks, actions.splits_backward, actions)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_parallel.mesh.rank_consistency import Agreement
+from titan_parallel.mesh.rank_consistency import RankConsistencyCheck
 from titan_parallel.pipeline_parallel.shape_probe import Shape, StageProbe
 from titan_parallel.pipeline_parallel.stage_forward import StageForward
 from titan_parallel.step.batch import Batch, BatchCheck, Loss
@@ -78,7 +78,7 @@ class StageRunner(nn.Module):
         """
 
         def probe() -> None:
-            with Agreement("cut the model into stages", self._loss_forward.device_type):
+            with RankConsistencyCheck("cut the model into stages", self._loss_forward.device_type):
                 for batch in batches:
                     if self._layout(batch) not in self._shapes:
                         self._shapes[self._layout(batch)] = self._stream_shape(batch)

@@ -80,7 +80,7 @@ def _set_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor],
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one dtype, not too many numbers at once; alike on every rank of a pipeline."""
+    """Neighbors of one dtype, not too many numbers at once; alike on every rank of a pipeline."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         if bucket and (parameter.dtype != bucket[0].dtype or sum(p.numel() for p in bucket) > _MOST_AT_ONCE):

@@ -21,8 +21,8 @@ from torch import nn
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.planning.child import in_children
-from titan_parallel.planning.record import PipelineRank, Record, extrapolated
-from titan_parallel.planning.simulate import Step, simulate
+from titan_parallel.planning.record import PipelineRank, StepRecord, extrapolated
+from titan_parallel.planning.simulate import SimulatedStep, simulate
 from titan_parallel.sharding_plan.roles import Roles
 
 FEW_BLOCKS = 4
@@ -32,7 +32,7 @@ FEW_BATCHES = 2
 class Alike:
     """Simulates steps of one model as far as it must be."""
 
-    def __init__(self, step: Step, every_block: bool = False) -> None:
+    def __init__(self, step: SimulatedStep, every_block: bool = False) -> None:
         """`every_block`: leave none out."""
         model, roles = step.built()
         self.name, self.num_parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
@@ -40,7 +40,7 @@ class Alike:
         self._kinds = [*range(len(self._blocks))] if every_block else _kinds(model, self._blocks)
         self._stretch = _longest_stretch(self._kinds)
 
-    def records(self, step: Step, ranks: Sequence[int]) -> list[Record]:
+    def records(self, step: SimulatedStep, ranks: Sequence[int]) -> list[StepRecord]:
         """Those of `ranks`, which are the first of each stage, or any one."""
         last = len(ranks) - 1
         known = self._simulated(step, ranks, {0, last})
@@ -55,16 +55,16 @@ class Alike:
         known |= self._simulated(step, ranks, {*range(len(ranks))} - known.keys())
         return [known[index] for index in range(len(ranks))]
 
-    def _simulated(self, step: Step, ranks: Sequence[int], indices: Collection[int]) -> dict[int, Record]:
+    def _simulated(self, step: SimulatedStep, ranks: Sequence[int], indices: Collection[int]) -> dict[int, StepRecord]:
         found = in_children([functools.partial(self.record, step, ranks[index]) for index in sorted(indices)])
         return dict(zip(sorted(indices), found, strict=True))
 
-    def _between(self, known: Mapping[int, Record], group: Sequence[int]) -> dict[int, Record]:
+    def _between(self, known: Mapping[int, StepRecord], group: Sequence[int]) -> dict[int, StepRecord]:
         """Ranks on the line through the first and the last of a group, if the one in its middle lies on it."""
         first, middle, last = (known[group[at]] for at in (0, len(group) // 2, -1))
         under_way = [first.pipeline[index].under_way for index in group]
         way = under_way[-1] - under_way[0]
-        found: dict[int, Record] = {}
+        found: dict[int, StepRecord] = {}
         for index, mine in zip(group, under_way, strict=True):
             if way or mine == under_way[0]:
                 record = first.towards(last, mine - under_way[0], way or 1)
@@ -79,18 +79,18 @@ class Alike:
             return (*rank.blocks,)
         return tuple(self._kinds[block] for block in rank.blocks[0])
 
-    def record(self, step: Step, rank: int) -> Record:
+    def record(self, step: SimulatedStep, rank: int) -> StepRecord:
         """What `rank` holds, computes and sends in `step`."""
         few, period = _few_batches(step.parallelism)
         if step.num_batches <= few + period or step.num_batches % period:
             return self._over_blocks(step, rank)
 
-        def simulated(number: int) -> Record:
+        def simulated(number: int) -> StepRecord:
             return self._over_blocks(step.changed(num_batches=number, order_of=step.num_batches), rank)
 
         return extrapolated(simulated, few, period, step.num_batches) or self._over_blocks(step, rank)
 
-    def _over_blocks(self, step: Step, rank: int) -> Record:
+    def _over_blocks(self, step: SimulatedStep, rank: int) -> StepRecord:
         stretch, replayed = self._stretch, _period_of(step.activation_checkpoint)
         if stretch is None or replayed is None or step.parallelism.pipeline_parallel_degree > 1:
             return simulate(step, rank)
@@ -100,7 +100,7 @@ class Alike:
         if few + 2 * period >= number:
             return simulate(step, rank)
 
-        def simulated(kept: int) -> Record:
+        def simulated(kept: int) -> StepRecord:
             left_out = self._blocks[stretch.start + kept : stretch.stop]
             return simulate(step.changed(without=tuple(left_out)), rank)
 

@@ -17,9 +17,9 @@ from titan_parallel.mesh.parallel_dims import AXES, ParallelDims
 from titan_parallel.planning.advice import remedies_of, wasteful
 from titan_parallel.planning.alike import Alike
 from titan_parallel.planning.child import in_child
-from titan_parallel.planning.record import Record
+from titan_parallel.planning.record import StepRecord
 from titan_parallel.planning.report import Axis, Collective, Flops, Plan, Stage
-from titan_parallel.planning.simulate import BuildOptimizer, Rows, Step
+from titan_parallel.planning.simulate import BuildOptimizer, Rows, SimulatedStep
 from titan_parallel.planning.sizes import parse_bytes
 from titan_parallel.sharding_plan.roles import RoleTable
 from titan_parallel.step.batch import Batch, Loss
@@ -58,7 +58,7 @@ def plan(
     eager ones, which keep and compute no less. All is done in forked children: this process may be a rank of
     something else. Raises ConfigError for what `parallelize` refuses.
     """
-    step = Step(
+    step = SimulatedStep(
         build=build,
         roles=roles,
         parallelism=parallelism or ParallelDims.Config(),
@@ -79,17 +79,17 @@ def plan(
 
 
 def _planned(
-    step: Step,
+    step: SimulatedStep,
     alike: Alike,
     rank: int | None,
     flops_per_token: tuple[int, int] | None,
     limit: int | None,
     ranks_per_node: int,
 ) -> Plan:
-    axes, num_data_ranks, firsts = _mesh(step, ranks_per_node)
+    axes, dp_size, firsts = _mesh(step, ranks_per_node)
     ranks = firsts if rank is None else [rank]
     records = alike.records(step, ranks)
-    tokens = step.batch.num_tokens * step.num_batches * num_data_ranks
+    tokens = step.batch.num_tokens * step.num_batches * dp_size
     made = Plan(
         model=alike.name,
         num_parameters=alike.num_parameters,
@@ -115,17 +115,17 @@ def _planned(
     return replace(made, remedies=remedies, wasteful=wasteful(made, step))
 
 
-def _peak(step: Step, alike: Alike, ranks_per_node: int) -> int:
+def _peak(step: SimulatedStep, alike: Alike, ranks_per_node: int) -> int:
     _, _, firsts = _mesh(step, ranks_per_node)
     return max(sum(record.peak()[1].values()) for record in alike.records(step, firsts))
 
 
-def _mesh(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
+def _mesh(step: SimulatedStep, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
     """The axes with more than one rank, the number of data ranks, and the first rank of each stage."""
     return in_child(lambda: _mesh_of_fake_ranks(step, ranks_per_node))
 
 
-def _mesh_of_fake_ranks(step: Step, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
+def _mesh_of_fake_ranks(step: SimulatedStep, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
     join_fake_ranks(0, step.world_size)
     dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
     axes = []
@@ -133,10 +133,12 @@ def _mesh_of_fake_ranks(step: Step, ranks_per_node: int) -> tuple[list[Axis], in
         ranks = dist.get_process_group_ranks(dims.mesh.get_group(name))
         if len(ranks) > 1:
             axes.append(Axis(name, len(ranks), ranks, len({rank // ranks_per_node for rank in ranks})))
-    return axes, dims.num_data_ranks, dist.get_process_group_ranks(dims.mesh.get_group("pp"))
+    return axes, dims.dp_size, dist.get_process_group_ranks(dims.mesh.get_group("pp"))
 
 
-def _flops(records: Sequence[Record], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None) -> Flops:
+def _flops(
+    records: Sequence[StepRecord], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None
+) -> Flops:
     """Forward and backward are three times the forward."""
     steps = [3 * ranks_each * sum(record.flops[name] for record in records) for name in ("full", "causal")]
     if flops_per_token is not None:
@@ -144,7 +146,7 @@ def _flops(records: Sequence[Record], ranks_each: int, tokens: int, flops_per_to
     return Flops(round(steps[0] / tokens), round(steps[1] / tokens), *steps)
 
 
-def _stage(index: int, rank: int, step: Step, record: Record) -> Stage:
+def _stage(index: int, rank: int, step: SimulatedStep, record: StepRecord) -> Stage:
     place, at_peak = record.peak()
     return Stage(
         stage=index,

@@ -26,7 +26,7 @@ class PipelineRank:
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """Bytes, counts and FLOPs of one rank."""
 
     sizes: Numbers
@@ -49,11 +49,11 @@ class Record:
         by_place = {place: {name: self.peaks[place, name] for name in CATEGORIES} for place in places}
         return max(by_place.items(), key=lambda item: (sum(item[1].values()), item[0]))
 
-    def extended(self, before: Record, times: int) -> Record | None:
+    def extended(self, before: StepRecord, times: int) -> StepRecord | None:
         """This record and `times` more of what it has over `before`; None if the two are not of the same things."""
         return self.towards(before, -times, 1)
 
-    def towards(self, other: Record, part: int, whole: int) -> Record | None:
+    def towards(self, other: StepRecord, part: int, whole: int) -> StepRecord | None:
         """The record that lies `part / whole` of the way to `other`; None if the two are not of the same things.
 
         A place that only one of them has is no matter where memory was far from full.
@@ -68,14 +68,14 @@ class Record:
             elif mine.keys() != others.keys():
                 return None
             values[name] = {key: size + part * (others[key] - size) // whole for key, size in mine.items()}
-        return Record(**values, bubble=self.bubble, pipeline=self.pipeline)
+        return StepRecord(**values, bubble=self.bubble, pipeline=self.pipeline)
 
-    def agrees_with(self, other: Record) -> bool:
+    def agrees_with(self, other: StepRecord) -> bool:
         """Whether all that a plan says of a rank is the same."""
         names = ("sizes", "flops", "calls", "traffic")
         return self.peak() == other.peak() and all(getattr(self, name) == getattr(other, name) for name in names)
 
-    def _is_full_where(self, other: Record) -> bool:
+    def _is_full_where(self, other: StepRecord) -> bool:
         """Whether memory is nearly as full as it gets at a place that `other` does not have."""
         totals: Counter[Place] = Counter()
         for (place, _), size in self.peaks.items():
@@ -84,7 +84,9 @@ class Record:
         return any(place not in known and size > NEARLY * max(totals.values()) for place, size in totals.items())
 
 
-def extrapolated(simulate: Callable[[int], Record | None], small: int, period: int, wanted: int) -> Record | None:
+def extrapolated(
+    simulate: Callable[[int], StepRecord | None], small: int, period: int, wanted: int
+) -> StepRecord | None:
     """The record for `wanted` things from those for `small` and `small + period`; None where they do not compare."""
     before, after = simulate(small), simulate(small + period)
     if before is None or after is None:

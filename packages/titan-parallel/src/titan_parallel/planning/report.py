@@ -169,7 +169,7 @@ def _head(plan: Plan) -> Iterator[str]:
     if not plan.mesh:
         yield "  one rank"
     yield ""
-    yield "Step"
+    yield "SimulatedStep"
     yield (
         f"  {_many(plan.num_batches, 'micro-batch', 'micro-batches')} of {_many(plan.rows, 'row')} on a data rank, "
         f"{plan.tokens_per_step:,} tokens in all"

@@ -23,7 +23,7 @@ from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
 from titan_parallel.planning.bubble import bubble_of, most_under_way
 from titan_parallel.planning.child import in_child
-from titan_parallel.planning.record import PipelineRank, Record
+from titan_parallel.planning.record import PipelineRank, StepRecord
 from titan_parallel.planning.recorder import Recorder
 from titan_parallel.sharding_plan.roles import Roles, RoleTable, inside
 from titan_parallel.step.batch import Batch, Loss
@@ -81,7 +81,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Step:
+class SimulatedStep:
     """All that decides what a step does on a rank: the arguments of `plan`."""
 
     build: Callable[[], nn.Module]
@@ -101,10 +101,10 @@ class Step:
     without: tuple[str, ...] = ()
     """Blocks, some of a list, that are left out; those behind them move up."""
 
-    def changed(self, **changes: Any) -> Step:
+    def changed(self, **changes: Any) -> SimulatedStep:
         return replace(self, **changes)
 
-    def with_degrees(self, **degrees: int) -> Step:
+    def with_degrees(self, **degrees: int) -> SimulatedStep:
         """This step on another mesh; weights are sharded over the ranks that are left."""
         config = copy.deepcopy(self.parallelism)
         for name, degree in {**degrees, "data_parallel_shard_degree": None}.items():
@@ -134,12 +134,12 @@ class Step:
         return pattern
 
 
-def simulate(step: Step, rank: int) -> Record:
+def simulate(step: SimulatedStep, rank: int) -> StepRecord:
     """What `rank` holds, computes and sends in `step`, once the optimizer has its state."""
     return in_child(lambda: _simulated(step, rank))
 
 
-def _simulated(step: Step, rank: int) -> Record:
+def _simulated(step: SimulatedStep, rank: int) -> StepRecord:
     join_fake_ranks(rank, step.world_size)
     dims = step.parallelism.build(world_size=step.world_size, device_type="cpu")
     model, roles = step.built()
@@ -156,11 +156,13 @@ def _simulated(step: Step, rank: int) -> Record:
         parallel.to_empty("cpu")
         optimizer = step.build_optimizer(model.named_parameters())
         _fill_state(optimizer, model)
-        recorder = Recorder(dims, -(-vocab_size // dims.num_tensor) if vocab_size else None)
+        recorder = Recorder(dims, -(-vocab_size // dims.tp_size) if vocab_size else None)
         return _recorded(step, parallel, optimizer, recorder)
 
 
-def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, recorder: Recorder) -> Record:
+def _recorded(
+    step: SimulatedStep, parallel: ParallelModel, optimizer: TorchOptimizer, recorder: Recorder
+) -> StepRecord:
     timeline, parameters = recorder.timeline, [local(p).detach() for p in parallel.model.parameters()]
     timeline.label([*parameters, *parallel.model.buffers()], "parameters")
     state = _state_tensors(optimizer)
@@ -180,7 +182,7 @@ def _recorded(step: Step, parallel: ParallelModel, optimizer: TorchOptimizer, re
         optimizer.step()
     peaks = timeline.peaks()
     bubble, pipeline = _pipeline(parallel.schedule, step.order_of or step.num_batches)
-    return Record(
+    return StepRecord(
         sizes={
             "parameters": _num_bytes(parameters),
             "gradients": _num_bytes(gradients),

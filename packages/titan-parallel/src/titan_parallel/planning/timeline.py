@@ -88,7 +88,7 @@ class Timeline:
 
     def peaks(self) -> dict[Place, dict[str, int]]:
         """For each place the most memory there was after an allocation there, by category."""
-        self._categorise()
+        self._categorize()
         totals = dict.fromkeys(CATEGORIES, 0)
         total = 0
         best: dict[Place, tuple[int, tuple[int, ...]]] = {}
@@ -102,7 +102,7 @@ class Timeline:
 
     def most(self, category: str) -> int:
         """The most bytes of one category that lived at once."""
-        self._categorise()
+        self._categorize()
         now = most = 0
         for index, sign in self._events:
             if self.allocations[index].category == category:
@@ -110,7 +110,7 @@ class Timeline:
                 most = max(most, now)
         return most
 
-    def _categorise(self) -> None:
+    def _categorize(self) -> None:
         for allocation in self.allocations:
             if allocation.category in ("", "logits", "gradient_buckets"):
                 allocation.category = self._category_of(allocation)

@@ -66,7 +66,7 @@ class Traffic:
 
     def _find_axis(self, group: dist.ProcessGroup) -> str:
         """The axes of the mesh along which the ranks of `group` differ."""
-        places = [self._dims.place_of(rank) for rank in dist.get_process_group_ranks(group)]
+        places = [self._dims.coordinate_of(rank) for rank in dist.get_process_group_ranks(group)]
         return " x ".join(
             axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len({*indices}) > 1
         )

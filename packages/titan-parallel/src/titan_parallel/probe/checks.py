@@ -22,8 +22,8 @@ _logger = logging.getLogger("titan_parallel")
 
 def probe_for(model: nn.Module, roles: Roles, dims: ParallelDims) -> TokenProbe | None:
     """Return a probe of the model, or None where `dims` splits neither sequences nor the stack of blocks."""
-    splits_sequences = dims.num_context > 1 or (dims.sequence_parallel and has_ends(roles))
-    return TokenProbe(model, roles) if splits_sequences or dims.num_pipeline > 1 else None
+    splits_sequences = dims.cp_size > 1 or (dims.sequence_parallel and has_ends(roles))
+    return TokenProbe(model, roles) if splits_sequences or dims.pp_size > 1 else None
 
 
 def settle_tensor_parallel(
@@ -34,7 +34,7 @@ def settle_tensor_parallel(
     Raises ConfigError for a model that cannot be, and for sequence parallel that was asked for and would be wrong.
     """
     asked = dims.config.sequence_parallel
-    if dims.num_tensor == 1:
+    if dims.tp_size == 1:
         return dims
     if asked is None and not has_ends(roles):
         dims = _turned_off(dims, "the roles do not name an embedding, one stack of blocks and a head")
@@ -59,7 +59,7 @@ class ContextCheck:
     """Holds a probe until it has said that all but attention is token-wise: at once, or at the first batch."""
 
     def __init__(self, probe: TokenProbe, dims: ParallelDims) -> None:
-        self._degree = dims.num_context
+        self._degree = dims.cp_size
         self._probe: TokenProbe | None = probe
         self._apply(probe.context(), has_batch=False)
 

@@ -70,7 +70,7 @@ class TokenProbe:
             if not cores and self._transformers:
                 forwards.let_transformers_attend_by_token(copied)
             for core in cores:
-                core.realise = lambda mask: None  # type: ignore[assignment]
+                core.build_mask = lambda mask: None  # type: ignore[assignment]
             return dict.fromkeys(cores, forwards.attention_of_tokens)
 
         return self._ask(_Question(WholeModel, prepare, inputs, dims), *_MORE)
@@ -82,7 +82,7 @@ class TokenProbe:
             def prepare(copied: nn.Module, num_outputs: int = num_outputs) -> dict[nn.Module, Callable[..., Any]]:
                 for name in self._roles.named("attention"):
                     if self._roles.region_of(name) is not None:
-                        copied.get_submodule(name).realise = lambda mask: None  # type: ignore[assignment]
+                        copied.get_submodule(name).build_mask = lambda mask: None  # type: ignore[assignment]
                 regions = [copied.get_submodule(name) for name in self._roles.named("region")]
                 return {region: forwards.region_of_tokens(region, num_outputs) for region in regions}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Features:
-    """Neighbouring features that tensor ranks share in equal parts, or head by head.
+    """Neighboring features that tensor ranks share in equal parts, or head by head.
 
     Where `repeats` and there are fewer heads than ranks, several ranks take the same head: each of its query heads
     finds its key-value head on its own rank.

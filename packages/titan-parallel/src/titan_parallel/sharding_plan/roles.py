@@ -21,8 +21,8 @@ OPTIONS: dict[str, frozenset[str]] = {
     "attention": frozenset(),
     "norm": frozenset({"num_heads", "num_kv_heads"}),
     "per_head": frozenset(),
-    "tally": frozenset(),
-    "own_loss": frozenset(),
+    "step_counter": frozenset(),
+    "auxiliary_loss": frozenset(),
     "head": frozenset({"takes_loss"}),
 }
 """Every role and the options it takes; docs/parallel.md says what each is."""
@@ -118,7 +118,7 @@ class Roles:
         return roles
 
     def _check_stacks(self) -> None:
-        """Blocks of one list are neighbours: what runs before them and after them is not theirs."""
+        """Blocks of one list are neighbors: what runs before them and after them is not theirs."""
         for parent in self.stacks:
             children = list(self._model.get_submodule(parent)._modules)  # by all names: one may stand in several places
             blocks = [name for name in self.named("block") if name.rpartition(".")[0] == parent]
@@ -128,7 +128,7 @@ class Roles:
                     raise ConfigError(
                         f"Got blocks in {parent or 'the model'} with {children[before + 1]} between {children[before]} "
                         f"and {children[index]}. Blocks are one stack: the stream passes through them one after the "
-                        f"other. Give the role block to {children[before + 1]} too, or to neighbours only."
+                        f"other. Give the role block to {children[before + 1]} too, or to neighbors only."
                     )
 
     def _check_nesting(self) -> None:

@@ -22,7 +22,7 @@ NOT_SPLIT = {
 
 def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
     """Raise ConfigError naming the first part that cannot be split, and the degrees that would do."""
-    size = dims.num_tensor
+    size = dims.tp_size
     if not roles.named("region") and not roles.named("colwise"):
         raise ConfigError(
             f"Got tensor_parallel_degree {size} and roles without a region. Tensor parallel splits the work of "

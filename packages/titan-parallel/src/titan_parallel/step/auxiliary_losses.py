@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from titan_parallel.sharding_plan.roles import Roles
 
 
-class OwnLoss(Protocol):
-    """What a module with the role `own_loss` offers: gradients of a sum over its tokens, times `scale` and `share`."""
+class AuxiliaryLoss(Protocol):
+    """What a module with the role `auxiliary_loss` offers: gradients of a sum over its tokens, times `scale` and `share`."""
 
     scale: Tensor | None
     """What a unit of the head's loss sum weighs in the gradients, a scalar; None between steps."""
@@ -21,19 +21,19 @@ class OwnLoss(Protocol):
     """The part of the sum that this rank gives: 1, but where others have the same tokens."""
 
 
-class OwnLosses:
+class AuxiliaryLosses:
     """All losses that a model has of its own.
 
     In a region every rank of the tensor axis computes them, of the same tokens, and gradients there are shares that are
     summed: each gives its part of them.
     """
 
-    def __init__(self, model: nn.Module, roles: Roles, *, num_tensor: int, device_type: str) -> None:
+    def __init__(self, model: nn.Module, roles: Roles, *, tp_size: int, device_type: str) -> None:
         self._modules = []
         self._device_type = device_type
-        for name in roles.named("own_loss"):
-            module = cast(OwnLoss, model.get_submodule(name))
-            module.share = 1.0 if roles.region_of(name) is None else 1 / num_tensor
+        for name in roles.named("auxiliary_loss"):
+            module = cast(AuxiliaryLoss, model.get_submodule(name))
+            module.share = 1.0 if roles.region_of(name) is None else 1 / tp_size
             self._modules.append(module)
 
     @contextmanager

@@ -62,7 +62,7 @@ class Accumulation:
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         sums = []
         for index, batch in enumerate(batches):
-            with self._synchronised(index == len(batches) - 1):
+            with self._synchronized(index == len(batches) - 1):
                 loss_sum, _ = self._forward(batch, loss)
                 (loss_sum / denominator).backward()
             sums.append(loss_sum.detach().to(torch.float64))
@@ -80,7 +80,7 @@ class Accumulation:
             unit.set_all_reduce_hook(hook)
 
     @contextmanager
-    def _synchronised(self, is_last: bool) -> Iterator[None]:
+    def _synchronized(self, is_last: bool) -> Iterator[None]:
         """Let the backward sum gradients over data ranks, and call the gradient hook on the sums."""
         self._set_sums(each=is_last or self._reduces_each, over_replicas=is_last)
         handles = []

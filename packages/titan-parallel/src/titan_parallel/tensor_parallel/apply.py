@@ -40,7 +40,7 @@ class TensorParallel:
         names = self._find_partial(split=self._distribute_parameters())
         self.partial_gradients = PartialGradients(names, dims.tp_mesh.get_group())
         self._partial_slots = self._slots_of({model.get_parameter(name) for name in names})
-        set_local_sizes(model, roles, dims.num_tensor)
+        set_local_sizes(model, roles, dims.tp_size)
         self._put_borders()
         for name in roles.named("embedding"):
             self._split_embedding(name)

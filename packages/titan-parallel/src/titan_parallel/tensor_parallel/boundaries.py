@@ -69,7 +69,7 @@ def split_sequence(first: nn.Module, last: nn.Module, axis: Axis) -> None:
 def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
     """`forward` of a norm over F features of which each rank has f: they are gathered, and each keeps its own.
 
-    Of `copies` neighbouring ranks that have the same features those of the first count.
+    Of `copies` neighboring ranks that have the same features those of the first count.
     """
 
     @functools.wraps(forward)

@@ -32,7 +32,7 @@ class Flex(AttentionCore):
         nn.Module.__init__(self)
         self.block_size = config.block_size
 
-    def realise(self, mask: Mask) -> BlockMask:
+    def build_mask(self, mask: Mask) -> BlockMask:
         (batch, num_queries), num_keys = mask.query_positions.shape, mask.key_positions.shape[1]
         device = mask.query_positions.device
         shape = (None if mask.only_causal else batch, None, num_queries, num_keys)

@@ -22,12 +22,12 @@ class AttentionCore(Configurable, nn.Module, abc.ABC):
     """
 
     @abc.abstractmethod
-    def realise(self, mask: Mask) -> Any:
+    def build_mask(self, mask: Mask) -> Any:
         """What this core's kernel wants of `mask`, to be made once a forward and passed to every layer."""
 
     @abc.abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, sinks: Tensor | None = None) -> Tensor:
-        """`q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` and what `realise` returned to `[B, T, H, V]`.
+        """`q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` and what `build_mask` returned to `[B, T, H, V]`.
 
         `sinks [H]` are scores of one key more in each head, which every query sees and which has zeros as its value
         (Xiao et al., 2024). A core without the argument serves models without them.

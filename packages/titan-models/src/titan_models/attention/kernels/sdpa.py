@@ -21,7 +21,7 @@ class Sdpa(AttentionCore):
     def __init__(self, config: Configurable.Config) -> None:
         nn.Module.__init__(self)
 
-    def realise(self, mask: Mask) -> Tensor | None:
+    def build_mask(self, mask: Mask) -> Tensor | None:
         return None if mask.only_causal else mask.visible()[:, None]
 
     def forward(

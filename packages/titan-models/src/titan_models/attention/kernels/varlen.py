@@ -30,24 +30,26 @@ class Sequences(NamedTuple):
 class Varlen(AttentionCore):
     """Flash attention over sequences of any length: nothing is computed between documents, and no mask is made.
 
-    For queries that are the keys, whose documents are in one piece each, with `SlidingWindow` and `Chunks` and no other
-    limits. Rows of documents are read once a forward, so a GPU waits once. On CPUs it is a loop over sequences.
+    For queries that are the keys, whose documents are in one mapping each, with `SlidingWindow` and `Chunks` and no other
+    mask_modifiers. Rows of documents are read once a forward, so a GPU waits once. On CPUs it is a loop over sequences.
     """
 
     def __init__(self, config: Configurable.Config) -> None:
         nn.Module.__init__(self)
 
-    def realise(self, mask: Mask) -> Sequences:
+    def build_mask(self, mask: Mask) -> Sequences:
         """Raises ValueError for a mask that is no row of sequences."""
         if mask.query_positions is not mask.key_positions:
             raise ValueError(
                 "Got queries that are not the keys. Varlen attends within sequences. Take Sdpa or Flex, or "
                 "context_parallel_method ulysses."
             )
-        windows = [limit.size for limit in mask.limits if isinstance(limit, SlidingWindow)]
-        chunks = [limit.size for limit in mask.limits if isinstance(limit, Chunks)]
-        if len(windows) + len(chunks) < len(mask.limits):
-            others = [type(limit).__name__ for limit in mask.limits if not isinstance(limit, SlidingWindow | Chunks)]
+        windows = [limit.size for limit in mask.mask_modifiers if isinstance(limit, SlidingWindow)]
+        chunks = [limit.size for limit in mask.mask_modifiers if isinstance(limit, Chunks)]
+        if len(windows) + len(chunks) < len(mask.mask_modifiers):
+            others = [
+                type(limit).__name__ for limit in mask.mask_modifiers if not isinstance(limit, SlidingWindow | Chunks)
+            ]
             raise ValueError(f"Got the limit {others[0]}. Varlen knows SlidingWindow and Chunks. Take Sdpa or Flex.")
         positions = mask.query_positions
         marks = [positions // size for size in chunks]

@@ -7,7 +7,7 @@ import dataclasses
 from titan_data.batch import IGNORED_LABEL, Batch
 
 
-def looking_ahead(batch: Batch) -> Batch:
+def with_mtp_targets(batch: Batch) -> Batch:
     """The batch with `next_tokens` among its inputs, and `next_labels` among its targets: each int64 [B, T].
 
     `next_tokens` are the tokens that labels are, and 0 where there is none; `next_labels` the labels of these tokens:

@@ -15,7 +15,7 @@ from titan_trainer.loss import CrossEntropy
 
 
 @per_token
-class LookAhead(Configurable):
+class MultiTokenPredictionLoss(Configurable):
     """The loss of the next token, and `weight` times that of the token after it.
 
     Both sums are divided by the same count, that of labels: DeepSeek-AI, "DeepSeek-V3 technical report" (2024),

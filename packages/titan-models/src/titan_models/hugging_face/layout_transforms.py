@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 
-class Step(abc.ABC):
+class LayoutTransform(abc.ABC):
     """A change of layout that loses nothing: `from_hf` undoes `to_hf`, number for number.
 
     Both take and give lists: a rule may join several own weights to one of Hugging Face's. They take every dtype, and
-    tensors on the meta device. One of your own is a subclass, and an argument of `Stored`.
+    tensors on the meta device. One of your own is a subclass, and an argument of `HfTensor`.
     """
 
     @abc.abstractmethod
@@ -26,7 +26,7 @@ class Step(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Transposed(Step):
+class Transposed(LayoutTransform):
     """The last two dims are swapped: a projection is `[in, out]`, to be applied as `x @ W`."""
 
     def to_hf(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -37,7 +37,7 @@ class Transposed(Step):
 
 
 @dataclass(frozen=True)
-class Halves(Step):
+class Halves(LayoutTransform):
     """Two weights are one, the first before the second in `dim`, counted from the end: gate and up as `gate_up`."""
 
     dim: int
@@ -50,7 +50,7 @@ class Halves(Step):
 
 
 @dataclass(frozen=True)
-class Alternating(Step):
+class Alternating(LayoutTransform):
     """Two weights are one, in which they take turns in `dim`, counted from the end: gate and up of GPT-OSS."""
 
     dim: int
@@ -67,8 +67,8 @@ class Alternating(Step):
 
 
 @dataclass(frozen=True)
-class NeighbourPairs(Step):
-    """Rows of queries or keys, for a rope that turns neighbours: 2i with 2i + 1, where own ones turn i with i + K/2.
+class NeighborPairs(LayoutTransform):
+    """Rows of queries or keys, for a rope that turns neighbors: 2i with 2i + 1, where own ones turn i with i + K/2.
 
     Rows are heads of `head_dim` features. Weights `[H * head_dim, D]` and biases `[H * head_dim]` alike.
     """
@@ -85,12 +85,12 @@ class NeighbourPairs(Step):
         if tensor.shape[0] % self.head_dim:
             raise ValueError(
                 f"Got {tensor.shape[0]} rows in heads of {self.head_dim} features. Rows are whole heads. Give "
-                "NeighbourPairs the head_dim of these weights."
+                "NeighborPairs the head_dim of these weights."
             )
         return tensor.unflatten(0, (-1, self.head_dim)).unflatten(1, pairs).transpose(1, 2).flatten(0, 2)
 
 
-def _pair(tensors: list[Tensor], step: Step) -> list[Tensor]:
+def _pair(tensors: list[Tensor], step: LayoutTransform) -> list[Tensor]:
     if len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
         raise ValueError(
             f"Got tensors of shapes {[list(tensor.shape) for tensor in tensors]} for {step}. It joins two of one "
@@ -99,7 +99,7 @@ def _pair(tensors: list[Tensor], step: Step) -> list[Tensor]:
     return tensors
 
 
-def _even(tensors: list[Tensor], step: Step, dim: int) -> Tensor:
+def _even(tensors: list[Tensor], step: LayoutTransform, dim: int) -> Tensor:
     if len(tensors) != 1 or tensors[0].shape[dim] % 2:
         raise ValueError(
             f"Got tensors of shapes {[list(tensor.shape) for tensor in tensors]} to take apart by {step}. It takes "

@@ -27,7 +27,7 @@ class RouterLoss(Fp32State, abc.ABC):
         """The loss of each token, `[N]`, with its weight."""
 
     @abc.abstractmethod
-    def settle(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did."""
 
 
@@ -44,7 +44,7 @@ class ZLoss(RouterLoss):
     def forward(self, logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
         return self.config.weight * logits_NE.logsumexp(-1).square()
 
-    def settle(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         pass
 
 
@@ -53,7 +53,7 @@ class LoadBalancingLoss(RouterLoss):
 
     1 where both are even. The shares are those of the global batch of the step before (even in the first), a part of
     the state: known on all ranks before the forward, so that the loss is a sum over tokens and no split of the batch
-    changes it. Shares of a micro-batch would demand balance within it, which harms specialisation.
+    changes it. Shares of a micro-batch would demand balance within it, which harms specialization.
     Sources: Fedus et al., "Switch Transformers" (2021), equation 4; Qiu et al., "Demons in the detail" (2025), for
     shares of the global batch.
     """
@@ -71,7 +71,7 @@ class LoadBalancingLoss(RouterLoss):
         return self.config.weight * (scores_NE * loads_E).sum(-1) / scores_NE.sum(-1)
 
     @torch.no_grad()
-    def settle(self, counts_E: Tensor) -> None:
+    def update(self, counts_E: Tensor) -> None:
         total = counts_E.sum()
         self.shares.copy_(torch.where(total > 0, counts_E / total, self.shares))
 

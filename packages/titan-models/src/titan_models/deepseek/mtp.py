@@ -10,13 +10,13 @@ from torch import Tensor
 from titan_models.attention.base import Places
 from titan_models.block import Block
 from titan_models.layers.flops import Flops, matmul_flops
-from titan_models.layers.layer import Part
+from titan_models.layers.layer import Layer
 from titan_models.layers.linear import Linear
 from titan_models.layers.rms_norm import RMSNorm
 from titan_models.layers.roles import Roles
 
 
-class LookAheadBlock(Block, Part):
+class MultiTokenPredictionBlock(Block, Layer):
     """The last block of a stack, over what the stack makes of a token and over the token that follows.
 
     It holds the stack's final norm, so that what goes in is the stream and what comes out is for the head: of the
