@@ -1,6 +1,6 @@
-"""Shared by all tests of the repository: `run_ranks` forks ranks of a gloo group and returns what each computed.
+"""Fixtures of all tests in the repository: `run_ranks` forks ranks of a gloo group and returns the result of each.
 
-`in_fp64` and `fp64_model` make a reference wholly fp64: its weights, its buffers and what its code computes in fp32.
+`in_fp64` and `fp64_model` run a reference entirely in fp64: weights, buffers, and code that casts to fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # forking is only safe while OpenMP has no pool of threads
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and tests would inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # forking is not safe with an OpenMP thread pool
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set by shells for background jobs; tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -40,21 +40,22 @@ def _rank_main(
         dist.init_process_group(
             "gloo", store=dist.FileStore(str(rendezvous), world_size), rank=rank, world_size=world_size
         )
-        dist.barrier()  # nobody is done before all are connected
-        pipe.send_bytes(pickle.dumps((True, function(*args))))  # copies: shared tensors would end with the process
+        dist.barrier()  # all ranks must connect before one finishes
+        pipe.send_bytes(pickle.dumps((True, function(*args))))  # copies, since shared memory ends with the process
         dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
-        os._exit(0)  # no exit handlers of the parent's libraries
+        os._exit(0)  # skip exit handlers inherited from the parent
 
 
 def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 1200) -> list[Any]:
     """Call `function(*args)` on `world_size` forked ranks; return their results in order of rank.
 
-    Closures are fine, results must pickle. Forking costs a second: let one call run many cases. Raises RuntimeError
-    with the traceback of the first rank that failed; the others are ended. `timeout_s` is for ranks that hang.
+    `function` may be a closure; results must be picklable. Forking takes a second, so run many cases in one call.
+    Raises RuntimeError with the traceback of the first rank that failed, after killing the others; or if no rank
+    returns within `timeout_s`, which is meant for ranks that hang.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -73,16 +74,15 @@ def _run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeou
                 waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
                 ready = multiprocessing.connection.wait(waiting, timeout_s)
                 if not ready:
-                    raise RuntimeError(
-                        f"Got no answer from ranks {sorted(set(range(world_size)) - set(results))} in {timeout_s} s."
-                    )
+                    silent = sorted(set(range(world_size)) - set(results))
+                    raise RuntimeError(f"Ranks must return within {timeout_s} s, got no result from ranks {silent}.")
                 for pipe in ready:
                     rank = pipes.index(pipe)
                     try:
                         succeeded, value = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         processes[rank].join()
-                        succeeded, value = False, f"The process ended with code {processes[rank].exitcode}."
+                        succeeded, value = False, f"The process exited with code {processes[rank].exitcode}."
                     if not succeeded:
                         raise RuntimeError(f"Rank {rank} of {world_size} failed:\n{value}")
                     results[rank] = value
@@ -102,7 +102,7 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 @functools.cache
 def _fp32_means_fp64() -> Any:
-    """A mode in which code that asks for fp32 gets fp64. (Made when it is needed: one package has no torch.)"""
+    """Return a torch function mode that replaces fp32 by fp64. (torch is imported here: titan-config has none.)"""
     import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils import _pytree as pytree
@@ -137,7 +137,7 @@ def _fp64_model(model: Any, state: Mapping[str, Any] | None = None) -> Any:
     model.double()
     if state is not None:
         missing = [name for name in narrow if name not in state]
-        assert not missing, f"these weights were rounded when they were loaded, and the state has no others: {missing}"
+        assert not missing, f"state must have fp64 values of weights loaded in lower precision, got none of: {missing}"
         with torch.no_grad():
             for name in narrow:
                 model.get_parameter(name).copy_(state[name])
@@ -146,22 +146,22 @@ def _fp64_model(model: Any, state: Mapping[str, Any] | None = None) -> Any:
 
 @pytest.fixture(scope="session")
 def in_fp64() -> Callable[[], Any]:
-    """`with in_fp64():` what code computes in fp32 whatever it is given (norms, rope, routers) is computed in fp64."""
+    """`with in_fp64():` code that casts to fp32 (norms, RoPE, routers) computes in fp64 instead."""
     return _in_fp64
 
 
 @pytest.fixture(scope="session")
 def fp64_model() -> Callable[..., Any]:
-    """`fp64_model(model, state=None)`: the model with all parameters and buffers in fp64, whatever its code made them.
+    """`fp64_model(model, state=None)`: cast all parameters and buffers of the model to fp64.
 
-    Weights that were loaded into something narrower have lost bits; these are taken from `state`, by their names.
-    Call the model within `in_fp64()`. Its backward may lie outside, where nothing is recomputed.
+    Weights loaded in a lower precision have been rounded; their values are taken from `state`, by name. Call the model
+    within `in_fp64()`. The backward may be outside, unless activations are recomputed.
     """
     return _fp64_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the golden texts of the recipes anew")
+    parser.addoption("--update-golden", action="store_true", help="write the golden configs of the recipes")
     parser.addoption("--shard", metavar="K/N", type=_shard, default=(1, 1), help="run the K-th of N equal parts")
 
 
@@ -175,6 +175,7 @@ def _shard(text: str) -> tuple[int, int]:
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     index, count = config.getoption("--shard")
-    # Neighbors take about equally long: deal them out in turn. The order stays, so a fixture is made once a shard.
+    # Neighboring tests take about equally long: deal them out round-robin. The order stays, so that a module or session
+    # fixture is built once per shard.
     config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % count != index - 1])
     items[:] = items[index - 1 :: count]

@@ -1,6 +1,6 @@
-"""Everything one does here: `nox` tests it all, `nox -s train` trains a small Llama, `nox --list` names the rest.
+"""Development tasks: `nox` runs all default checks, `nox -s train` trains a small Llama, `nox --list` lists the others.
 
-Plain pip and virtual environments (`nox -db uv` for those who like uv). What follows `--` goes to pytest or the recipe.
+Environments are made with pip (`nox -db uv`: with uv). Arguments after `--` go to pytest or the recipe.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 import nox
 
 PACKAGES = ("config", "models", "parallel", "data", "ckpt", "ft", "trainer")
-nox.needs_version = ">=2025.2.9"  # sessions that require others
+nox.needs_version = ">=2025.2.9"  # for `requires`
 nox.options.sessions = ["lint", "boundaries", *PACKAGES, "types", "golden", "together", "docs"]
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 LOCK = ROOT / "constraints.txt"
 GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-# torch has thousands of modules and a process imports few: they are compiled when first imported, and then kept.
+# Compile bytecode at the first import, not at installation: torch has thousands of modules, and a process imports few.
 PIP = ("--quiet", "--no-compile")
 KEEP_BYTECODE = {"PYTHONDONTWRITEBYTECODE": None}
 NIGHTLY_TORCH = "https://download.pytorch.org/whl/nightly/cpu"
@@ -33,14 +33,14 @@ def folder_of(package: str) -> Path:
 
 
 def install(session: nox.Session, *requirements: str, constraints: Path | None = LOCK) -> None:
-    """Install `requirements` in the versions of `constraints`, and see that nothing came from elsewhere."""
+    """Install `requirements` in the versions of `constraints`, and fail if other packages or versions are installed."""
     session.install(*PIP, *(("--constraint", str(constraints)) if constraints else ()), *requirements)
     if constraints:
         session.run("python", "tools/installed.py", str(constraints), silent=True)
 
 
 def install_wheels(session: nox.Session, extras: dict[str, str], *, constraints: Path | None = LOCK) -> None:
-    """Install the wheels of these packages with their extras ("" for none); the index gives only what they declare."""
+    """Install the wheels of these packages with their extras ("" for none), and the dependencies that they declare."""
     wheel = {package: str(next(DIST.glob(f"titan_{package}-*.whl"))) for package in extras}
     session.install(*PIP, "--no-deps", "--force-reinstall", *wheel.values())  # an older build may have the same version
     with_extras = [f"{wheel[name]}[{extra}]" if extra else wheel[name] for name, extra in extras.items()]
@@ -48,7 +48,7 @@ def install_wheels(session: nox.Session, extras: dict[str, str], *, constraints:
 
 
 def install_everything(session: nox.Session, *, constraints: Path | None = LOCK) -> None:
-    """Install the seven wheels, and what tests, recipes, pages of docs/ and mypy need."""
+    """Install the seven wheels, and the requirements of tests, recipes, examples of docs/ and mypy."""
     extras = dict.fromkeys(PACKAGES, "test") | {"trainer": "test,plot,tensorboard"}
     install_wheels(session, extras, constraints=constraints)
     install(session, *GROUPS["types"], *GROUPS["docs"], constraints=constraints)
@@ -59,7 +59,7 @@ def all_tests() -> Sequence[Path]:
 
 
 def run_pytest(session: nox.Session, bin_folder: str | Path, *arguments: str | Path) -> None:
-    """Run pytest in an empty folder, so that nothing is imported from the checkout."""
+    """Run pytest in an empty folder, so that the wheels are imported and not the checkout."""
     command = (Path(bin_folder, "pytest"), "-c", ROOT / "pyproject.toml", "--durations=5", "--durations-min=5")
     with session.chdir(session.create_tmp()):
         session.run(*command, *arguments, *session.posargs, env=KEEP_BYTECODE, external=True)
@@ -79,7 +79,7 @@ for package in PACKAGES:
 
     @nox.session(name=package, requires=["wheels"])
     def alone(session: nox.Session, package: str = package) -> None:
-        """One package in an empty environment, with only what it declares: import every module, run its tests."""
+        """Test one package with only its declared dependencies installed: import every module, run its tests."""
         project = tomllib.loads(folder_of(package).joinpath("pyproject.toml").read_text())["project"]
         declared = " ".join(project["dependencies"])
         needed = [name for name in PACKAGES if f"titan-{name}" in declared]
@@ -91,16 +91,18 @@ for package in PACKAGES:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: the rules of pyproject.toml, and its formatting. The locks: are they made from what is declared now?"""
+    """Check rules and formatting with ruff, spelling, retired words, and that the lock files match the requirements."""
     install(session, *GROUPS["lint"])
     session.run("python", "tools/lock.py", "--check")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+    session.run("python", "tools/retired_words.py")
 
 
 @nox.session
 def boundaries(session: nox.Session) -> None:
-    """import-linter: who may import whom, as docs/design.md draws it."""
+    """Check imports between packages with import-linter; docs/concepts/design.md shows the allowed ones."""
     install(session, *GROUPS["boundaries"])
     sources = os.pathsep.join(str(folder_of(package) / "src") for package in PACKAGES)
     session.run("lint-imports", "--no-cache", "--no-logo", env={"PYTHONPATH": sources})
@@ -108,7 +110,7 @@ def boundaries(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=True, requires=["wheels"])
 def everything(session: nox.Session) -> None:
-    """Make the environment of the sessions below."""
+    """Create the environment that the sessions below share."""
     install_everything(session)
 
 
@@ -118,33 +120,40 @@ def bin_of_everything(session: nox.Session) -> Path:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def types(session: nox.Session) -> None:
-    """mypy, strict, over all sources."""
+    """Check the types of all sources with mypy in strict mode."""
     sources = [str(folder_of(package) / "src") for package in PACKAGES]
     session.run(bin_of_everything(session) / "mypy", *sources)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
 def golden(session: nox.Session) -> None:
-    """The full config of every recipe is the text that was committed."""
+    """Check that the full config of every recipe is the committed text."""
     run_pytest(session, bin_of_everything(session), ROOT / "tests" / "test_golden.py")
 
 
 @nox.session(venv_backend="none", requires=["everything"])
 def together(session: nox.Session) -> None:
-    """The packages composed: recipes on several processes, resume, bad input."""
+    """Test the packages together: recipes on several processes, resume, invalid input."""
     run_pytest(session, bin_of_everything(session), ROOT / "tests", "--ignore", ROOT / "tests" / "test_golden.py")
 
 
 @nox.session(venv_backend="none", requires=["everything"])
 def docs(session: nox.Session) -> None:
     """Run every fenced Python example of the READMEs and the docs."""
-    pages = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
     session.run(bin_of_everything(session) / "python", "tools/run_docs.py", *pages, env=KEEP_BYTECODE)
+
+
+@nox.session(reuse_venv=True)
+def site(session: nox.Session) -> None:
+    """Build the documentation site in build/site; warnings and broken links are errors."""
+    install(session, *GROUPS["site"])
+    session.run("mkdocs", "build", "--strict", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
 def train(session: nox.Session) -> None:
-    """Train recipes/llama3_debug.py on two ranks; flags of the recipe after `--`."""
+    """Train recipes/llama3_debug.py on two ranks; arguments after `--` are flags of the recipe."""
     num_threads = max(1, (os.cpu_count() or 2) // 2)
     session.run(
         bin_of_everything(session) / "torchrun",
@@ -156,7 +165,7 @@ def train(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def bench(session: nox.Session) -> None:
-    """Measure speed against bare PyTorch: all scripts of bench/, or those named after `--`."""
+    """Run the benchmarks against plain PyTorch: all scripts of bench/, or those named after `--`."""
     scripts = ("train_speed", "moe_speed", "experts", "startup", "data", "checkpoint", "parallel_overhead")
     for name in session.posargs or scripts:
         session.run(bin_of_everything(session) / "python", f"bench/{name}.py", env=KEEP_BYTECODE)
@@ -164,7 +173,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(requires=["everything"])
 def learning_curve(session: nox.Session) -> None:
-    """Set learning curves of Llama 3 beside those of torchtitan, which has an environment of its own."""
+    """Compare learning curves of Llama 3 with torchtitan, which is installed in a separate environment."""
     install(session, "torch", "tyro")
     session.install(*PIP, "--no-deps", "--requirement", "bench/torchtitan/requirements.txt")
     python = Path(session.bin, "python").absolute()
@@ -174,27 +183,27 @@ def learning_curve(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def full(session: nox.Session) -> None:
-    """Run the tests marked full, which the sessions above leave out; `-- --shard 2/8` runs the second eighth."""
+    """Run the tests marked full, which the sessions above skip; `-- --shard 2/8` runs the second eighth of them."""
     run_pytest(session, bin_of_everything(session), "-m", "full", *all_tests())
 
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Write constraints.txt and minimums.txt anew; `-- --upgrade` moves to the newest versions."""
+    """Write constraints.txt and minimums.txt; `-- --upgrade` upgrades existing pins to the newest versions."""
     install(session, *GROUPS["lock"])
     session.run("python", "tools/lock.py", *session.posargs)
 
 
 @nox.session(reuse_venv=True, requires=["wheels"])
 def minimums(session: nox.Session) -> None:
-    """The default tests with the lowest versions that the packages declare."""
+    """Run the default tests with the lowest versions that the packages declare."""
     install_everything(session, constraints=ROOT / "minimums.txt")
     run_pytest(session, session.bin, *all_tests())
 
 
 @nox.session(reuse_venv=True, requires=["wheels"])
 def canary(session: nox.Session) -> None:
-    """The default tests with the newest releases, and torch nightly where it can be reached; lists what moved."""
+    """Run the default tests with the newest releases, and torch nightly if reachable; list versions that changed."""
     try:
         urllib.request.urlopen(f"{NIGHTLY_TORCH}/torch/", timeout=20).close()
         session.install(*PIP, "--pre", "torch", "--index-url", NIGHTLY_TORCH)

@@ -1,6 +1,6 @@
-"""The loop to be measured against, in bare PyTorch, and Llama 3 "debug" for it: written for speed, batches made before.
+"""The baseline: a training loop and the Llama 3 debug model in plain PyTorch, written for speed.
 
-`python bench/bare.py` trains one step and prints its loss: how fast bare PyTorch starts.
+All batches are built in advance. `python bench/bare.py` trains one step and prints its loss, to time the startup.
 
 B batch, T tokens, D width, H heads, K head dim, F feed-forward width, V vocabulary.
 """
@@ -60,12 +60,12 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 class BareRun:
-    """A run whose `step()` is one optimizer step. For bf16 it computes with a bf16 copy of its fp32 weights."""
+    """A run whose `step()` is one optimizer step; in bf16, forward and backward use a bf16 copy of fp32 weights."""
 
     def __init__(
         self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, vocab_size: int = V
     ) -> None:
-        """`loss(tokens, labels)` is that of the model."""
+        """Build the optimizer and the batches; `loss(tokens, labels)` runs the model."""
         self.loss = loss
         self.weights = self.computed = list(model.parameters())
         if dtype != torch.float32:
@@ -73,7 +73,7 @@ class BareRun:
             model.to(dtype)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         tokens = torch.randint(vocab_size, (16, B, T + 1))
-        self.batches = [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in tokens]
+        self.batches = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
         self.num_steps = 0
 
     def step(self) -> float:

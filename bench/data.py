@@ -1,7 +1,7 @@
-"""How fast titan_data turns text into batches on one core: tokens a second, with the debug tokenizer.
+"""Tokens per second of titan_data's loader on one core, from text to batches, with the debug tokenizer.
 
-Documents are Austen's paragraphs, whole chapters, and one document of 4 MB. Beside each stands the speed of tiktoken
-alone on the same text, and the ratio of the two, measured in turn.
+Documents are paragraphs of Austen, whole chapters, and one document of 4 MB. The baseline is tiktoken alone on the same
+text; measurements of the two are interleaved.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from pathlib import Path
 import tiktoken
 import torch
 from sizes import sized
-from titan_data import JsonlSource, TiktokenTokenizer, TokenLoader
-from titan_data.tiktoken_tokenizer import LLAMA3_PATTERN
+from titan_data import LLAMA3_PATTERN, JsonlSource, TiktokenTokenizer, TokenLoader
 
 ASSETS = Path(__file__).parent.parent / "recipes" / "assets"
 TOKENIZER = TiktokenTokenizer.Config(
     path=ASSETS / "austen.tiktoken", special_tokens={"<|end_of_text|>": 2047}, eos="<|end_of_text|>"
 )
-ROUNDS, TOKENS_A_ROUND = sized((7, 3_000_000), (1, 5_000))
-SEQ_LEN, ROWS = sized((2048, 8), (64, 2))
+ROUNDS, TOKENS_PER_ROUND = sized((7, 3_000_000), (1, 5_000))
+SEQ_LEN, BATCH_SIZE = sized((2048, 8), (64, 2))
 NUM_CHAPTERS, BYTES_OF_ONE = sized((None, 4_000_000), (2, 20_000))
 
 
 def documents() -> dict[str, list[str]]:
-    """The same text cut in three ways."""
+    """Return the same text split in three ways."""
     lines = (ASSETS / "austen/train.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_CHAPTERS]
     chapters = [json.loads(line)["text"] for line in lines]
     paragraphs = [paragraph for chapter in chapters for paragraph in chapter.split("\n\n")]
@@ -39,16 +38,16 @@ def documents() -> dict[str, list[str]]:
 
 
 def pipeline_speed(loader: TokenLoader) -> float:
-    """Tokens a second of drawing and committing batches."""
+    """Return the tokens per second of loading and committing batches."""
     start, num_tokens = time.perf_counter(), 0
-    while num_tokens < TOKENS_A_ROUND:
+    while num_tokens < TOKENS_PER_ROUND:
         num_tokens += sum(batch.inputs["tokens"].numel() for batch in loader.next_batches(0, 1))
         loader.commit(loader.cursor_delta())
     return num_tokens / (time.perf_counter() - start)
 
 
 def tiktoken_speed(encoding: tiktoken.Encoding, texts: list[str]) -> float:
-    """Tokens a second of tiktoken alone, each text once."""
+    """Return the tokens per second of tiktoken alone, each text once."""
     start = time.perf_counter()
     num_tokens = sum(len(encoding.encode_to_numpy(text)) for text in texts)
     return num_tokens / (time.perf_counter() - start)
@@ -68,14 +67,14 @@ def main() -> None:
             path = Path(folder, "text.jsonl")
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
             loader = TokenLoader.Config(source=JsonlSource.Config(path=path), add_eos=True).build(
-                tokenizer=tokenizer, seq_len=SEQ_LEN, global_batch_size=ROWS, local_batch_size=ROWS, seed=0
+                tokenizer=tokenizer, seq_len=SEQ_LEN, global_batch_size=BATCH_SIZE, local_batch_size=BATCH_SIZE, seed=0
             )
             pairs = [(pipeline_speed(loader), tiktoken_speed(encoding, texts)) for _ in range(ROUNDS)]
             loader.close()
-        ours, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+        titan, baseline = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{len(texts):5} documents ({name}): {ours / 1e6:.2f} million tokens/s,", end=" ")
-        print(f"tiktoken alone {bare / 1e6:.2f}, ratio {ratio:.2f}")
+        print(f"{len(texts):5} documents ({name}): {titan / 1e6:.2f}M tokens/s,", end=" ")
+        print(f"tiktoken {baseline / 1e6:.2f}M, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Milliseconds of all experts of a layer, forward and backward: `GroupedMM` beside `ForLoop`, taking turns.
+"""Milliseconds of forward and backward of a layer's experts in bf16: `GroupedMM` and `ForLoop`, interleaved.
 
-On a GPU in bf16, at the widths of public models; without one on the processor, at those of the debug model.
+On a GPU with the widths of public models; without a GPU on the CPU, with those of the debug model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from titan_models import init_weights
 from titan_models.moe import ForLoop, GroupedMM, Kernel, SwiGLUExperts
 
 PAIRS = sized(15, 1)
-SHAPES = {  # dim, hidden_dim, experts, experts of a token, tokens
+SHAPES = {  # dim, hidden_dim, number of experts, experts per token, tokens
     "cuda": {
         "Qwen3 30B-A3B": (2048, 768, 128, 8, 8192),
         "GPT-OSS 20B": (2880, 2880, 32, 4, 8192),
-        "DeepSeek-V3 on 8 tensor ranks": (7168, 256, 256, 8, 4096),
+        "DeepSeek-V3, tensor parallel 8": (7168, 256, 256, 8, 4096),
     },
     "cpu": {"qwen3_moe_debug": (256, 256, 8, 2, 2048)},
 }
@@ -60,9 +60,9 @@ def main() -> None:
         for _ in range(3):
             grouped(), loop()
         pairs = [(milliseconds(grouped), milliseconds(loop)) for _ in range(PAIRS)]
-        ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+        grouped_ms, loop_ms = (statistics.median(side) for side in zip(*pairs, strict=True))
         ratio = statistics.median(slower / faster for faster, slower in pairs)
-        print(f"{name}: grouped {ours:.2f} ms, loop {theirs:.2f} ms, ratio {ratio:.2f} ({device})")
+        print(f"{name}: grouped {grouped_ms:.2f} ms, loop {loop_ms:.2f} ms, ratio {ratio:.2f} ({device})")
 
 
 if __name__ == "__main__":

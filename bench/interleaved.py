@@ -1,4 +1,7 @@
-"""A trainer and a bare loop take turns in one process: what disturbs the machine disturbs both."""
+"""Interleaved timing: blocks of steps of the trainer and of the baseline alternate in one process.
+
+Other load on the machine then slows both of them.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from sizes import TOY, sized
 RECIPES = Path(__file__).parent.parent / "recipes"
 WARMUP_STEPS = 3
 Seconds = tuple[float, float]
-"""Of the clock, and of the processor in all threads."""
+"""Wall-clock time, and CPU time of all threads."""
 
 
 def config_of(recipe: str, dtype: str) -> Any:
-    """The recipe with what the bare loop has: the same shapes, nothing but training."""
+    """Return the config of a recipe with the shapes and the features of the baseline: training only."""
     sys.path.append(str(RECIPES))  # where Python looks when a recipe is run as a script
     config = runpy.run_path(str(RECIPES / f"{recipe}.py"))[recipe]()
     training = config.training
@@ -33,10 +36,10 @@ def config_of(recipe: str, dtype: str) -> Any:
     return config
 
 
-def train_in_turns(config: Any, bare_run: bare.BareRun, steps_a_block: int) -> list[tuple[Seconds, Seconds]]:
-    """Train with the trainer, and after each block of its steps as many of the bare loop's; what both took."""
+def train_interleaved(config: Any, bare_run: bare.BareRun, steps_per_block: int) -> list[tuple[Seconds, Seconds]]:
+    """Train with the trainer, and run as many baseline steps after each block; return the seconds of both per block."""
     bare_run.step()
-    taken: list[tuple[Seconds, Seconds]] = []
+    timings: list[tuple[Seconds, Seconds]] = []
     with tempfile.TemporaryDirectory() as folder:
         config.dump_folder = Path(folder)
         trainer = config.build()
@@ -46,41 +49,41 @@ def train_in_turns(config: Any, bare_run: bare.BareRun, steps_a_block: int) -> l
             nonlocal started
             after_step(result)
             done = trainer.step - WARMUP_STEPS
-            if done > 0 and done % steps_a_block == 0:
+            if done > 0 and done % steps_per_block == 0:
                 middle = _now()
-                for _ in range(steps_a_block):
+                for _ in range(steps_per_block):
                     bare_run.step()
-                taken.append((_between(started, middle), _between(middle, _now())))
-            if done >= 0 and done % steps_a_block == 0:
+                timings.append((_between(started, middle), _between(middle, _now())))
+            if done >= 0 and done % steps_per_block == 0:
                 started = _now()
 
         trainer.after_step = after_step_and_bare_block
         trainer.train()
-    return taken
+    return timings
 
 
-def measure(what: str, config: Any, bare_run: bare.BareRun, blocks: int, steps_a_block: int, limit: float) -> None:
-    """Let `blocks` of steps of both take turns, and report."""
-    config.training.steps = WARMUP_STEPS + blocks * steps_a_block
-    taken = train_in_turns(config, bare_run, steps_a_block)
-    report(what, taken, tokens=steps_a_block * bare.B * bare.T, limit=limit)
+def measure(name: str, config: Any, bare_run: bare.BareRun, blocks: int, steps_per_block: int, limit: float) -> None:
+    """Time `blocks` interleaved blocks of steps of the trainer and of the baseline, and print a report."""
+    config.training.steps = WARMUP_STEPS + blocks * steps_per_block
+    timings = train_interleaved(config, bare_run, steps_per_block)
+    report(name, timings, tokens=steps_per_block * bare.B * bare.T, limit=limit)
 
 
-def report(what: str, taken: list[tuple[Seconds, Seconds]], tokens: int, limit: float) -> None:
-    """Print tokens a second of both, and their ratio, of the clock and of the processor's time."""
-    for kind, name in enumerate((what, f"{what}, of processor time")):
-        ours, theirs = ([seconds[kind] for seconds in side] for side in zip(*taken, strict=True))
-        ratios = sorted(slower / faster for faster, slower in zip(ours, theirs, strict=True))
-        titan, bare_loop = (tokens / statistics.median(side) for side in (ours, theirs))
+def report(name: str, timings: list[tuple[Seconds, Seconds]], tokens: int, limit: float) -> None:
+    """Print the tokens per second of both and their ratio, by wall-clock time and by CPU time."""
+    for kind, title in enumerate((name, f"{name}, CPU time")):
+        ours, baseline = ([seconds[kind] for seconds in side] for side in zip(*timings, strict=True))
+        ratios = sorted(slower / faster for faster, slower in zip(ours, baseline, strict=True))
+        titan, bare_loop = (tokens / statistics.median(side) for side in (ours, baseline))
         spread = f"{len(ratios)} pairs, {ratios[0]:.2f} to {ratios[-1]:.2f}"
         print(
-            f"{name}: titan {titan:.0f} tokens/s, bare loop {bare_loop:.0f}, "
-            f"ratio {statistics.median(ratios):.3f} (limit {limit}; {spread})"
+            f"{title}: titan {titan:.0f} tokens/s, bare loop {bare_loop:.0f},\n"
+            f"  ratio {statistics.median(ratios):.3f} (limit {limit}; {spread})"
         )
 
 
-def in_processes_of_their_own(compare: Callable[[str], None]) -> None:
-    """`compare(dtype)` for fp32 and bf16; a toy in this process."""
+def in_subprocesses(compare: Callable[[str], None]) -> None:
+    """Call `compare(dtype)` for fp32 and bf16, each in a new process; with `--toy` for fp32, in this one."""
     if TOY:
         return compare("float32")
     for dtype in ("float32", "bfloat16"):
@@ -88,7 +91,7 @@ def in_processes_of_their_own(compare: Callable[[str], None]) -> None:
         process.start()
         process.join()
         if process.exitcode != 0:
-            raise SystemExit(f"The comparison in {dtype} ended with code {process.exitcode}.")
+            raise SystemExit(f"The {dtype} benchmark failed with exit code {process.exitcode}.")
 
 
 def _now() -> Seconds:

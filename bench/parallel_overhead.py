@@ -1,7 +1,7 @@
-"""Tokens a second and memory of a model put on its ranks by `parallelize`, beside the same model wrapped by hand.
+"""Tokens per second and memory of a model under `parallelize`, compared to the same model wrapped by hand.
 
-By hand means `fully_shard` on each block, or torch's `parallelize_module`, and a loop in bare PyTorch. Blocks of steps
-take turns in one process group. A rank has one thread.
+By hand means `fully_shard` on each block, or torch's `parallelize_module`, and a loop in plain PyTorch. Blocks of steps
+of the two are interleaved in one process group. Each rank has one thread.
 
 B batch, T tokens, D width, H heads, K head dim, F feed-forward width, V vocabulary.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: ranks are forked
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; forked ranks must not have an OpenMP thread pool
 
 import torch
 import torch.distributed as dist
@@ -108,20 +108,20 @@ ROLES = {
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """The same on every rank: tensor-parallel ranks share it."""
-    rows = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    """Return tokens and labels `[B, T]`, the same on every rank, as tensor parallelism requires."""
+    tokens = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    by_type: dict[type, list[nn.Parameter]] = {}  # torch's fused AdamW takes no DTensors among plain ones
+    by_type: dict[type, list[nn.Parameter]] = {}  # torch's fused AdamW cannot mix DTensors and plain tensors in a group
     for parameter in model.parameters():
         by_type.setdefault(type(parameter.data), []).append(parameter)
     return torch.optim.AdamW([{"params": group} for group in by_type.values()], lr=1e-3, fused=True)
 
 
 def titan(**degrees: Any) -> Step:
-    """Our step: forward, backward and optimizer."""
+    """Return a step with `parallelize`: forward, backward and optimizer."""
     dims = ParallelDims.Config(**degrees).build(world_size=dist.get_world_size(), device_type="cpu")
     model = Llama()
     parallel = parallelize(model, ROLES, dims)
@@ -139,7 +139,7 @@ def titan(**degrees: Any) -> Step:
 
 
 def by_hand(model: nn.Module, around_loss: Any = nullcontext) -> Step:
-    """The same step in bare PyTorch."""
+    """Return the same step in plain PyTorch."""
     optimizer, (tokens, labels) = optimizer_of(model), batch()
 
     def step() -> None:
@@ -161,7 +161,7 @@ def fully_sharded() -> Step:
 
 
 def tensor_parallel() -> Step:
-    """Each projection by itself, as torch's tutorial has it."""
+    """Return a step with each projection parallelized separately, as in torch's tutorial."""
     projections = {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
     projections |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
     projections |= {"attention.wo": RowwiseParallel(), "feed_forward.w2": RowwiseParallel()}
@@ -169,11 +169,11 @@ def tensor_parallel() -> Step:
         "embedding": RowwiseParallel(input_layouts=Replicate()),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
-    return by_hand(_with_plan(ends, projections))
+    return by_hand(_parallelized(ends, projections))
 
 
 def sequence_parallel() -> Step:
-    """The stream split over the sequence between attention and feed-forward, the loss taken on split logits."""
+    """Return a step with sequence-parallel norms and hidden states, and the loss on vocabulary-sharded logits."""
     entry = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
     projections = {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
     projections |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
@@ -185,10 +185,10 @@ def sequence_parallel() -> Step:
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
-    return by_hand(_with_plan(ends, projections), loss_parallel)
+    return by_hand(_parallelized(ends, projections), loss_parallel)
 
 
-def _with_plan(ends: dict[str, Any], of_block: dict[str, Any]) -> nn.Module:
+def _parallelized(ends: dict[str, Any], of_block: dict[str, Any]) -> nn.Module:
     model, mesh = Llama(), init_device_mesh("cpu", (dist.get_world_size(),))
     parallelize_module(model, mesh, ends)
     for block in model.blocks:
@@ -197,39 +197,39 @@ def _with_plan(ends: dict[str, Any], of_block: dict[str, Any]) -> nn.Module:
 
 
 def seconds(step: Step) -> tuple[float, float]:
-    """Of a block of steps: on the clock, and of the processor, over all ranks."""
+    """Return the wall-clock time of a block of steps, and the CPU time summed over ranks."""
     dist.barrier()
-    start, processor_start = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         step()
-    processor = torch.tensor(time.process_time() - processor_start, dtype=torch.float64)
-    dist.all_reduce(processor)
-    return time.perf_counter() - start, float(processor)
+    cpu_seconds = torch.tensor(time.process_time() - cpu_start, dtype=torch.float64)
+    dist.all_reduce(cpu_seconds)
+    return time.perf_counter() - start, float(cpu_seconds)
 
 
-def alternate(ours: Callable[[], Step], theirs: Callable[[], Step]) -> list[tuple[tuple[float, float], ...]]:
-    """Seconds of blocks of steps, pair by pair; who begins changes from pair to pair."""
-    our_step, their_step = ours(), theirs()
-    seconds(our_step), seconds(their_step)
+def alternate(ours: Callable[[], Step], baseline: Callable[[], Step]) -> list[tuple[tuple[float, float], ...]]:
+    """Return pairs of seconds of blocks of steps; the order within a pair alternates."""
+    our_step, baseline_step = ours(), baseline()
+    seconds(our_step), seconds(baseline_step)
     pairs = []
     for index in range(PAIRS):
         if index % 2:
-            their_seconds, our_seconds = seconds(their_step), seconds(our_step)
+            baseline_seconds, our_seconds = seconds(baseline_step), seconds(our_step)
         else:
-            our_seconds, their_seconds = seconds(our_step), seconds(their_step)
-        pairs.append((our_seconds, their_seconds))
+            our_seconds, baseline_seconds = seconds(our_step), seconds(baseline_step)
+        pairs.append((our_seconds, baseline_seconds))
     return pairs
 
 
 def added_memory(make: Callable[[], Step]) -> float:
-    """By how many MB two steps, and all they need, raise the peak of a fresh process."""
+    """Return the MB by which building the model and running a block of steps raise the peak of a new process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds(make())
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 of a fresh gloo group returns."""
+    """Call `function(*args)` on every rank of a new gloo group and return the result of rank 0."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -249,26 +249,26 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> Any:
         for process in processes:
             process.join()
     if any(process.exitcode for process in processes):
-        raise SystemExit(f"A rank ended with code {[process.exitcode for process in processes]}.")
+        raise SystemExit(f"Ranks must exit with code 0, got {[process.exitcode for process in processes]}.")
     return receiver.recv()
 
 
 def compare(
-    name: str, num_ranks: int, rows: int, limit: float, ours: Callable[[], Step], theirs: Callable[[], Step]
+    name: str, num_ranks: int, batch_size: int, limit: float, ours: Callable[[], Step], baseline: Callable[[], Step]
 ) -> bool:
-    """Measure steps of `rows` over all ranks, print, and say whether the median of the ratios is good enough.
+    """Measure steps of `batch_size` sequences over all ranks, print, and return whether the median ratio is in limits.
 
-    The processor's time is printed beside it: it says what the code costs where other work disturbs the clock.
+    The ratio of CPU times is printed, too; other load on the machine disturbs it less than the wall-clock time.
     """
-    pairs = on_ranks(num_ranks, alternate, ours, theirs)
-    ratios = sorted(their_seconds / our_seconds for (our_seconds, _), (their_seconds, _) in pairs)
-    of_processor = statistics.median(their_seconds / our_seconds for (_, our_seconds), (_, their_seconds) in pairs)
-    speeds = [STEPS * rows * T / statistics.median(s for s, _ in column) for column in zip(*pairs, strict=True)]
-    memory = [on_ranks(num_ranks, added_memory, make) for make in (ours, theirs)]
+    pairs = on_ranks(num_ranks, alternate, ours, baseline)
+    ratios = sorted(baseline_seconds / our_seconds for (our_seconds, _), (baseline_seconds, _) in pairs)
+    cpu_ratio = statistics.median(baseline_cpu / our_cpu for (_, our_cpu), (_, baseline_cpu) in pairs)
+    speeds = [STEPS * batch_size * T / statistics.median(s for s, _ in column) for column in zip(*pairs, strict=True)]
+    memory = [on_ranks(num_ranks, added_memory, make) for make in (ours, baseline)]
     print(
-        f"{name}: titan {speeds[0]:.0f} tokens/s and {memory[0]:.0f} MB, by hand {speeds[1]:.0f} tokens/s and "
-        f"{memory[1]:.0f} MB, ratio {statistics.median(ratios):.3f} (limit {limit}; {PAIRS} pairs, {ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f}), of processor time {of_processor:.3f}",
+        f"{name}: titan {speeds[0]:.0f} tokens/s and {memory[0]:.0f} MB,\n"
+        f"  by hand {speeds[1]:.0f} tokens/s and {memory[1]:.0f} MB, ratio {statistics.median(ratios):.3f}\n"
+        f"  (limit {limit}; {PAIRS} pairs, {ratios[0]:.2f} to {ratios[-1]:.2f}), of CPU time {cpu_ratio:.3f}",
         flush=True,
     )
     return statistics.median(ratios) >= limit

@@ -1,4 +1,4 @@
-"""`--toy` on the command line of a script of bench/: it runs in seconds, and measures nothing."""
+"""The flag `--toy` of the benchmarks: toy sizes, to test that a script runs in seconds; its numbers mean nothing."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ TOY = "--toy" in sys.argv
 
 
 def sized(full: T, toy: T) -> T:
-    """Return the size to measure at, or that of a toy."""
+    """Return `full`, the size to measure, or `toy` with the flag `--toy`."""
     return toy if TOY else full

@@ -1,4 +1,4 @@
-"""What it takes to begin: imports, the first step, `--help`, each beside bare PyTorch and in turn with it."""
+"""Startup time: imports, the first step, `--help`; imports and first step interleaved with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(1000 * (time.perf_counter() - start), "torch" in sys.modules)
 
 
 def seconds(*arguments: str, until: str | None = None) -> float:
-    """Time of a Python process from its start to its end, or to the first line that matches `until`."""
+    """Return the seconds of a Python process from its start to its end, or to the first line that matches `until`."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True)
@@ -36,24 +36,25 @@ def seconds(*arguments: str, until: str | None = None) -> float:
                 process.wait()
                 return elapsed
         if process.wait() != 0 or until is not None:
-            raise RuntimeError(f"{arguments} ended with code {process.returncode}.")
+            expected = "exit with code 0" if until is None else f"print a line that matches {until!r}"
+            raise RuntimeError(f"{arguments} must {expected}, got exit code {process.returncode}.")
         return time.perf_counter() - start
 
 
-def compare(name: str, limit: float, ours: tuple[str, ...], theirs: tuple[str, ...], until: str | None = None) -> None:
+def compare(name: str, limit: float, ours: tuple[str, ...], bare: tuple[str, ...], until: str | None = None) -> None:
     if not TOY:  # to warm up
-        seconds(*ours, until=until), seconds(*theirs)
-    pairs = [(seconds(*ours, until=until), seconds(*theirs)) for _ in range(ROUNDS)]
+        seconds(*ours, until=until), seconds(*bare)
+    pairs = [(seconds(*ours, until=until), seconds(*bare)) for _ in range(ROUNDS)]
     ratio = statistics.median(a / b for a, b in pairs)
-    our_seconds, their_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"{name}: {our_seconds:.2f} s, bare {their_seconds:.2f} s, ratio {ratio:.2f} (limit {limit})", flush=True)
+    our_seconds, bare_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+    print(f"{name}: {our_seconds:.2f} s, bare {bare_seconds:.2f} s, ratio {ratio:.2f} (limit {limit})", flush=True)
 
 
 def main() -> None:
     import_recipe = ("-c", f"import runpy; runpy.run_path({RECIPE!r})")
-    compare("import all a recipe needs, beside `import torch`", 2.0, import_recipe, ("-c", "import torch"))
+    compare("imports of a recipe", 2.0, import_recipe, ("-c", "import torch"))
     first_step = (RECIPE, "--dump_folder", "out", "--metrics.log_freq", "1")
-    compare("start to first finished step", 2.0, first_step, (str(HERE / "bare.py"),), until=r"step +1/")
+    compare("start to end of first step", 2.0, first_step, (str(HERE / "bare.py"),), until=r"step +1/")
     added_ms = statistics.median(
         1000 * (seconds("-c", "import torch, titan_parallel") - seconds("-c", "import torch")) for _ in range(ROUNDS)
     )

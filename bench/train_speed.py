@@ -1,22 +1,22 @@
-"""Tokens a second of recipes/llama3_debug.py beside bare.py.
+"""Tokens per second of recipes/llama3_debug.py, compared to bare.py.
 
-Everything the trainer does in a step is counted: drawing the data, metrics, the checks.
+The trainer's time includes all that it does in a step: loading data, metrics, checks.
 """
 
 from __future__ import annotations
 
 import bare
+import interleaved
 import torch
-import turns
 from sizes import sized
 
-BLOCKS, STEPS_A_BLOCK = sized((12, 5), (2, 1))
+BLOCKS, STEPS_PER_BLOCK = sized((12, 5), (2, 1))
 
 
 def compare(dtype: str) -> None:
-    config = turns.config_of("llama3_debug", dtype)
-    turns.measure(dtype, config, bare.llama_run(getattr(torch, dtype)), BLOCKS, STEPS_A_BLOCK, limit=0.97)
+    config = interleaved.config_of("llama3_debug", dtype)
+    interleaved.measure(dtype, config, bare.llama_run(getattr(torch, dtype)), BLOCKS, STEPS_PER_BLOCK, limit=0.97)
 
 
 if __name__ == "__main__":
-    turns.in_processes_of_their_own(compare)
+    interleaved.in_subprocesses(compare)

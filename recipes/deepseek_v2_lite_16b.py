@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""DeepSeek-V2-Lite 16B on C4, from scratch: 32 GPUs of 80 GiB or more; two ranks share each expert.
+"""DeepSeek-V2-Lite 16B, pretrained on C4: 32 GPUs of 80 GiB or more, tensor parallel over 2 ranks.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/deepseek_v2_lite_16b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -19,7 +19,7 @@ from titan_trainer import Trainer, main
 
 
 def deepseek_run(model: Decoder.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """Return what the DeepSeek recipes share: the run of llama3_8b on DeepSeek's tokens, 4096 of them a row."""
+    """Return the config that the DeepSeek recipes share: llama3_run with DeepSeek's tokenizer and seq_len 4096."""
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr, seq_len=4096)
     names = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), **names)
@@ -27,16 +27,16 @@ def deepseek_run(model: Decoder.Config, *, global_batch_size: int, lr: float) ->
 
 
 def deepseek_v2_lite_16b() -> Trainer.Config:
-    """Two million tokens a step, 72,000 steps.
+    """Return the config: 2 million tokens per step, 72,000 steps.
 
-    Rate: the report's 4.2e-4 for 19 million tokens a step, divided by the square root of 9. Balancing: the report's,
-    "DeepSeek-V2" (2024), appendix B.
+    Learning rate: 4.2e-4 of the report "DeepSeek-V2" (2024), appendix B, for 19 million tokens per step, divided by the
+    square root of 9. Load balancing: the same report's.
     """
     config = deepseek_run(deepseek.deepseek_v2_lite_16b(), global_batch_size=512, lr=1.4e-4)
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.parallelism.tensor_parallel_degree = 2
-    config.parallelism.data_parallel_replicate_degree = 4  # weights are gathered within a machine
+    config.parallelism.data_parallel_replicate_degree = 4  # weights are gathered within a node
     config.training.local_batch_size = 8
     config.dump_folder = Path("outputs/deepseek_v2_lite_16b")
     return config

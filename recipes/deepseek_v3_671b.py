@@ -4,10 +4,10 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""DeepSeek-V3 671B on C4, from scratch: 512 GPUs of 80 GiB or more.
+"""DeepSeek-V3 671B, pretrained on C4: 512 GPUs of 80 GiB or more.
 
-A pipeline over 16 machines, for its weights are too many to be gathered with each micro-batch: a rank holds those of
-its stage for the whole step. The eight ranks of a machine share each expert.
+Pipeline parallel over 16 nodes, because gathering all weights for each micro-batch would take too long: a rank keeps
+the weights of its stage for the whole step. Tensor parallel within a node.
 
 torchrun --nnodes 64 --nproc-per-node 8 ... recipes/deepseek_v3_671b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -21,14 +21,14 @@ from titan_trainer import MultiTokenPredictionLoss, ScheduledNumber, Trainer, ma
 
 
 def deepseek_v3_671b() -> Trainer.Config:
-    """Eight million tokens a step, 18,000 steps, and two tokens predicted from each.
+    """Return the config: 8 million tokens per step, 18,000 steps, with multi-token prediction (MTP).
 
-    Rate, warm-up, floor, the rate of the balancing bias, and the weight of the second token, 0.3 for the first two
-    thirds of the run and 0.1 afterwards: "DeepSeek-V3 technical report" (2024), section 4.2, whose batches begin at 13
-    million tokens. The report's loss of balance in each sequence is left out.
+    Learning rate, warm-up, minimum learning rate, update rate of the balancing bias and MTP loss weight (0.3 for the
+    first two thirds of the run, then 0.1): "DeepSeek-V3 technical report" (2024), section 4.2, whose batches begin at
+    13 million tokens. The report's sequence-wise balance loss is left out.
 
-    Ranks wait for communication half as long as they compute: eight of them share each expert, for want of expert
-    parallelism.
+    Ranks wait for communication half as long as they compute: without expert parallelism, eight ranks share each
+    expert by tensor parallelism.
     """
     config = deepseek_run(deepseek.deepseek_v3_671b(), global_batch_size=2048, lr=2.2e-4)
     config.model.mtp = config.dataloader.mtp = True

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 120B on C4, from scratch: 128 GPUs of 80 GiB or more; four ranks share each expert.
+"""GPT-OSS 120B, pretrained on C4: 128 GPUs of 80 GiB or more, tensor parallel over 4 ranks.
 
 torchrun --nnodes 16 --nproc-per-node 8 ... recipes/gpt_oss_120b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -18,10 +18,10 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_120b() -> Trainer.Config:
-    """Four million tokens a step, 36,000 steps.
+    """Return the config: 4 million tokens per step, 36,000 steps.
 
-    Ranks wait for communication half as long as they compute: the weights of all experts are gathered, for want of
-    expert parallelism.
+    Ranks wait for communication half as long as they compute: without expert parallelism, the weights of all experts
+    are gathered.
     """
     config = gpt_oss_run(gpt_oss.gpt_oss_120b(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 4

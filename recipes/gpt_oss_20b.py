@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""GPT-OSS 20B on C4, from scratch: 32 GPUs of 80 GiB or more; two ranks share each expert.
+"""GPT-OSS 20B, pretrained on C4: 32 GPUs of 80 GiB or more, tensor parallel over 2 ranks.
 
 torchrun --nnodes 4 --nproc-per-node 8 ... recipes/gpt_oss_20b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -20,20 +20,20 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_run(model: gpt_oss.GptOss.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """Return what the GPT-OSS recipes share: the run of llama3_8b on GPT-OSS's tokens, which only end documents.
+    """Return the config that the GPT-OSS recipes share: llama3_run with GPT-OSS's tokenizer, without bos.
 
-    OpenAI has not published rates, batches and balancing: those of the recipes are chosen.
+    OpenAI has not published learning rates, batches and load balancing; the recipes' values are our choice.
     """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), eos="<|endoftext|>")
     config.dataloader.add_bos = config.validator.dataloader.add_bos = False
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config
 
 
 def gpt_oss_20b() -> Trainer.Config:
-    """Two million tokens a step, 72,000 steps."""
+    """Return the config: 2 million tokens per step, 72,000 steps."""
     config = gpt_oss_run(gpt_oss.gpt_oss_20b(), global_batch_size=256, lr=3e-4)
     config.parallelism.tensor_parallel_degree = 2
     config.training.local_batch_size = 16

@@ -4,7 +4,7 @@
 #     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
 # ]
 # ///
-"""A GPT-OSS of 8 experts in each layer, 81 million parameters in all, learns Jane Austen's English on a CPU.
+"""A GPT-OSS of 81 million parameters with 8 experts in each layer, trained on novels by Jane Austen on a CPU.
 
 torchrun --nproc-per-node 2 recipes/gpt_oss_debug.py [--training.steps 20] [--help]
 """
@@ -18,11 +18,14 @@ from titan_trainer import Trainer, main
 
 
 def gpt_oss_debug() -> Trainer.Config:
-    """The run of llama3_debug with another model, in smaller steps: this one is as wide in its experts as the large."""
+    """Return the config of llama3_debug with another model and batches of 4 sequences.
+
+    Batches are smaller because the experts are as wide as those of GPT-OSS 20B.
+    """
     config = llama3_debug()
     config.model = gpt_oss.gpt_oss_debug()
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.training.global_batch_size, config.training.local_batch_size = 4, 2
     config.dump_folder = Path("outputs/gpt_oss_debug")
     return config

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Llama 3.1 8B on C4, from scratch: 8 GPUs of 80 GiB or more.
+"""Llama 3.1 8B, pretrained on C4: 8 GPUs of 80 GiB or more.
 
 torchrun --nproc-per-node 8 recipes/llama3_8b.py --tokenizer.path /path/to/tokenizer.model
 """
@@ -19,7 +19,7 @@ from titan_trainer import AdamW, Trainer, Training, Validator, WarmupStableDecay
 
 
 def llama3_tokenizer() -> TiktokenTokenizer.Config:
-    """Meta's `tokenizer.model`, with the special tokens a base model needs."""
+    """Return the config of Meta's `tokenizer.model`, with the special tokens that a base model needs."""
     names = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001}
     return TiktokenTokenizer.Config(
         path=Path("tokenizer.model"), special_tokens=names, bos="<|begin_of_text|>", eos="<|end_of_text|>"
@@ -27,24 +27,25 @@ def llama3_tokenizer() -> TiktokenTokenizer.Config:
 
 
 def c4(split: str) -> HuggingFaceSource.Config:
-    """Return the English part of C4: training text is streamed, validation text (0.8 GB) is downloaded once."""
+    """Return the English part of C4: the training split is streamed, the validation split (0.8 GB) downloaded once."""
     if split == "train":
         return HuggingFaceSource.Config(path="allenai/c4", name="en", split=split)
-    files = "hf://datasets/allenai/c4/en/c4-validation.*.json.gz"  # by its name, `datasets` downloads all splits
+    files = "hf://datasets/allenai/c4/en/c4-validation.*.json.gz"  # loaded by name, `datasets` downloads all splits
     return HuggingFaceSource.Config(path="json", data_files=files, streaming=False)
 
 
 C4_TOKENS = 150e9
-"""Of its training text, about; each recipe trains on it once."""
+"""Approximate number of tokens of C4's training split; each recipe trains for one epoch."""
 
 
 def llama3_run(
     model: Decoder.Config, *, global_batch_size: int, lr: float, seq_len: int = 8192, warmup_steps: int = 2000
 ) -> Trainer.Config:
-    """Return what the recipes share: a run through C4 once, documents kept apart by flex attention.
+    """Return the config that the large recipes share: one epoch of C4, with attention within documents (flex).
 
-    Rates and the cosine: "The Llama 3 herd of models" (2024), table 3 and section 3.4.1. The floor of a tenth, and 2000
-    steps of warm-up: DeepSeek-V3, Megatron-Bridge. Betas, weight decay and clipping: docs/defaults.md.
+    Sources: learning rates and cosine decay from "The Llama 3 herd of models" (2024), table 3 and section 3.4.1;
+    min_lr_factor 0.1 and 2000 warm-up steps from DeepSeek-V3 and Megatron-Bridge; betas, weight decay and clipping as
+    in docs/concepts/defaults.md.
     """
     steps = 1000 * round(C4_TOKENS / (global_batch_size * seq_len) / 1000)
     for block in model.blocks():
@@ -72,9 +73,9 @@ def llama3_run(
 
 
 def llama3_8b() -> Trainer.Config:
-    """A million tokens a step, 143,000 steps.
+    """Return the config: 1 million tokens per step, 143,000 steps.
 
-    Rate: the paper's 3e-4 for four million tokens a step, divided by the square root of 4.
+    Learning rate: the paper's 3e-4 for 4 million tokens per step, divided by the square root of 4.
     """
     config = llama3_run(llama3.llama3_8b(), global_batch_size=128, lr=1.5e-4)
     config.training.local_batch_size = 2

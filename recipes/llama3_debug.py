@@ -4,7 +4,7 @@
 #     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
 # ]
 # ///
-"""A Llama 3 of 6 million parameters learns Jane Austen's English on a CPU in about a minute.
+"""A Llama 3 of 6 million parameters, trained on novels by Jane Austen on a CPU in about a minute.
 
 torchrun --nproc-per-node 2 recipes/llama3_debug.py [--training.steps 20] [--help]
 """
@@ -20,7 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def llama3_debug() -> Trainer.Config:
-    """The whole run, as a value."""
+    """Return the config of the run."""
     return Trainer.Config(
         model=llama3.llama3_debug(),
         tokenizer=TiktokenTokenizer.Config(
@@ -48,7 +48,7 @@ def llama3_debug() -> Trainer.Config:
 
 
 def report(trainer: Trainer) -> None:
-    """Draw the loss beside the entropy of single tokens, and say where everything is."""
+    """Plot the loss with the unigram entropy of the text, and print the paths of the run's files."""
     folder, data = trainer.config.dump_folder, trainer.config.dataloader
     entropy = unigram_entropy(data.source.build(), trainer.tokenizer)
     draw_loss_curve(folder / "metrics.jsonl", folder / "loss.png", levels={"unigram entropy": entropy})

@@ -5,7 +5,7 @@
 #     "torch==2.13.0",
 # ]
 # ///
-"""llama3_debug trained by replicas that may die and come back. Kill one while they train, and start it again.
+"""Fault-tolerant training of llama3_debug: kill one of the replicas during training, and start it again.
 
 torchft_lighthouse --min_replicas 1 --heartbeat_timeout_ms 2000 &
 export TORCHFT_LIGHTHOUSE=http://localhost:29510
@@ -21,7 +21,7 @@ from titan_trainer import Trainer, main
 
 
 def llama3_debug_ft() -> Trainer.Config:
-    """The same global batches as llama3_debug, shared out among the replicas that are there."""
+    """Return the config: the global batches of llama3_debug, split over the replicas of each step."""
     config = llama3_debug()
     config.replica_group = TorchftReplicaGroup.Config(replica_id=0)
     config.dump_folder = Path("outputs/llama3_debug_ft")

@@ -4,7 +4,7 @@
 #     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
 # ]
 # ///
-"""A Llama 4 of 8 experts in every second layer, 15 million parameters in all, learns Jane Austen's English on a CPU.
+"""A Llama 4 of 15 million parameters with 8 experts in every second layer, trained on novels by Jane Austen on a CPU.
 
 torchrun --nproc-per-node 2 recipes/llama4_debug.py [--training.steps 20] [--help]
 """
@@ -18,11 +18,11 @@ from titan_trainer import Trainer, main
 
 
 def llama4_debug() -> Trainer.Config:
-    """The run of llama3_debug with another model."""
+    """Return the config of llama3_debug with another model."""
     config = llama3_debug()
     config.model = llama4.llama4_debug()
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.dump_folder = Path("outputs/llama4_debug")
     return config
 

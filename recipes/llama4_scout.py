@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Llama 4 Scout 17B-16E on C4, from scratch: 128 GPUs of 80 GiB or more; two ranks share each expert.
+"""Llama 4 Scout 17B-16E, pretrained on C4: 128 GPUs of 80 GiB or more, tensor parallel over 2 ranks.
 
 torchrun --nnodes 16 --nproc-per-node 8 ... recipes/llama4_scout.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -20,21 +20,21 @@ from titan_trainer import Trainer, main
 
 
 def llama4_run(model: llama4.Llama4.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """Return what the Llama 4 recipes share: the run of llama3_8b on Llama 4's tokens.
+    """Return the config that the Llama 4 recipes share: llama3_run with Llama 4's tokenizer.
 
-    Meta has not published rates, batches and balancing: those of the recipes are chosen.
+    Meta has not published learning rates, batches and load balancing; the recipes' values are our choice.
     """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), bos="<|begin_of_text|>", eos="<|end_of_text|>")
     config.training.local_batch_size = 8
     config.activation_checkpoint = FullActivationCheckpoint.Config()
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     return config
 
 
 def llama4_scout() -> Trainer.Config:
-    """Four million tokens a step, 36,000 steps."""
+    """Return the config: 4 million tokens per step, 36,000 steps."""
     config = llama4_run(llama4.llama4_scout(), global_batch_size=512, lr=1.5e-4)
     config.parallelism.tensor_parallel_degree = 2
     config.dump_folder = Path("outputs/llama4_scout")

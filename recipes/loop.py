@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["titan-parallel==0.1.*", "titan-data==0.1.*", "titan-models==0.1.*", "torch==2.13.0"]
 # ///
-"""The training of llama3_debug in one flat screenful: bring your own loop, take titan-parallel and titan-data.
+"""Train llama3_debug with a custom training loop, titan-parallel and titan-data.
 
 torchrun --nproc-per-node 2 recipes/loop.py
 """
@@ -21,13 +21,13 @@ STEPS = 40
 
 @per_token
 def next_token_loss(head, hidden, targets):
-    """The sum over the labels that count, and how many do."""
+    """Return the loss sum over valid labels, and their number."""
     labels = targets["labels"].flatten()
     return cross_entropy(head(hidden.flatten(0, -2)), labels), (labels != -100).sum()
 
 
 def train(steps: int = STEPS) -> list[float]:
-    """Train, and return the loss of every step."""
+    """Train and return the loss of each step."""
     device = init_distributed()
     dims = ParallelDims.Config().build(world_size=dist.get_world_size(), device_type=device.type)
 

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Qwen3 0.6B on C4, from scratch: 8 GPUs of 40 GiB or more.
+"""Qwen3 0.6B, pretrained on C4: 8 GPUs of 40 GiB or more.
 
 torchrun --nproc-per-node 8 recipes/qwen3_0_6b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -17,7 +17,10 @@ from titan_trainer import Trainer, main
 
 
 def qwen3_0_6b() -> Trainer.Config:
-    """Half a million tokens a step, 286,000 steps. Rate: chosen, as for other models of this size."""
+    """Return the config: 0.5 million tokens per step, 286,000 steps.
+
+    Learning rate: our choice, typical of models of this size.
+    """
     config = qwen3_run(qwen3.qwen3_0_6b(), global_batch_size=64, lr=1e-3)
     config.training.local_batch_size = 4
     config.dump_folder = Path("outputs/qwen3_0_6b")

@@ -4,7 +4,7 @@
 #     "titan-trainer==0.1.*", "titan-models==0.1.*", "titan-data[hf]==0.1.*", "titan-ckpt==0.1.*", "torch>=2.11",
 # ]
 # ///
-"""Qwen3 8B on C4, from scratch: 8 GPUs of 80 GiB or more.
+"""Qwen3 8B, pretrained on C4: 8 GPUs of 80 GiB or more.
 
 torchrun --nproc-per-node 8 recipes/qwen3_8b.py --tokenizer.path /path/to/tokenizer.json
 """
@@ -19,9 +19,9 @@ from titan_trainer import Trainer, main
 
 
 def qwen3_run(model: Configurable.Config, *, global_batch_size: int, lr: float) -> Trainer.Config:
-    """Return what the Qwen3 recipes share: the run of llama3_8b on Qwen's tokens, which only end documents.
+    """Return the config that the Qwen3 recipes share: llama3_run with Qwen's tokenizer, without bos.
 
-    Qwen has not published rates and batches: those of the recipes are chosen.
+    Qwen has not published learning rates and batches; the recipes' values are our choice.
     """
     config = llama3_run(model, global_batch_size=global_batch_size, lr=lr)
     config.tokenizer = HFTokenizer.Config(path=Path("tokenizer.json"), eos="<|endoftext|>")
@@ -30,9 +30,9 @@ def qwen3_run(model: Configurable.Config, *, global_batch_size: int, lr: float) 
 
 
 def qwen3_8b() -> Trainer.Config:
-    """A million tokens a step, 143,000 steps. Rate: that of llama3_8b."""
+    """Return the config: 1 million tokens per step, 143,000 steps. Learning rate: that of llama3_8b."""
     config = qwen3_run(qwen3.qwen3_8b(), global_batch_size=128, lr=1.5e-4)
-    config.loss.chunk_tokens = 8192  # there is room for the logits of a whole row
+    config.loss.chunk_tokens = 8192  # the logits of a whole sequence fit in memory
     config.dump_folder = Path("outputs/qwen3_8b")
     return config
 

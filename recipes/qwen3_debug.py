@@ -4,7 +4,7 @@
 #     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
 # ]
 # ///
-"""A Qwen3 of 5 million parameters learns Jane Austen's English on a CPU in about a minute.
+"""A Qwen3 of 5 million parameters, trained on novels by Jane Austen on a CPU in about a minute.
 
 torchrun --nproc-per-node 2 recipes/qwen3_debug.py [--training.steps 20] [--help]
 """
@@ -17,7 +17,7 @@ from titan_trainer import Trainer, main
 
 
 def qwen3_debug() -> Trainer.Config:
-    """The run of llama3_debug with another model."""
+    """Return the config of llama3_debug with another model."""
     config = llama3_debug()
     config.model = qwen3.qwen3_debug()
     config.dump_folder = Path("outputs/qwen3_debug")

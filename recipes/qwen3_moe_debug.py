@@ -4,7 +4,7 @@
 #     "titan-trainer[plot]==0.1.*", "titan-models==0.1.*", "titan-data==0.1.*", "titan-ckpt==0.1.*", "torch==2.13.0",
 # ]
 # ///
-"""A Qwen3 of 8 experts in each layer, 11 million parameters in all, learns Jane Austen's English on a CPU.
+"""A Qwen3 of 11 million parameters with 8 experts in each layer, trained on novels by Jane Austen on a CPU.
 
 torchrun --nproc-per-node 2 recipes/qwen3_moe_debug.py [--training.steps 20] [--help]
 """
@@ -18,11 +18,11 @@ from titan_trainer import Trainer, main
 
 
 def qwen3_moe_debug() -> Trainer.Config:
-    """The run of llama3_debug with another model."""
+    """Return the config of llama3_debug with another model."""
     config = llama3_debug()
     config.model = qwen3.qwen3_moe_debug()
     for router in config.model.routers():
-        router.losses = [LoadBalancingLoss.Config(weight=1e-3)]
+        router.auxiliary_losses = [LoadBalancingLoss.Config(weight=1e-3)]
     config.dump_folder = Path("outputs/qwen3_moe_debug")
     return config
 

@@ -1,4 +1,4 @@
-"""What the composition tests share: the debug recipe, made small enough for seconds."""
+"""Fixtures of the tests of several packages: debug recipes, small enough to train in seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPO = Path(__file__).parent.parent
 def recipe():
     """`recipe("llama3_debug")` imports a recipe by its file name."""
 
-    sys.path.append(str(REPO / "recipes"))  # where Python looks when a recipe is run as a script
+    sys.path.append(str(REPO / "recipes"))  # as for a recipe that is run as a script
 
     def load(name: str) -> ModuleType:
         if name not in sys.modules:
@@ -32,7 +32,7 @@ def recipe():
 
 
 def change(config: Configurable.Config, changes: dict) -> None:
-    """Set fields by their path: `{"training.steps": 5}`."""
+    """Set config fields by path: `{"training.steps": 5}`."""
     for path, value in changes.items():
         *parents, name = path.split(".")
         node = config
@@ -42,7 +42,7 @@ def change(config: Configurable.Config, changes: dict) -> None:
 
 
 def narrow(block: Configurable.Config) -> None:
-    """Four heads, two of keys and values; feed-forward layers 128 wide; chunks shorter than the rows."""
+    """Shrink a block to 4 heads, 2 KV heads, feed-forward layers 128 wide, and windows shorter than the sequences."""
     block.attention.num_heads = 4
     if isinstance(block.attention, GroupedQueryAttention.Config):
         block.attention.num_kv_heads = 2
@@ -50,13 +50,13 @@ def narrow(block: Configurable.Config) -> None:
     change(block, {"feed_forward.experts.hidden_dim" if is_mixture else "feed_forward.hidden_dim": 128})
     if is_mixture and block.feed_forward.shared is not None:
         block.feed_forward.shared.hidden_dim = 128
-    for limit in block.attention.limits:
+    for limit in block.attention.mask_modifiers:
         limit.size = 16
 
 
 @pytest.fixture
 def balanced_experts(recipe) -> Configurable.Config:
-    """A model of four narrow layers for `small_run`, whose routers have a bias that moves fast."""
+    """A model config of four narrow layers for `small_run`, with a balancing bias that changes fast."""
     from titan_models.moe import BalancingBias
 
     model = recipe("qwen3_moe_debug").qwen3_moe_debug().model
@@ -74,7 +74,7 @@ def balanced_experts(recipe) -> Configurable.Config:
 
 @pytest.fixture
 def small_run(recipe, tmp_path):
-    """`small_run("name", {"training.steps": 5})`: a debug recipe with two narrow layers and 8 rows of 64 tokens."""
+    """`small_run("name", {"training.steps": 5})`: a debug recipe with two narrow layers, 8 sequences of 64 tokens."""
 
     def config(name: str = "run", changes: dict | None = None, flavor: str = "llama3_debug"):
         run = getattr(recipe(flavor), flavor)()

@@ -42,7 +42,7 @@ FOUR_RANKS = ("fsdp4", "ddp2_fsdp2", "fsdp2_tp2_sp", "cp2_tp2_sp", "pp2_tp2_sp",
 
 
 class Remembering(TopKRouter):
-    """A router of somebody else's: one of ours that remembers the tokens of its experts in all steps."""
+    """A custom router that remembers the tokens of its experts in all steps."""
 
     class Config(TopKRouter.Config):
         pass
@@ -69,7 +69,7 @@ def balanced_moe(**router: Any) -> MoE.Config:
         "scale": 2.5,
         "groups": ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
         "balancing": BalancingBias.Config(rate=0.02),
-        "losses": [LoadBalancingLoss.Config(weight=0.1), ZLoss.Config(weight=0.01)],
+        "auxiliary_losses": [LoadBalancingLoss.Config(weight=0.1), ZLoss.Config(weight=0.01)],
     }
     return MoE.Config(
         router=Remembering.Config(**{**options, **router}),

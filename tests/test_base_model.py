@@ -82,13 +82,13 @@ def test_what_training_does_not_change_is_kept_after_a_resume_and_without_the_fo
     assert_keeps_all(tmp_path / "next" / "checkpoint" / "step-1-hf")
 
     shutil.copytree(checkpoints / "step-1", tmp_path / "moved" / "step-1")  # whose base model is gone
-    with pytest.raises(CheckpointError, match=r"base model of the run must be there for its token ids .* --base-mo"):
+    with pytest.raises(CheckpointError, match=r"base model of the run must exist for its token ids .* --base-mo"):
         export_hf(tmp_path / "moved" / "step-1", tmp_path / "refused")
     command = ["export-hf", str(tmp_path / "moved" / "step-1"), str(tmp_path / "told"), "--base-model"]
     assert main([*command, str(tmp_path / "later")]) == 0
     assert_keeps_all(tmp_path / "told")
     assert main(["export-hf", str(alone), str(tmp_path / "x"), "--base-model", str(tmp_path / "none")]) == 1
-    assert "The folder of the base model must be there" in capsys.readouterr().err
+    assert "The folder of the base model must exist" in capsys.readouterr().err
 
 
 def test_without_a_base_model_the_ids_are_those_of_the_tokenizer(small_run, run, tmp_path):
@@ -112,6 +112,6 @@ def test_a_fresh_run_in_the_folder_of_another_forgets_its_base_model(small_run, 
     again = small_run(changes={"training.steps": 1})
     run(again, last_save_in_hf=True)
     assert json.loads((config.dump_folder / "checkpoint/step-1-hf/config.json").read_text())["eos_token_id"] == 2047
-    with pytest.raises(CheckpointError, match=r"must be the one that the run began with, got .* with hidden_size 32"):
+    with pytest.raises(CheckpointError, match=r"must be the one that initialized the run, got .* with hidden_size 32"):
         other = small_run(changes={"model.dim": 32})
         export_hf(again.dump_folder / "checkpoint/step-1", tmp_path / "x", base_model=base_model(other, tmp_path / "o"))

@@ -18,12 +18,12 @@ PRINTED = {
     "data": "documents (one of 4 MB)",
     "experts": "toy: grouped",
     "learning_curve": "titan: first loss",
-    "moe_speed": "float32, of processor time: titan",
+    "moe_speed": "float32, CPU time: titan",
     "parallel_overhead": "TP with SP, two ranks: titan",
     "startup": "import titan_config",
-    "train_speed": "float32, of processor time: titan",
+    "train_speed": "float32, CPU time: titan",
 }
-SHARED = {"sizes", "turns"}
+SHARED = {"sizes", "interleaved"}
 
 
 def run_script(name: str, output: Path) -> None:

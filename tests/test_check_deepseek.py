@@ -6,8 +6,7 @@ import functools
 
 import pytest
 import torch
-from titan_data import Batch
-from titan_data.mtp import with_mtp_targets
+from titan_data import Batch, with_mtp_targets
 from titan_models import deepseek
 from titan_parallel import Compile, FullActivationCheckpoint, SelectiveActivationCheckpoint, check_parallel
 from titan_parallel.check import meshes

@@ -19,7 +19,7 @@ def small_gpt_oss() -> nn.Module:
     for block in (config.block, *config.layer_overrides.values()):
         block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim = 4, 2, 8
         block.feed_forward.experts.hidden_dim, block.feed_forward.experts.gating.limit = 24, 0.05
-    config.block.attention.limits[0].size = 3
+    config.block.attention.mask_modifiers[0].size = 3
     model = config.build()
     model.init_weights(0)
     return model
@@ -41,7 +41,7 @@ def test_what_a_rank_does_to_all_heads_or_once_too_often_is_noticed(monkeypatch,
     """A tensor rank that keeps the sinks of the first heads; a bias that every rank adds to the sum of all."""
     from titan_parallel.tensor_parallel.apply import TensorParallel
 
-    split, find = TensorParallel._split_dims, TensorParallel._find_parts
+    split, find = TensorParallel._split_dims, TensorParallel._find_slices
 
     def of_the_first_heads(self):
         return {slot: dim for slot, dim in split(self).items() if slot[1] != "sinks"}
@@ -52,6 +52,6 @@ def test_what_a_rank_does_to_all_heads_or_once_too_often_is_noticed(monkeypatch,
         return found | ({(module, "sinks"): lambda sinks: sinks[:2] for module in heads} if lost == "sinks" else {})
 
     monkeypatch.setattr(TensorParallel, "_split_dims", of_the_first_heads if lost == "sinks" else split)
-    monkeypatch.setattr(TensorParallel, "_find_parts", takes)
+    monkeypatch.setattr(TensorParallel, "_find_slices", takes)
     report = check_parallel(small_gpt_oss, meshes("tp2_sp"), steps=1)
     assert lost in str(report) and not report.ok

@@ -23,7 +23,7 @@ def small_llama4() -> nn.Module:
         moe = config.layer_overrides[numbers].feed_forward
         moe.router.num_experts, moe.experts.hidden_dim, moe.shared.hidden_dim = 3, 24, 24
     for block in (config.block, config.layer_overrides["1::4"]):
-        block.attention.limits[0].size = 4
+        block.attention.mask_modifiers[0].size = 4
     config.layer_overrides["3::4"].attention.temperature.step = 4
     model = config.build()
     model.init_weights(0)

@@ -71,7 +71,7 @@ def test_sinks_belong_to_heads_wherever_these_are(core):
 
 def test_sinks_that_the_ring_forgets_are_noticed(monkeypatch):
     monkeypatch.setattr(
-        "titan_parallel.context_parallel.attention_kernel.AttentionKernel.sunk", lambda self, output, lse: output
+        "titan_parallel.context_parallel.attention_kernel.AttentionKernel.with_sinks", lambda self, output, lse: output
     )
     report = check_parallel(llama(CORES["sdpa"], sink_init=Normal.Config(std=1.0)), meshes("cp2_ring"), steps=1)
     assert not report.ok

@@ -29,7 +29,7 @@ def test_a_run_says_what_it_has_learned(say, run_ranks, monkeypatch):
     config = say.config
     code, _, error = say(*WORDS)
     assert code == 2
-    assert "no checkpoint" in error
+    assert "dump_folder must contain a checkpoint" in error
     run_ranks(2, lambda: config.build().train())
     files = sorted((path, path.stat().st_mtime_ns) for path in config.dump_folder.rglob("*"))
 
@@ -44,19 +44,19 @@ def test_a_run_says_what_it_has_learned(say, run_ranks, monkeypatch):
     assert sorted((path, path.stat().st_mtime_ns) for path in config.dump_folder.rglob("*")) == files
 
     for words, message in [
-        (["--temperature", "0"], "Got temperature 0.0"),
+        (["--temperature", "0"], "temperature must be finite and > 0, got 0.0"),
         (["--seed", str(2**64)], f"--seed must be from 0 to 2**64 - 1, got {2**64}."),
-        (["--tokenizer", "None"], "Got a run without a tokenizer"),
-        (["--checkpoint", "None"], "Got a run without a checkpoint"),
+        (["--tokenizer", "None"], "tokenizer must be set for --generate, got None"),
+        (["--checkpoint", "None"], "checkpoint must be set for --generate, got None"),
         (["--model.vocab_size", "4096"], "model.embedding.weight"),
-        (["--generate", ""], "Each is continued"),
+        (["--generate", ""], "at least one prompt"),
         (["--modell.dim", "32"], "modell"),
     ]:
         code, _, error = say(*WORDS, *words)
         assert code == 2, words
         assert message in error
     monkeypatch.delattr(Decoder, "generate")
-    assert "Got the model Llama3, which has no generate" in say(*WORDS)[2]
+    assert "model must have a method `generate` for --generate" in say(*WORDS)[2]
 
 
 def test_the_continuation_is_that_of_the_model_in_hand(say, run_ranks):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from titan_parallel import Plan
-from titan_trainer.planning import plan_of, read_words
+from titan_trainer.planning import parse_plan_arguments, plan_run
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,7 +61,7 @@ def real_step(config):
 def test_the_plan_of_a_run_counts_all_that_a_step_of_its_trainer_sends(small_run, run_ranks):
     configs = [small_run(), small_run(changes={"parallelism.tensor_parallel_degree": 2})]
     for config, real in zip(configs, run_ranks(2, lambda: list(map(real_step, configs)))[0], strict=True):
-        stage = plan_of(config, 2).stages[0]
+        stage = plan_run(config, 2).stages[0]
         calls, nbytes = Counter(), Counter()
         for entry in stage.collectives:
             calls[KINDS[entry.kind]] += entry.calls
@@ -71,7 +71,7 @@ def test_the_plan_of_a_run_counts_all_that_a_step_of_its_trainer_sends(small_run
 
 def test_flops_are_those_the_model_states(small_run):
     config = small_run()
-    made, stated = plan_of(config, 1), config.model.flops_per_token(config.training.seq_len)
+    made, stated = plan_run(config, 1), config.model.flops_per_token(config.training.seq_len)
     assert (made.flops.full_per_token, made.flops.causal_per_token) == (stated.full, stated.causal)
     assert made.tokens_per_step == config.training.global_batch_size * config.training.seq_len
 
@@ -101,14 +101,14 @@ def test_a_run_that_does_not_fit_ends_with_code_1_and_says_what_would(tmp_path):
 
 
 BAD = {
-    "": "Got no --world-size for --plan.",
-    "--world-size many": "Got --world-size many for --plan.",
-    "--world-size 0": "Got --world-size 0 for --plan.",
-    "--world-size 2 --device-memory": "Got --device-memory without a size.",
-    "--world-size 2 --device-memory lots": "Got the size 'lots'.",
-    "--world-size 3": "Got a global batch of 16 rows for 3 data ranks",
-    "--world-size 3 --parallelism.tensor_parallel_degree 2": "Got tensor_parallel_degree 2 on 3 ranks.",
-    "--world-size 2 --optimizer.lr 1": "Got the flag --optimizer.lr.",
+    "": "--world-size must be a number of ranks, at least 1, with --plan, got none.",
+    "--world-size many": "--world-size must be a number of ranks, at least 1, with --plan, got many.",
+    "--world-size 0": "--world-size must be a number of ranks, at least 1, with --plan, got 0.",
+    "--world-size 2 --device-memory": "--device-memory must be the memory of one device, such as 80GiB, got none.",
+    "--world-size 2 --device-memory lots": "got 'lots'. Write 80GiB",
+    "--world-size 3": "training.global_batch_size must be a multiple of 24 (3 data-parallel ranks with",
+    "--world-size 3 --parallelism.tensor_parallel_degree 2": "must divide the number of ranks (3), got 2.",
+    "--world-size 2 --optimzer.lr 1": "Unknown flag --optimzer.lr.",
 }
 
 
@@ -123,6 +123,6 @@ def test_bad_input_ends_with_code_2_and_three_sentences(recipe, capsys, flags):
 
 def test_the_words_of_a_plan_are_taken_out_of_the_recipes():
     words = ["--optimizer.lr", "1e-3", "--plan", "--world_size=8", "--json", "--training.steps", "5"]
-    arguments = read_words(words)
+    arguments = parse_plan_arguments(words)
     assert (arguments.world_size, arguments.json, arguments.device_memory) == (8, True, None)
     assert arguments.rest == ["--optimizer.lr", "1e-3", "--training.steps", "5"]

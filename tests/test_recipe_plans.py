@@ -80,7 +80,7 @@ def test_a_recipe_fills_its_gpus_and_does_not_wait(recipe, name, tmp_path):
         return
     assert plan.peak >= 0.6 * plan.device_memory
     assert waiting(plan, recomputes=recomputes) < 0.2
-    assert plan.wasteful == []
+    assert plan.warnings == []
 
 
 def test_every_public_recipe_is_planned():

@@ -8,8 +8,7 @@ import json
 import pytest
 from titan_ckpt import Checkpointer
 from titan_data import JsonlSource, TokenLoader
-from titan_trainer import Optimizer
-from titan_trainer.model_state import ModelState
+from titan_trainer import ModelState, Optimizer
 
 PP2 = {"parallelism.pipeline_parallel_degree": 2}
 

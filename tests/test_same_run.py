@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from titan_parallel import FullActivationCheckpoint, PeriodicActivationCheckpoint, SelectiveActivationCheckpoint
-from titan_parallel.check.tolerances import compare, norm_of, roundings
+from titan_parallel.testing import compare, norm_of, roundings
 from torch.distributed.tensor import DTensor
 
 CONTEXT_2 = {"context_parallel_degree": 2}

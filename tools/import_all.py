@@ -1,4 +1,7 @@
-"""Import every module of a package: `python -P tools/import_all.py titan_config`. Does what it declares suffice?"""
+"""Import every module of a package: `python -P tools/import_all.py titan_config`.
+
+Run in an environment with only the declared dependencies, it fails if one is missing in pyproject.toml.
+"""
 
 import importlib
 import pkgutil

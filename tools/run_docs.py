@@ -1,7 +1,7 @@
 """Run the Python examples of Markdown pages: `python tools/run_docs.py README.md docs/*.md`.
 
-The ```python blocks of a page are one program, run from top to bottom, in a process of its own and an empty folder. A
-block opened with ```python notest is skipped. Line numbers in a traceback are those of the page.
+The ```python blocks of a page form one program, run in a separate process in an empty folder. Blocks that begin with
+```python notest are skipped. Line numbers in a traceback are those of the page.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def program_of(page: str) -> str:
-    """The page's Python blocks; every other line is left empty, so that a line number means the same in both."""
+    """Return the page's Python blocks, with all other lines empty so that line numbers stay the same."""
     lines, language = [], ""
     for line in page.splitlines():
         if line.startswith("```"):
@@ -26,7 +26,7 @@ def program_of(page: str) -> str:
 
 
 def run(path: Path) -> bool:
-    """Run one page, print how it went, and say whether it went well."""
+    """Run the examples of one page, print the result, and return whether they passed."""
     program = program_of(path.read_text(encoding="utf-8"))
     if not program.strip():
         print(f"{path}: no examples")

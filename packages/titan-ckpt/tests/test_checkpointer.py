@@ -1,4 +1,4 @@
-"""What a checkpoint holds comes back as it was, under the name of its step, and nothing else is loaded."""
+"""Checkpoints restore parts exactly, are published under the name of their step, and reject what does not fit."""
 
 import json
 import math
@@ -46,7 +46,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_tensors_and_values_come_back_bitwise(tmp_path, async_mode):
+def test_tensors_and_values_are_restored_bit_for_bit(tmp_path, async_mode):
     tensors = {str(dtype): torch.randn(5, 3).mul(9).to(dtype) for dtype in DTYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "strided": torch.randn(4, 6).t()}
     tensors |= {"float8": torch.randn(4, 4).to(torch.float8_e4m3fn)}
@@ -81,7 +81,7 @@ def test_tensors_and_values_come_back_bitwise(tmp_path, async_mode):
         assert torch.equal(loaded.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_a_training_that_resumes_equals_one_that_did_not_stop(tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     class Training:
         def __init__(self):
             torch.manual_seed(1)
@@ -113,7 +113,7 @@ def test_a_training_that_resumes_equals_one_that_did_not_stop(tmp_path):
     assert torch.equal(resumed.model.weight, straight.model.weight)
 
 
-def test_an_async_save_holds_the_weights_of_its_moment(tmp_path):
+def test_an_async_save_contains_the_weights_at_the_time_of_the_call(tmp_path):
     weights = Values(w=torch.zeros(1 << 20))
     checkpointer = build(tmp_path)
     for step in range(1, 4):
@@ -137,13 +137,13 @@ def test_saves_at_the_interval_and_at_the_last_step(tmp_path):
     assert saved_steps(tmp_path) == ["step-3", "step-6", "step-7"]
 
 
-def test_a_step_is_saved_once_and_never_over_another(tmp_path):
+def test_a_step_is_saved_once_and_never_overwritten(tmp_path):
     checkpointer = build(tmp_path)
     assert checkpointer.save(1, {"part": Values(run="first")}, last=True)
     assert not checkpointer.save(1, {"part": Values(run="again")}, last=True)
-    stranger = build(tmp_path, async_mode="disabled")
-    with pytest.raises(CheckpointError, match=r"not be in the folder yet, got step 1, which is in .*step-1"):
-        stranger.save(1, {"part": Values(run="other")})
+    other = build(tmp_path, async_mode="disabled")
+    with pytest.raises(CheckpointError, match=r"step to save must be new, got step 1, which exists at .*step-1"):
+        other.save(1, {"part": Values(run="other")})
     restored = Values()
     checkpointer.load({"part": restored})
     assert restored.state == {"run": "first"}
@@ -159,7 +159,7 @@ def test_keeps_the_latest_k(tmp_path):
         assert saved_steps(folder) == [f"step-{step}" for step in expected]
 
 
-def test_load_without_checkpoints_is_none(tmp_path):
+def test_load_without_checkpoints_returns_none(tmp_path):
     assert build(tmp_path).load({"part": Values()}) is None
 
 
@@ -178,7 +178,7 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
     assert restored.state == {"step": "anew"}
 
 
-def test_the_config_and_versions_are_inside(tmp_path):
+def test_a_checkpoint_contains_the_config_and_the_versions(tmp_path):
     config = Checkpointer.Config(interval=4)
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path, config=config)
     checkpointer.save(1, {"part": Values(a=1)}, last=True)
@@ -190,7 +190,7 @@ def test_the_config_and_versions_are_inside(tmp_path):
     assert "titan-ckpt" in manifest.versions
 
 
-def test_there_are_no_pickles_in_a_checkpoint(tmp_path):
+def test_a_checkpoint_contains_no_pickles(tmp_path):
     build(tmp_path).save(1, {"model": nn.Linear(2, 2), "part": Values(a=(1, 2))}, last=True)
     for path in (tmp_path / "checkpoint" / "step-1").iterdir():
         if path.suffix == ".json":
@@ -208,7 +208,7 @@ def test_there_are_no_pickles_in_a_checkpoint(tmp_path):
         ({"a": torch.zeros(2, dtype=torch.bfloat16)}, r"part\.a \(saved F32, here BF16\)"),
     ],
 )
-def test_load_refuses_what_does_not_fit_and_touches_nothing(tmp_path, here, message):
+def test_load_rejects_tensors_that_do_not_fit_and_changes_nothing(tmp_path, here, message):
     checkpointer = build(tmp_path)
     checkpointer.save(1, {"part": Values(a=torch.ones(2)), "other": Values(w=torch.ones(2))}, last=True)
     other = Values(w=torch.zeros(2))
@@ -217,7 +217,7 @@ def test_load_refuses_what_does_not_fit_and_touches_nothing(tmp_path, here, mess
     assert other.state["w"].eq(0).all()
 
 
-def test_load_refuses_other_parts(tmp_path):
+def test_load_rejects_missing_and_unexpected_parts(tmp_path):
     checkpointer = build(tmp_path)
     checkpointer.save(1, {"part": Values(a=1)}, last=True)
     with pytest.raises(CheckpointError, match=r"missing \['more'\], unexpected \[\]"):
@@ -226,21 +226,21 @@ def test_load_refuses_other_parts(tmp_path):
         checkpointer.load({"more": Values()})
 
 
-def test_a_part_that_refuses_its_values_does_so_before_a_weight_is_touched(tmp_path):
+def test_a_part_that_rejects_its_values_does_so_before_any_weight_changes(tmp_path):
     class Picky(Values):
         def load_state_dict(self, state):
-            raise ValueError("Got another tokenizer.")
+            raise ValueError("The tokenizer must be a.")
 
     checkpointer = build(tmp_path)
     checkpointer.save(1, {"model": Values(w=torch.ones(2)), "data": Values(tokenizer="a")}, last=True)
     model = Values(w=torch.zeros(2))
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match="The tokenizer must be a"):
         checkpointer.load({"model": model, "data": Picky(tokenizer="b")})
     assert model.state["w"].eq(0).all()
 
 
 class Text(str):
-    """A subclass that would come back as its base."""
+    """A subclass that would be restored as its base class."""
 
 
 @pytest.mark.parametrize(
@@ -261,17 +261,20 @@ class Text(str):
         ({"a": UserDict(b=1)}, r"part\.a must be .* got collections\.UserDict\."),
         ({"a": [-(10**4300)]}, r"part\.a\[0\] must be an integer of at most 4300 digits, got one of 14285 bits"),
         ({"a": {10**4300: 1}}, r"a key of part\.a must be an integer of at most 4300 digits"),
-        ({"a": torch.ones(2).to_sparse()}, r"part\.a must be a dense tensor, got .* torch\.sparse_coo"),
+        ({"a": torch.ones(2).to_sparse()}, r"part\.a must be a dense tensor, got the layout torch\.sparse_coo"),
         (
             {"a": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)},
-            r"part\.a must be a dense tensor, got a nested one",
+            r"part\.a must be a dense tensor, got a nested tensor",
         ),
-        ({1: 2}, "part 'part' must be a dictionary whose keys are text"),
-        ({"a": torch.ones(1, dtype=torch.complex128)}, r"part\.a of type torch\.complex128"),
+        ({1: 2}, "part 'part' must be a dictionary with string keys"),
+        (
+            {"a": torch.ones(1, dtype=torch.complex128)},
+            r"dtype of part\.a must be supported by safetensors, got torch\.complex128",
+        ),
         ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, "two tensors named 'part.a.b'"),
     ],
 )
-def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path, state, message):
+def test_unsupported_states_are_rejected(tmp_path, state, message):
     part = Values()
     part.state = state
     with pytest.raises(CheckpointError, match=message):
@@ -288,12 +291,12 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused(tmp_path, state, message
         {"load_step": -1},
     ],
 )
-def test_settings_that_mean_nothing_are_refused(tmp_path, wrong):
+def test_invalid_settings_are_rejected(tmp_path, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         build(tmp_path, **wrong)
 
 
-def test_a_run_without_checkpoints_begins_with_the_model_of_another(tmp_path):
+def test_a_run_without_checkpoints_loads_the_initial_model(tmp_path):
     build(tmp_path / "old").save(5, {"model": Values(w=torch.ones(2)), "rest": Values(n=1)}, last=True)
     new = build(tmp_path / "new", initial_load_path=tmp_path / "old" / "checkpoint" / "step-5")
     model, rest = Values(w=torch.zeros(2)), Values(n=2)
@@ -307,16 +310,18 @@ def test_a_run_without_checkpoints_begins_with_the_model_of_another(tmp_path):
     assert model.state["w"].eq(3).all()
 
 
-def test_an_initial_checkpoint_of_another_model_is_refused(tmp_path):
+def test_an_initial_checkpoint_of_another_model_is_rejected(tmp_path):
     build(tmp_path / "old").save(5, {"model": Values(w=torch.ones(2))}, last=True)
     path = tmp_path / "old" / "checkpoint" / "step-5"
     with pytest.raises(CheckpointError, match=r"model\.w \(saved \[2\], here \[3\]\)"):
         build(tmp_path / "new", initial_load_path=path).load({"model": Values(w=torch.ones(3))})
-    with pytest.raises(CheckpointError, match=r"must be a whole checkpoint.*: it has no manifest\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"initial_load_path must be a valid checkpoint.*: it has no manifest\.json"
+    ):
         build(tmp_path / "new", initial_load_path=path.parent).load({"model": Values(w=torch.ones(2))})
 
 
-def test_the_model_alone_begins_another_run(tmp_path):
+def test_an_exported_model_initializes_another_run(tmp_path):
     parts = {"model": Values(w=torch.ones(2), step=7), "optimizer": Values(m=torch.ones(2))}
     build(tmp_path / "old").save(5, parts, last=True)
     path = export_model(tmp_path / "old" / "checkpoint" / "step-5", tmp_path / "shared")
@@ -327,12 +332,12 @@ def test_the_model_alone_begins_another_run(tmp_path):
     assert model.state["w"].eq(1).all()
     assert model.state["step"] == 7
     build(tmp_path / "data").save(5, {"data": Values(n=1)}, last=True)
-    with pytest.raises(CheckpointError, match=r"has the parts \['data', 'random'\]"):
+    with pytest.raises(CheckpointError, match=r"must have the part \"model\", got \['data', 'random'\]"):
         export_model(tmp_path / "data" / "checkpoint" / "step-5", tmp_path / "none")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities for threads")
-def test_only_the_thread_that_writes_beside_training_yields_to_it(tmp_path, monkeypatch):
+def test_only_the_background_thread_lowers_its_priority(tmp_path, monkeypatch):
     priorities = []
     rename = os.rename
 
@@ -344,25 +349,25 @@ def test_only_the_thread_that_writes_beside_training_yields_to_it(tmp_path, monk
     here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     for mode in ("disabled", "async"):
         build(tmp_path / mode, async_mode=mode).save(1, {"part": Values(w=torch.ones(2))}, last=True)
-    assert priorities == [here, here + 10]
+    assert priorities == [here, min(here + 10, 19)]  # 19 is the lowest priority
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
 
 
-def test_importing_the_package_leaves_dtensor_and_dcp_to_the_first_save():
+def test_importing_the_package_does_not_import_dtensor_and_dcp():
     heavy = "{'torch.distributed.tensor', 'torch.distributed.checkpoint'} & set(sys.modules)"
     code = f"import sys, torch; before = {heavy}; import titan_ckpt; assert {heavy} == before, {heavy} - before"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "checkpoint").write_text("mine")
-    with pytest.raises(CheckpointError, match="checkpoint for checkpoints, which cannot be made"):
+    with pytest.raises(CheckpointError, match=r"Cannot create the checkpoint folder .*/checkpoint: "):
         Checkpointer.Config().build(dump_folder=tmp_path)
     assert (tmp_path / "checkpoint").read_text() == "mine"
 
 
-def test_a_run_is_looked_at_without_a_change_to_it(tmp_path):
-    """Some parts are read, of the newest whole checkpoint or another, while a run has the folder."""
+def test_read_changes_nothing_in_the_folder_of_a_running_run(tmp_path):
+    """Some parts of the newest valid checkpoint, or of another one, are read while a run holds the lock."""
     config = Checkpointer.Config(interval=1, async_mode="disabled")
     part = Values(weight=torch.zeros(3), n=0)
     assert config.read(tmp_path, {"model": part}) is None
@@ -376,7 +381,7 @@ def test_a_run_is_looked_at_without_a_change_to_it(tmp_path):
         assert part.state["n"] == 2
         assert Checkpointer.Config(load_step=1).read(tmp_path, {"model": part}) == 1
         assert part.state["n"] == 1
-        with pytest.raises(CheckpointError, match=r"load_step must name a whole checkpoint, got 3: "):
+        with pytest.raises(CheckpointError, match=r"load_step must be the step of a valid checkpoint, got 3: "):
             Checkpointer.Config(load_step=3).read(tmp_path, {"model": part})
         with pytest.raises(CheckpointError, match="other"):
             config.read(tmp_path, {"other": part})
@@ -387,7 +392,7 @@ def test_a_run_is_looked_at_without_a_change_to_it(tmp_path):
     "step", [2.0, -1, True, 10**18, pytest.param(10**5000, id="long"), "2", None, np.bool_(True), torch.tensor(True)]
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_a_step_that_load_would_not_find_is_refused(tmp_path, step, last):
+def test_a_step_that_load_would_not_find_is_rejected(tmp_path, step, last):
     with closing(build(tmp_path, interval=500)) as checkpointer:
         with pytest.raises(
             CheckpointError, match=r"^step must be an integer from 0 to 999999999999999999, got .{1,80}"
@@ -404,7 +409,7 @@ def test_an_integer_of_any_library_is_a_step(tmp_path, step):
         assert checkpointer.load({"part": Values(w=torch.zeros(2))}) == int(step)
 
 
-def test_types_come_back_as_they_were_and_dictionaries_of_torch_as_plain_ones(tmp_path):
+def test_types_are_restored_exactly_and_dict_subclasses_of_torch_as_dict(tmp_path):
     exact = {"zero axes": np.array(2.5), "number": np.float32(2.5), "text": np.str_("x"), "bytes": np.bytes_(b"x")}
     exact |= {"large": 10**4300 - 1, "key": {np.int64(1): (True, 1, 1.0)}}
     plain = {"a": OrderedDict(b=1), "c": Counter([3, 3]), "d": defaultdict(int, e={4: OrderedDict()})}
@@ -420,13 +425,13 @@ def test_types_come_back_as_they_were_and_dictionaries_of_torch_as_plain_ones(tm
     assert {type(fresh.state[key]) for key in plain} == {dict}
 
 
-def test_a_step_that_is_not_there_is_told_as_such(tmp_path):
+def test_a_missing_step_is_reported_as_missing(tmp_path):
     part = {"part": Values(w=torch.ones(2))}
     build(tmp_path).save(1, part, last=True)
-    with pytest.raises(CheckpointError, match=r"got 99: there is no step-99 in .*/checkpoint\. Choose one of \[1\]"):
+    with pytest.raises(CheckpointError, match=r"got 99: .*/checkpoint/step-99 does not exist\. Choose one of \[1\]"):
         build(tmp_path, load_step=99).load(part)
-    with pytest.raises(CheckpointError, match=r"^there is no step-99 in "):
+    with pytest.raises(CheckpointError, match=r"/checkpoint/step-99 does not exist"):
         check_whole(tmp_path / "checkpoint" / "step-99")
     for use in (read_config, TensorReader):
-        with pytest.raises(CheckpointError, match=r"^there is no step-99 in "):
+        with pytest.raises(CheckpointError, match=r"/checkpoint/step-99 does not exist"):
             use(tmp_path / "checkpoint" / "step-99")

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole is noticed and named before a weight is touched, and never loaded."""
+"""A damaged checkpoint is detected and reported before any weight changes, and never loaded."""
 
 import pytest
 import titan_ckpt.format.manifest
@@ -46,7 +46,7 @@ def checkpoints(tmp_path):
 
 @pytest.mark.parametrize("harm", [flip, truncate, delete])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_is_named_and_passed_over(checkpoints, caplog, harm, name):
+def test_damage_to_any_file_is_reported_and_the_checkpoint_skipped(checkpoints, caplog, harm, name):
     harm(checkpoints / "step-2" / name)
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=checkpoints.parent)
     model = Weights(0)
@@ -57,11 +57,11 @@ def test_damage_to_any_file_is_named_and_passed_over(checkpoints, caplog, harm, 
     assert name in broken.reason
     assert "step-2" in caplog.text
     assert name in caplog.text
-    assert checkpointer.save(2, {"model": model}, last=True), "the broken one no longer holds the name"
+    assert checkpointer.save(2, {"model": model}, last=True), "the name step-2 is free again"
 
 
 @pytest.mark.parametrize("harm", [flip, truncate, delete])
-def test_asking_for_a_broken_step_is_an_error(checkpoints, harm):
+def test_load_step_of_a_broken_checkpoint_is_an_error(checkpoints, harm):
     harm(checkpoints / "step-2" / FILES[0])
     model = Weights(0)
     checkpointer = Checkpointer.Config(load_step=2).build(dump_folder=checkpoints.parent)
@@ -70,34 +70,34 @@ def test_asking_for_a_broken_step_is_an_error(checkpoints, harm):
     assert model.w.eq(0).all()
 
 
-def test_asking_for_an_absent_step_says_which_there_are(checkpoints):
+def test_load_step_of_a_missing_checkpoint_lists_the_existing_steps(checkpoints):
     checkpointer = Checkpointer.Config(load_step=5).build(dump_folder=checkpoints.parent)
     with pytest.raises(BrokenCheckpoint, match=r"Choose one of \[1, 2\]"):
         checkpointer.load({"model": Weights(0)})
 
 
-def test_a_run_does_not_begin_anew_by_itself_when_all_are_broken(checkpoints):
+def test_a_run_does_not_start_over_when_all_checkpoints_are_broken(checkpoints):
     flip(checkpoints / "step-1" / FILES[0])
     delete(checkpoints / "step-2" / "manifest.json")
     checkpointer = Checkpointer.Config().build(dump_folder=checkpoints.parent)
     with pytest.raises(
-        CheckpointError, match=r"all of them broken:\n  step-2: it has no manifest.json\n  step-1: rank-0"
+        CheckpointError, match=r"must be valid, got 2, all broken:\n  step-2: it has no manifest.json\n  step-1: rank-0"
     ):
         checkpointer.load({"model": Weights(0)})
 
 
-def test_every_byte_of_the_tensors_is_watched(checkpoints):
+def test_a_change_of_any_byte_of_the_tensors_is_detected(checkpoints):
     path = checkpoints / "step-2" / FILES[0]
     whole = path.read_bytes()
     for place in [0, 7, 8, 20, len(whole) // 2, len(whole) - 1]:
         flip(path, place)
-        with pytest.raises(BrokenCheckpoint, match="right size but other content"):
+        with pytest.raises(BrokenCheckpoint, match="right size but changed content"):
             check_whole(checkpoints / "step-2")
         path.write_bytes(whole)
     assert check_whole(checkpoints / "step-2").step == 2
 
 
-def test_without_checksums_a_flipped_byte_would_load(checkpoints, monkeypatch):
+def test_a_flipped_byte_would_load_without_checksums(checkpoints, monkeypatch):
     flip(checkpoints / "step-2" / FILES[0], -3)
     monkeypatch.setattr("titan_ckpt.load.load.find_damage", lambda folder, manifest, names: [])
     model = Weights(0)
@@ -107,5 +107,5 @@ def test_without_checksums_a_flipped_byte_would_load(checkpoints, monkeypatch):
 
 def test_a_manifest_of_another_format_is_not_loaded(checkpoints, monkeypatch):
     monkeypatch.setattr(titan_ckpt.format.manifest, "FORMAT", 2)
-    with pytest.raises(BrokenCheckpoint, match="its format is 1, and this titan-ckpt reads format 2"):
+    with pytest.raises(BrokenCheckpoint, match="its format must be 2 for this version of titan-ckpt, got 1"):
         check_whole(checkpoints / "step-1")

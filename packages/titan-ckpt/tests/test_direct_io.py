@@ -1,4 +1,4 @@
-"""A file written past the page cache is the one an ordinary write makes, on every file system."""
+"""A file written with O_DIRECT equals an ordinarily written one, on every file system."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from titan_ckpt import Checkpointer, CheckpointError, check_whole
 from titan_ckpt.save import direct_io
-from titan_ckpt.save.direct_io import whole_pages, write_pages
+from titan_ckpt.save.direct_io import allocate_pages, write_pages
 
 SIZES = [0, 1, 511, 512, 4095, 4096, 4097, 3 * mmap.PAGESIZE + 5]
 FILE = "checkpoint/step-1/rank-00000.safetensors"
@@ -37,13 +37,13 @@ def save(folder, step, tensors, checkpointer=None, **settings):
 
 
 def pages_of(size):
-    pages = whole_pages(size)
+    pages = allocate_pages(size)
     pages.copy_(torch.randint(0, 256, pages.shape, dtype=torch.uint8))
     return pages.numpy().data
 
 
 def refuse_the_flag(monkeypatch):
-    """As tmpfs did before Linux 6.6."""
+    """Behave like tmpfs before Linux 6.6."""
     original = fcntl.fcntl
 
     def refuse(descriptor, command, *arguments):
@@ -55,7 +55,7 @@ def refuse_the_flag(monkeypatch):
 
 
 def refuse_the_write(monkeypatch):
-    """As a disk does whose blocks are larger than a page."""
+    """Behave like a disk whose blocks are larger than a page."""
     original = os.pwrite
 
     def refuse(descriptor, data, place):
@@ -67,12 +67,12 @@ def refuse_the_write(monkeypatch):
 
 
 def have_no_flag(monkeypatch):
-    """As macOS."""
+    """Behave like macOS."""
     monkeypatch.setattr(direct_io, "_O_DIRECT", 0)
 
 
 @pytest.mark.parametrize("refusal", [None, refuse_the_flag, refuse_the_write, have_no_flag])
-def test_files_of_any_size_hold_what_was_given(tmp_path, monkeypatch, refusal):
+def test_files_of_any_size_are_written_exactly(tmp_path, monkeypatch, refusal):
     if refusal:
         refusal(monkeypatch)
     for size in SIZES:
@@ -81,19 +81,19 @@ def test_files_of_any_size_hold_what_was_given(tmp_path, monkeypatch, refusal):
         assert (tmp_path / str(size)).read_bytes() == bytes(pages[:size]), size
 
 
-def test_memory_that_the_disk_cannot_read_from_is_written_all_the_same(tmp_path):
+def test_misaligned_memory_is_written_too(tmp_path):
     misaligned = pages_of(5 * mmap.PAGESIZE)[3:]
     write_pages(tmp_path / "file", misaligned, 9999)
     assert (tmp_path / "file").read_bytes() == bytes(misaligned[:9999])
 
 
-def test_the_page_cache_is_passed_by_where_the_file_system_can(tmp_path, monkeypatch):
+def test_the_page_cache_is_bypassed_if_the_file_system_supports_it(tmp_path, monkeypatch):
     descriptor = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
         os.pwrite(descriptor, pages_of(1), 0)
     except (OSError, AttributeError):
-        pytest.skip("this file system, or this system, has no direct writes")
+        pytest.skip("no O_DIRECT on this file system or operating system")
     finally:
         os.close(descriptor)
     direct, original = [], os.pwrite
@@ -107,7 +107,7 @@ def test_the_page_cache_is_passed_by_where_the_file_system_can(tmp_path, monkeyp
     assert direct == [True]
 
 
-def test_a_file_is_never_written_over(tmp_path):
+def test_a_file_is_never_overwritten(tmp_path):
     write_pages(tmp_path / "file", pages_of(5), 5)
     with pytest.raises(FileExistsError):
         write_pages(tmp_path / "file", pages_of(6), 6)
@@ -128,7 +128,7 @@ def test_an_async_save_writes_the_bytes_of_a_synchronous_one(tmp_path):
     check_whole((tmp_path / "async" / FILE).parent)
 
 
-def test_the_kept_copy_follows_tensors_that_change_their_names_shapes_and_types(tmp_path):
+def test_the_staging_buffer_follows_changes_of_names_shapes_and_dtypes(tmp_path):
     states = [
         {"a": torch.ones(5), "b": torch.ones(3)},
         {"a": torch.ones(5), "b": torch.zeros(3)},
@@ -148,10 +148,10 @@ def test_the_kept_copy_follows_tensors_that_change_their_names_shapes_and_types(
         check_whole(path.parent)
 
 
-def test_a_file_that_kept_its_last_page_whole_would_be_noticed(tmp_path, monkeypatch):
+def test_these_tests_detect_a_file_that_is_not_truncated(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "ftruncate", lambda descriptor, size: None)
     save(tmp_path, 1, {"w": torch.ones(3)})
-    with pytest.raises(CheckpointError, match="has 4096 bytes and should have"):
+    with pytest.raises(CheckpointError, match=r"must have \d+ bytes, got 4096"):
         check_whole((tmp_path / FILE).parent)
 
 
@@ -167,9 +167,9 @@ def largest_file(size):
 
 @pytest.mark.parametrize("mode", ["async", "disabled"])
 @pytest.mark.parametrize("limit", [1 << 20, (1 << 20) + 100])
-def test_a_disk_that_takes_only_a_part_is_an_error_and_what_was_saved_stays(tmp_path, mode, limit):
+def test_a_partial_write_is_an_error_and_earlier_checkpoints_stay(tmp_path, mode, limit):
     checkpointer = save(tmp_path, 1, {"w": torch.ones(4)}, async_mode=mode)
-    with largest_file(limit), pytest.raises(CheckpointError, match=r"File too large.* at step 2"):
+    with largest_file(limit), pytest.raises(CheckpointError, match=r"Saving step 2 to .* failed: .*File too large"):
         save(tmp_path, 2, {"w": torch.ones(1 << 20)}, checkpointer)
     assert check_whole(tmp_path / "checkpoint" / "step-1").step == 1
     assert not (tmp_path / "checkpoint" / "step-2").exists()

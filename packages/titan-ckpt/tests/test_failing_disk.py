@@ -1,4 +1,4 @@
-"""A disk that fails is no damage: it is tried again and told, and harms neither a whole checkpoint nor the run."""
+"""A failing disk is retried and reported, and damages neither a valid checkpoint nor the run."""
 
 import errno
 import io
@@ -36,7 +36,7 @@ def checkpoints(tmp_path):
 
 
 def failing(monkeypatch, function, error, name, times=1 << 30):
-    """Make `os.<function>` fail for paths that end in `name`; returns the list of its failures."""
+    """Make `os.<function>` fail for paths that end in `name`; return the list of its failures."""
     original, failures = getattr(os, function), []
 
     def fail(path, *args, **kwargs):
@@ -51,7 +51,7 @@ def failing(monkeypatch, function, error, name, times=1 << 30):
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank-00000.safetensors"])
-def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_keeps_its_name(checkpoints, monkeypatch, error, name):
+def test_an_unreadable_checkpoint_stops_the_run_and_keeps_its_name(checkpoints, monkeypatch, error, name):
     failures = failing(monkeypatch, "open", error, f"step-2/{name}")
     message = rf"step-2/{name} must be readable, got .* in 4 attempts"
     with closing(build(checkpoints.parent)) as checkpointer, pytest.raises(CheckpointError, match=message):
@@ -62,7 +62,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_keeps_its_name(check
     assert check_whole(checkpoints / "step-2").step == 2
 
 
-def test_a_failure_that_passes_is_tried_again(checkpoints, monkeypatch):
+def test_a_temporary_failure_is_retried(checkpoints, monkeypatch):
     failures = failing(monkeypatch, "open", errno.ESTALE, "step-2/tensors.json", times=2)
     with closing(build(checkpoints.parent)) as checkpointer:
         assert checkpointer.load({"part": Part()}) == 2
@@ -70,8 +70,8 @@ def test_a_failure_that_passes_is_tried_again(checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_tensor_file_that_fails_to_open_is_tried_again(checkpoints, monkeypatch, number):
-    """It is opened to check its header, and to load from it."""
+def test_a_failed_open_of_a_tensor_file_is_retried(checkpoints, monkeypatch, number):
+    """A tensor file is opened to check its header, and to load from it."""
     opened, original = [], io.open
 
     def fail(path, *args, **kwargs):
@@ -89,7 +89,7 @@ def test_a_tensor_file_that_fails_to_open_is_tried_again(checkpoints, monkeypatc
     assert part.w.eq(2).all()
 
 
-def test_a_failure_of_one_rank_is_the_same_stop_on_all(run_ranks, checkpoints, monkeypatch):
+def test_a_failure_on_one_rank_stops_all_with_the_same_message(run_ranks, checkpoints, monkeypatch):
     def load(failing_rank, name):
         with closing(build(checkpoints.parent)) as checkpointer:
             if dist.get_rank() == failing_rank:
@@ -106,7 +106,7 @@ def test_a_failure_of_one_rank_is_the_same_stop_on_all(run_ranks, checkpoints, m
 
 
 def fail_to_write(monkeypatch, *steps):
-    """Make the writes of these steps' tensors fail, once for each time that a step is named."""
+    """Make writes of the tensors of these steps fail, once for each occurrence of a step."""
     left, original = list(steps), os.open
 
     def fail(path, *args, **kwargs):
@@ -123,7 +123,7 @@ def names(folder):
     return sorted(path.name for path in (folder / "checkpoint").glob("step-*"))
 
 
-def test_a_save_that_failed_once_is_written_again_as_it_was(tmp_path, monkeypatch, caplog):
+def test_a_save_that_failed_once_is_retried_with_the_same_values(tmp_path, monkeypatch, caplog):
     part = Part(1)
     with closing(build(tmp_path)) as checkpointer:
         fail_to_write(monkeypatch, 1)
@@ -132,25 +132,25 @@ def test_a_save_that_failed_once_is_written_again_as_it_was(tmp_path, monkeypatc
         checkpointer.wait()
         checkpointer.load({"part": part})
     assert part.w.eq(1).all()
-    assert names(tmp_path) == ["step-1"], "the bytes of the first attempt are freed"
+    assert names(tmp_path) == ["step-1"], "the files of the first attempt are deleted"
     assert "Attempt 1 of 2" in caplog.text
 
 
-def test_a_failed_save_is_told_at_once_and_the_run_goes_on(run_ranks, tmp_path, monkeypatch, caplog):
+def test_a_failed_save_is_logged_at_once_and_the_run_continues(run_ranks, tmp_path, monkeypatch, caplog):
     def train():
-        told = threading.Event()
-        caplog.handler.emit = lambda record: told.set() if "Attempt 2 of 2" in record.getMessage() else None
+        logged = threading.Event()
+        caplog.handler.emit = lambda record: logged.set() if "Attempt 2 of 2" in record.getMessage() else None
         if dist.get_rank() == 1:
             fail_to_write(monkeypatch, 2, 2, 6, 6)
         with closing(build(tmp_path, interval=2)) as checkpointer:
             for step in range(1, 7):
                 checkpointer.save(step, {"part": Part(step), f"rank{dist.get_rank()}": Part(step)})
                 if step == 2 and dist.get_rank() == 0:
-                    assert told.wait(60), "nothing but the thread speaks before the next save"
+                    assert logged.wait(60), "the background thread must log before the next save"
                 if step == 4:
                     checkpointer.wait()
                     freed = names(tmp_path)
-            with pytest.raises(CheckpointError, match=r"No space left on device.*at step 6"):
+            with pytest.raises(CheckpointError, match=r"Saving step 6 .*No space left on device"):
                 checkpointer.wait()
         return freed
 
@@ -158,18 +158,18 @@ def test_a_failed_save_is_told_at_once_and_the_run_goes_on(run_ranks, tmp_path, 
     assert names(tmp_path) == ["step-4"]
 
 
-def test_the_run_ends_after_so_many_failures_in_a_row(tmp_path, monkeypatch):
+def test_the_run_ends_after_max_failed_saves_consecutive_failures(tmp_path, monkeypatch):
     fail_to_write(monkeypatch, 1, 1, 3, 3, 4, 4)
     checkpointer = build(tmp_path, max_failed_saves=2)
-    for step in range(1, 5):  # one that succeeds begins a new row
+    for step in range(1, 5):  # step 2 succeeds and resets the count
         checkpointer.save(step, {"part": Part(step)})
-    with pytest.raises(CheckpointError, match=r"2 saves in a row failed, the last so: .*step 4"):
+    with pytest.raises(CheckpointError, match=r"2 consecutive saves failed, the last with: .*step 4"):
         checkpointer.save(5, {"part": Part(5)})
     checkpointer.close()
     assert names(tmp_path) == ["step-2"]
 
 
-def test_the_last_save_is_tried_after_any_failures_and_must_succeed(tmp_path, monkeypatch):
+def test_the_last_save_is_attempted_after_any_failures_and_must_succeed(tmp_path, monkeypatch):
     for folder, failures in (("fine", [1, 1]), ("not", [1, 1, 2, 2])):
         with closing(build(tmp_path / folder, max_failed_saves=1)) as checkpointer, monkeypatch.context() as patch:
             fail_to_write(patch, *failures)
@@ -177,21 +177,21 @@ def test_the_last_save_is_tried_after_any_failures_and_must_succeed(tmp_path, mo
             if folder == "fine":
                 assert checkpointer.save(2, {"part": Part(2)}, last=True)
             else:
-                with pytest.raises(CheckpointError, match="at step 2"):
+                with pytest.raises(CheckpointError, match="Saving step 2 "):
                     checkpointer.save(2, {"part": Part(2)}, last=True)
     assert names(tmp_path / "fine") == ["step-2"]
     assert names(tmp_path / "not") == []
 
 
-def test_a_failed_save_nobody_asked_about_is_told_by_close(tmp_path, monkeypatch):
+def test_close_raises_the_error_of_a_failed_save(tmp_path, monkeypatch):
     fail_to_write(monkeypatch, 1, 1)
     checkpointer = build(tmp_path)
     checkpointer.save(1, {"part": Part(1)})
-    with pytest.raises(CheckpointError, match="at step 1"):
+    with pytest.raises(CheckpointError, match="Saving step 1 "):
         checkpointer.close()
 
 
-def test_a_folder_that_cannot_be_listed_at_a_due_save_does_not_end_the_run(tmp_path, monkeypatch):
+def test_an_unlistable_folder_at_a_due_save_does_not_end_the_run(tmp_path, monkeypatch):
     with closing(build(tmp_path, keep_latest_k=None)) as checkpointer:
         checkpointer.save(1, {"part": Part(1)})
         checkpointer.wait()
@@ -218,14 +218,14 @@ def test_a_save_whose_new_name_could_not_be_flushed_is_published_once(tmp_path, 
         monkeypatch.setattr(os, "fsync", fail)
         checkpointer.save(1, {"part": Part(1)})
         assert checkpointer.save(2, {"part": Part(2)}, last=True)
-    assert failures == [["step-1"]] * times, "the name was there"
+    assert failures == [["step-1"]] * times, "step 1 must be renamed already"
     assert ("Attempt 2 of 2" in caplog.text) == (times == 2)
     assert names(tmp_path) == ["step-1", "step-2"]
     assert [check_whole(tmp_path / "checkpoint" / name).step for name in names(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("function", ["rename", "rmdir"])
-def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(tmp_path, monkeypatch, caplog, function):
+def test_undeletable_old_checkpoints_do_not_end_the_run(tmp_path, monkeypatch, caplog, function):
     original = getattr(os, function)
 
     def fail(path=".", *args, **kwargs):

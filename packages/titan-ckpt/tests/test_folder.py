@@ -1,4 +1,4 @@
-"""A folder that holds more than this run's checkpoints: what was there, odd names, links, addresses and other runs."""
+"""A checkpoint folder with foreign content: existing files, unusual names, links, URLs and other runs."""
 
 import os
 import shutil
@@ -46,27 +46,27 @@ def load(folder, **settings):
     return step
 
 
-def test_a_run_that_did_not_load_saves_nothing_below_the_newest_checkpoint(run_ranks, tmp_path):
+def test_a_run_that_did_not_load_cannot_save_below_the_newest_checkpoint(run_ranks, tmp_path):
     save_steps(tmp_path, 120, 130, keep_latest_k=2)
 
-    def begin_anew():
+    def start_over():
         messages = []
         with closing(build(tmp_path, interval=10, keep_latest_k=2, async_mode="async")) as checkpointer:
-            for step in (1, 10):  # at the first call, and at one that is due
+            for step in (1, 10):  # at the first call, and at a due save
                 with pytest.raises(CheckpointError) as caught:
                     checkpointer.save(step, {"part": Part()})
                 messages.append(str(caught.value))
             assert checkpointer.save(140, {"part": Part(140)}, last=True)
         return messages
 
-    for messages in run_ranks(2, begin_anew):
+    for messages in run_ranks(2, start_over):
         for step, message in zip((1, 10), messages, strict=True):
             assert f"must be at least 130, the newest checkpoint in {tmp_path / 'checkpoint'}, got {step}." in message
     assert names(tmp_path) == ["step-130", "step-140"]
     assert load(tmp_path) == 140
 
 
-def test_what_was_just_saved_stays_whatever_else_appears_in_the_folder(tmp_path):
+def test_a_new_checkpoint_is_kept_although_newer_ones_appear(tmp_path):
     save_steps(tmp_path / "other", 50, 60)
     with closing(build(tmp_path, keep_latest_k=1)) as checkpointer:
         checkpointer.save(10, {"part": Part(10)})
@@ -84,7 +84,7 @@ def test_load_step_acts_once(tmp_path, caplog):
         with closing(build(tmp_path, load_step=4)) as checkpointer:
             assert checkpointer.load({"part": Part()}) == newest
             checkpointer.save(newest + 1, {"part": Part(newest + 1)})
-    assert "A run with load_step 4 has gone back to that step" in caplog.text
+    assert "A run with load_step 4 has already gone back" in caplog.text
     assert [name for name in names(tmp_path) if "aside" not in name] == [
         "step-2",
         "step-4",
@@ -92,9 +92,9 @@ def test_load_step_acts_once(tmp_path, caplog):
         "step-6",
         "step-7",
     ]
-    assert load(tmp_path, load_step=5) == 5, "another one acts"
+    assert load(tmp_path, load_step=5) == 5, "another load_step acts"
     save_steps_after_load(tmp_path, 6)
-    assert load(tmp_path, load_step=4) == 4, "so does the first, after a run without it"
+    assert load(tmp_path, load_step=4) == 4, "the first load_step acts again after a run without it"
     assert Checkpointer.Config(load_step=2).read(tmp_path, {"part": Part()}) == 2
 
 
@@ -104,18 +104,18 @@ def save_steps_after_load(folder, step):
         checkpointer.save(step, {"part": Part(step)})
 
 
-def test_load_step_goes_below_none_of_what_followed_it(tmp_path):
+def test_a_repeated_load_step_never_loads_an_earlier_checkpoint(tmp_path):
     save_steps(tmp_path, 2, 4)
     with closing(build(tmp_path, load_step=4)) as checkpointer:
         checkpointer.load({"part": Part()})
         checkpointer.save(6, {"part": Part(6)})
     for step in (4, 6):
         (tmp_path / "checkpoint" / f"step-{step}" / "tensors.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"2 checkpoints in .* all of them broken"):
+    with pytest.raises(CheckpointError, match=r"At least one checkpoint in .* must be valid, got 2, all broken"):
         load(tmp_path, load_step=4)
 
 
-def test_odd_names_are_left_alone_or_set_aside_and_stop_nothing(tmp_path):
+def test_unusual_names_are_ignored_or_set_aside(tmp_path):
     save_steps(tmp_path, 5, 7)
     folder = tmp_path / "checkpoint"
     shutil.copytree(folder / "step-5", folder / "step-007")
@@ -140,7 +140,7 @@ def test_odd_names_are_left_alone_or_set_aside_and_stop_nothing(tmp_path):
     assert load(tmp_path) == 13
 
 
-def test_a_checkpoint_that_is_a_link_is_loaded_and_its_place_alone_is_freed(tmp_path):
+def test_a_linked_checkpoint_is_loaded_and_only_the_link_is_deleted(tmp_path):
     save_steps(tmp_path / "other", 5)
     save_steps(tmp_path, 1)
     (tmp_path / "checkpoint" / "step-5").symlink_to(tmp_path / "other" / "checkpoint" / "step-5")
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_is_a_link_is_loaded_and_its_place_alone_is_freed(tmp_
     assert load(tmp_path / "other") == 5
 
 
-ADDRESSES = [
+URLS = [
     "s3://bucket/run",
     "s3:/bucket",
     "S3://bucket",
@@ -162,12 +162,12 @@ ADDRESSES = [
 ]
 
 
-def test_an_address_is_refused_wherever_a_path_is_taken_and_nothing_is_made(tmp_path, monkeypatch, capsys):
+def test_urls_are_rejected_wherever_a_path_is_expected_and_nothing_is_created(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with closing(build(Path("run"))) as checkpointer:
         checkpointer.save(1, {"model": Part(1)})
     step = Path("run/checkpoint/step-1")
-    for address in [*ADDRESSES, Path("s3://bucket")]:
+    for url in [*URLS, Path("s3://bucket")]:
         takers = [
             lambda path: Checkpointer.Config().build(dump_folder=path),
             lambda path: Checkpointer.Config().read(path, {"part": Part()}),
@@ -179,12 +179,12 @@ def test_an_address_is_refused_wherever_a_path_is_taken_and_nothing_is_made(tmp_
         ]
         for take in takers:
             with pytest.raises(CheckpointError, match="must be a local path, got"):
-                take(address)
-        for settings in ({"folder": str(address)}, {"initial_load_path": Path(address)}):
+                take(url)
+        for settings in ({"folder": str(url)}, {"initial_load_path": Path(url)}):
             with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* must be a local path"):
                 Checkpointer.Config(**settings).build(dump_folder=Path("run"))
         for command in (["list"], ["verify"], ["export-hf", str(step)], ["export-model", str(step)]):
-            assert main([*command, str(address)]) == 1
+            assert main([*command, str(url)]) == 1
             assert "must be a local path" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["run"]
     for plain in ("a:b", "C:/run", "a/s3:/b", "7:/x"):
@@ -193,7 +193,7 @@ def test_an_address_is_refused_wherever_a_path_is_taken_and_nothing_is_made(tmp_
 
 @pytest.fixture
 def fork():
-    """Run `action` in another process up to its end, or to a pause; returns its id and whether it failed."""
+    """Run `action` in another process, which then stays alive; return whether it succeeded."""
     children = []
 
     def begin(action):
@@ -208,8 +208,8 @@ def fork():
                 os._exit(1)
         children.append(child)
         os.close(writer)
-        with os.fdopen(reader, "rb") as told:
-            return told.read(1) == b"x"
+        with os.fdopen(reader, "rb") as result:
+            return result.read(1) == b"x"
 
     yield begin
     for child in children:
@@ -225,59 +225,59 @@ def two_dump_folders(tmp_path):
     return tmp_path / "a", tmp_path / "b"
 
 
-def test_two_dump_folders_with_one_folder_of_checkpoints_are_one_run(tmp_path, fork):
+def test_two_dump_folders_with_one_checkpoint_folder_share_its_lock(tmp_path, fork):
     first, second = two_dump_folders(tmp_path)
     live = tmp_path / "shared" / "step-1.saving-ab"
 
     def hold():
         build(first)
-        live.mkdir()  # of a save under way
+        live.mkdir()  # a save in progress
 
     assert fork(hold)
-    with pytest.raises(CheckpointError, match="used by one process at a time, got another that saves"):
+    with pytest.raises(CheckpointError, match="used by one process at a time, got another process that saves"):
         build(second)
     assert live.is_dir()
 
 
-def test_a_second_object_of_this_process_leaves_the_live_save_of_the_first_alone(tmp_path):
+def test_a_second_checkpointer_of_this_process_keeps_the_save_of_the_first(tmp_path):
     first, second = two_dump_folders(tmp_path)
     with closing(build(first)) as checkpointer:
-        temporary = checkpointer.checkpoint_folder.begin(1)
+        temporary = checkpointer.checkpoint_folder.begin_save(1)
         build(second).close()
         assert temporary.is_dir()
-        checkpointer.checkpoint_folder.end(temporary)
+        checkpointer.checkpoint_folder.end_save(temporary)
 
 
-def test_a_save_is_not_published_once_another_process_has_the_folder(tmp_path, fork):
+def test_a_save_is_not_published_after_another_process_took_the_lock(tmp_path, fork):
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(1, {"part": Part(1)})
         (tmp_path / "checkpoint" / ".lock").unlink()
         assert fork(lambda: build(tmp_path))
-        with pytest.raises(CheckpointError, match="used by one process at a time, got another that saves"):
+        with pytest.raises(CheckpointError, match="used by one process at a time, got another process that saves"):
             checkpointer.save(2, {"part": Part(2)})
     assert names(tmp_path) == ["step-1"]
 
 
-def test_a_lock_that_was_deleted_is_taken_again(tmp_path, fork):
+def test_a_deleted_lock_is_acquired_again(tmp_path, fork):
     with closing(build(tmp_path)) as checkpointer:
         (tmp_path / "checkpoint" / ".lock").unlink()
         checkpointer.save(1, {"part": Part(1)})
         assert not fork(lambda: build(tmp_path))
 
 
-def test_leftovers_stay_where_nothing_locks_them(tmp_path, monkeypatch, caplog):
+def test_leftovers_are_kept_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     leftover = tmp_path / "checkpoint" / "step-1.saving-ab"
     leftover.mkdir(parents=True)
     monkeypatch.setattr("fcntl.lockf", lambda descriptor, operation: exec("raise OSError(37, 'No locks available')"))
     build(tmp_path).close()
     assert leftover.is_dir()
-    assert "Nothing keeps a second run out" in caplog.text
+    assert "against a second run" in caplog.text
     monkeypatch.undo()
     build(tmp_path).close()
     assert not leftover.exists()
 
 
-def test_a_relative_folder_stays_where_it_was_when_the_process_moves(tmp_path, monkeypatch):
+def test_a_relative_folder_does_not_follow_a_change_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with closing(build(Path("run"))) as checkpointer:
         (tmp_path / "elsewhere").mkdir()
@@ -287,9 +287,9 @@ def test_a_relative_folder_stays_where_it_was_when_the_process_moves(tmp_path, m
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that root cannot write to")
-def test_a_folder_that_cannot_be_written_to_is_an_error_on_all_before_the_first_step(run_ranks):
+def test_a_read_only_folder_is_an_error_on_all_ranks_before_the_first_step(run_ranks):
     def begin():
-        with pytest.raises(CheckpointError, match=r"The folder of checkpoints must be writable") as caught:
+        with pytest.raises(CheckpointError, match=r"The checkpoint folder must be writable") as caught:
             Checkpointer.Config(folder="self").build(dump_folder=Path("/proc"))
         return str(caught.value)
 

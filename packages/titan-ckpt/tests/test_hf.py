@@ -1,4 +1,4 @@
-"""Weights go to Hugging Face's format and come back bitwise, sharded or not; `transformers` loads them as they are."""
+"""Weights are exported to Hugging Face format and imported bit for bit, sharded or not; `transformers` loads them."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 @dataclass(frozen=True)
 class Made:
-    """A mapping of two functions."""
+    """A mapping made of two functions."""
 
     own: list
     hf_names: list
@@ -29,7 +29,7 @@ class Made:
 
 
 class Renames:
-    """Names of `Toy` to others, one tensor turned (`flip`), two stacked into one (`pair`)."""
+    """Renames the weights of `Toy`, transposes one and stacks two."""
 
     def mappings(self):
         return [
@@ -75,7 +75,7 @@ def assert_equal(model, other):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_a_live_model_goes_out_and_comes_back(tmp_path):
+def test_a_live_model_is_exported_and_imported_again(tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf", max_file_bytes=120)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 3, "a file holds at most max_file_bytes"
@@ -86,13 +86,13 @@ def test_a_live_model_goes_out_and_comes_back(tmp_path):
     assert_equal(model, toy())
 
 
-def test_bfloat16_weights_widen_and_are_never_rounded(tmp_path):
+def test_bfloat16_weights_are_widened_and_never_rounded(tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf", dtype=torch.bfloat16)
     model = toy(seed=2)
     load_hf(tmp_path / "hf", model.state_dict(), Renames())
     assert torch.equal(model.first.weight, toy().first.weight.bfloat16().float())
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf32")
-    with pytest.raises(CheckpointError, match=r"3 of a type that would be rounded: hf\.first"):
+    with pytest.raises(CheckpointError, match=r"3 of a dtype that would be rounded: hf\.first"):
         load_hf(tmp_path / "hf32", toy().bfloat16().state_dict(), Renames())
 
 
@@ -112,19 +112,19 @@ def change(tmp_path, edit):
         (lambda state: state.pop("hf.both"), r"1 missing: hf\.both"),
         (
             lambda state: state.update({"hf.both": torch.zeros(2, 2, 2)}),
-            r"hf\.both \(there \[2, 2, 2\], here \[2, 3, 2\]\)",
+            r"hf\.both \(stored \[2, 2, 2\], here \[2, 3, 2\]\)",
         ),
         (lambda state: state.update({"hf.more": torch.zeros(1)}), r"1 unexpected: hf\.more"),
     ],
 )
-def test_weights_that_do_not_fit_are_named_and_nothing_is_touched(tmp_path, edit, message):
+def test_weights_that_do_not_fit_are_named_and_nothing_changes(tmp_path, edit, message):
     model = toy(seed=2)
     with pytest.raises(CheckpointError, match=message):
         load_hf(change(tmp_path, edit), model.state_dict(), Renames())
     assert_equal(model, toy(seed=2))
 
 
-def test_tensors_without_use_are_checked_before_a_weight_is_touched(tmp_path):
+def test_unused_tensors_are_checked_before_any_weight_changes(tmp_path):
     class Ties(Renames):
         def find(self, stored, config):
             return [*self.mappings(), Made([], ["hf.tied", "hf.first"], None, self.compare)]
@@ -148,39 +148,39 @@ def test_tensors_without_use_are_checked_before_a_weight_is_touched(tmp_path):
 @pytest.mark.parametrize(
     ("mappings", "named"),
     [
-        (lambda mappings: mappings[:2], "a, b are missing"),
-        (lambda mappings: [*mappings, Renamed("a", "hf.a")], "a are missing, unexpected or there twice"),
-        (lambda mappings: [*mappings, Renamed("c", "hf.c")], "c are missing, unexpected"),
+        (lambda mappings: mappings[:2], "a, b missing"),
+        (lambda mappings: [*mappings, Renamed("a", "hf.a")], "a missing, unexpected or duplicated"),
+        (lambda mappings: [*mappings, Renamed("c", "hf.c")], "c missing, unexpected"),
     ],
 )
-def test_an_adapter_that_is_no_bijection_is_noticed(tmp_path, mappings, named):
+def test_an_adapter_that_is_not_a_bijection_is_rejected(tmp_path, mappings, named):
     class Other(Renames):
         def mappings(self):
             return mappings(super().mappings())
 
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=f"must be a bijection: {named}"):
+    with pytest.raises(CheckpointError, match=f"must map each weight of the model exactly once, got {named}"):
         load_hf(tmp_path / "hf", toy().state_dict(), Other())
-    with pytest.raises(CheckpointError, match=f"must be a bijection: {named}"):
+    with pytest.raises(CheckpointError, match=f"must map each weight of the model exactly once, got {named}"):
         save_hf(toy().state_dict(), Other(), tmp_path / "other")
 
 
-def test_an_export_never_writes_over_a_folder(tmp_path):
+def test_an_export_never_overwrites_a_folder(tmp_path):
     (tmp_path / "hf").mkdir()
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="The export folder must not exist, got "):
         save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
 
 
-def test_a_folder_without_or_with_broken_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"must hold model\.safetensors"):
+def test_a_folder_without_valid_weights_is_rejected(tmp_path):
+    with pytest.raises(CheckpointError, match=r"must contain model\.safetensors"):
         load_hf(tmp_path, toy().state_dict(), Renames())
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(CheckpointError, match="with an object weight_map"):
+    with pytest.raises(CheckpointError, match="with the object weight_map"):
         load_hf(tmp_path, toy().state_dict(), Renames())
     index.unlink()
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors must be a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors must be a complete safetensors file"):
         load_hf(tmp_path, toy().state_dict(), Renames())
 
 
@@ -191,23 +191,23 @@ def checkpoint(folder, config=None, **settings):
     return folder / "checkpoint" / "step-4"
 
 
-def test_a_checkpoint_is_exported_without_the_model(tmp_path, capsys):
+def test_a_checkpoint_is_exported_without_building_the_model(tmp_path, capsys):
     export_hf(checkpoint(tmp_path), tmp_path / "hf", adapter=Renames())
     model = toy(seed=2)
     load_hf(tmp_path / "hf", model.state_dict(), Renames())
     assert_equal(model, toy())
-    with pytest.raises(CheckpointError, match="saved without a config"):
+    with pytest.raises(CheckpointError, match="must contain a config with the model's adapter, got none"):
         export_hf(checkpoint(tmp_path / "b"), tmp_path / "other")
 
 
-def test_the_last_save_writes_the_weights_for_hugging_face_too(tmp_path):
+def test_the_last_save_exports_the_weights_for_hugging_face(tmp_path):
     checkpoint(tmp_path, Run.Config(), last_save_in_hf=True, export_dtype="bfloat16")
     model = toy(seed=2)
     load_hf(tmp_path / "checkpoint" / "step-4-hf", model.state_dict(), Renames())
     assert torch.equal(model.a, toy().a.bfloat16().float())
 
 
-def test_a_run_that_is_asked_to_stop_is_saved_and_exported_only_on_request(tmp_path):
+def test_a_stopped_run_is_exported_only_with_export_when_stopped(tmp_path):
     for name, settings in {"plain": {}, "asked": {"export_when_stopped": True}}.items():
         config = Checkpointer.Config(last_save_in_hf=True, **settings)
         checkpointer = config.build(dump_folder=tmp_path / name, config=Run.Config())
@@ -217,7 +217,7 @@ def test_a_run_that_is_asked_to_stop_is_saved_and_exported_only_on_request(tmp_p
         assert (tmp_path / name / "checkpoint" / "step-4-hf").exists() == (name == "asked")
 
 
-def test_a_run_begins_with_hugging_face_weights(tmp_path):
+def test_a_run_is_initialized_from_hugging_face_weights(tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
     settings = Checkpointer.Config(initial_load_path=tmp_path / "hf", initial_load_in_hf=True)
     model = toy(seed=2)
@@ -225,7 +225,7 @@ def test_a_run_begins_with_hugging_face_weights(tmp_path):
     assert_equal(model, toy())
 
 
-def test_the_tokenizer_that_came_with_the_weights_goes_with_them(tmp_path):
+def test_an_export_contains_the_tokenizer_of_the_initial_weights(tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
     settings = {"initial_load_path": tmp_path / "hf", "initial_load_in_hf": True, "last_save_in_hf": True}
     checkpoint(tmp_path / "without", Run.Config(), **settings)
@@ -235,7 +235,7 @@ def test_the_tokenizer_that_came_with_the_weights_goes_with_them(tmp_path):
     assert (tmp_path / "run" / "checkpoint" / "step-4-hf" / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_checkpoint_of_another_model_says_which_settings_differ(tmp_path):
+def test_the_error_for_a_checkpoint_of_another_model_lists_different_settings(tmp_path):
     checkpoint(tmp_path, Run.Config())
     other = Run.Config(model=Toy.Config(dim=8))
     checkpointer = Checkpointer.Config().build(dump_folder=tmp_path, config=other)
@@ -244,18 +244,18 @@ def test_a_checkpoint_of_another_model_says_which_settings_differ(tmp_path):
     assert "model.first.weight (saved [5, 6], here [5, 8])" in str(error.value)
 
 
-def test_the_command_line_lists_verifies_and_tells_damage(tmp_path, capsys):
+def test_the_command_line_lists_verifies_and_reports_damage(tmp_path, capsys):
     path = checkpoint(tmp_path)
     assert main(["list", str(tmp_path / "checkpoint")]) == 0
     assert main(["verify", str(path)]) == 0
-    assert "step-4 is whole" in capsys.readouterr().out
+    assert "step-4 is valid" in capsys.readouterr().out
     (path / "state.json").write_text("")
     assert main(["verify", str(path)]) == 1
     assert main(["export-hf", str(path), str(tmp_path / "hf")]) == 1
     assert "state.json" in capsys.readouterr().err
 
 
-def test_sharded_models_go_out_and_come_in_each_rank_its_part(run_ranks, tmp_path):
+def test_sharded_models_are_exported_and_imported(run_ranks, tmp_path):
     def work(folder):
         model = toy()
         mesh = init_device_mesh("cpu", (2,))
@@ -277,7 +277,7 @@ def test_sharded_models_go_out_and_come_in_each_rank_its_part(run_ranks, tmp_pat
 
 
 class LlamaNames:
-    """transformers' own names, but for a prefix: what an adapter of a model without transformers looks like."""
+    """An adapter for a model without transformers: the names of transformers with a prefix."""
 
     def __init__(self, names, config):
         self.names = names
@@ -293,7 +293,7 @@ class LlamaNames:
         return self.config
 
 
-def test_transformers_loads_an_export_and_gives_the_same_logits(tmp_path):
+def test_transformers_loads_an_export_and_returns_the_same_logits(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     config = transformers.LlamaConfig(
@@ -318,7 +318,7 @@ def test_transformers_loads_an_export_and_gives_the_same_logits(tmp_path):
 
 
 class Stack(Configurable, nn.Module):
-    """Four matrices as one weight, which are a tensor each to Hugging Face."""
+    """A weight of four stacked matrices, each of which is a tensor in Hugging Face files."""
 
     class Config(Configurable.Config):
         pass
@@ -341,7 +341,7 @@ class Stack(Configurable, nn.Module):
         return {"model_type": "stack"}
 
 
-def test_matrices_of_a_stack_are_read_by_the_ranks_that_hold_them(run_ranks, tmp_path, monkeypatch):
+def test_each_rank_reads_only_its_matrices_of_a_stacked_weight(run_ranks, tmp_path, monkeypatch):
     def work(folder):
         model = fully_shard(Stack(), mesh=init_device_mesh("cpu", (2,)))
         save_hf(model.state_dict(), Stack(), folder / "hf", max_file_bytes=120)
@@ -362,7 +362,7 @@ def test_matrices_of_a_stack_are_read_by_the_ranks_that_hold_them(run_ranks, tmp
     assert weights == same == {name: tensor.tolist() for name, tensor in Stack().state_dict().items()}
 
 
-def test_stages_of_a_model_read_their_own(run_ranks, tmp_path):
+def test_pipeline_stages_read_only_their_weights(run_ranks, tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf")
 
     def work(folder, names):
@@ -386,12 +386,12 @@ def test_stages_of_a_model_read_their_own(run_ranks, tmp_path):
     before = {name: tensor.tolist() for name, tensor in toy(seed=2).state_dict().items()}
     assert first == {name: (loaded if "weight" in name else before)[name] for name in loaded}
     assert second == {name: (before if "weight" in name else loaded)[name] for name in loaded}
-    with pytest.raises(RuntimeError, match="must be a bijection: b are missing"):
+    with pytest.raises(RuntimeError, match="must map each weight of the model exactly once, got b missing"):
         run_ranks(2, work, tmp_path, [["first.weight", "second.weight"], ["a"]])
 
 
 class Quantized(Renames):
-    """Its `first.weight` is computed, and may be rounded; `a` keeps its dtype."""
+    """An adapter whose `first.weight` is dequantized and may be rounded, and whose `a` keeps its dtype."""
 
     def mappings(self):
         halved = Made([("first.weight", None)], ["hf.first"], None, lambda theirs: [theirs[0].float() / 3], True)
@@ -399,7 +399,7 @@ class Quantized(Renames):
         return [halved, Renamed("second.weight", "hf.second"), kept, Renamed("b", "hf.b")]
 
 
-def test_numbers_that_were_quantized_are_rounded_to_the_models_dtype(tmp_path):
+def test_dequantized_weights_are_rounded_to_the_dtype_of_the_model(tmp_path):
     stored = {"hf.first": torch.randint(100, (5, 6)).to(torch.uint8)}
     stored |= {"hf.second": torch.rand(6, 5).bfloat16(), "hf.a": torch.rand(3, 2).bfloat16()}
     stored |= {"hf.b": torch.rand(3, 2).bfloat16()}
@@ -410,7 +410,7 @@ def test_numbers_that_were_quantized_are_rounded_to_the_models_dtype(tmp_path):
         assert torch.equal(model.first.weight, (stored["hf.first"].float() / 3).to(dtype))
 
 
-def test_what_keeps_its_dtype_is_not_rounded_on_the_way_out(tmp_path):
+def test_weights_with_keeps_dtype_are_not_rounded_by_an_export(tmp_path):
     class Keeps(Renames):
         def mappings(self):
             names = {"first.weight": False, "second.weight": False, "a": True, "b": False}
@@ -427,7 +427,7 @@ def test_what_keeps_its_dtype_is_not_rounded_on_the_way_out(tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, monkeypatch):
+def test_an_export_contains_the_tokenizer_and_the_eos_tokens(tmp_path, monkeypatch):
     class Ends(Renames):
         def hf_config(self):
             return {"model_type": "toy", "bos_token_id": None, "eos_token_id": 7, "pad_token_id": None}
@@ -440,7 +440,7 @@ def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, mo
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "hf" / "merges.txt").is_file()
     assert not (tmp_path / "hf" / "README.md").exists()
-    with pytest.raises(CheckpointError, match="must hold a tokenizer, got none"):
+    with pytest.raises(CheckpointError, match="must contain a tokenizer, got none"):
         save_hf(toy().state_dict(), Ends(), tmp_path / "other", tokenizer=tmp_path)
     path = checkpoint(tmp_path / "run", Run.Config())
     monkeypatch.setattr(
@@ -450,7 +450,7 @@ def test_an_export_has_the_tokenizer_and_the_tokens_that_end_a_text(tmp_path, mo
     assert (tmp_path / "by-command" / "tokenizer.json").is_file()
 
 
-def whole_folder(tmp_path):
+def complete_folder(tmp_path):
     save_hf(toy().state_dict(), Renames(), tmp_path / "hf", max_file_bytes=120)
     return tmp_path / "hf"
 
@@ -478,14 +478,14 @@ def cut(path, size):
             lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(),
             "00003-of-00003.safetensors must be a",
         ),
-        (lambda folder: cut(folder / "model.safetensors.index.json", -9), "with an object weight_map"),
+        (lambda folder: cut(folder / "model.safetensors.index.json", -9), "with the object weight_map"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
-            "with an object weight_map",
+            "with the object weight_map",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
-            "name safetensors files",
+            "must contain file names, got none",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
@@ -493,14 +493,14 @@ def cut(path, size):
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"hf.first": null}}'),
-            "names of files alone",
+            "must contain only file names",
         ),
         (lambda folder: cut(folder / "config.json", 5), "config.json must be a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "config.json must be a JSON object, got a list"),
     ],
 )
-def test_a_folder_that_is_not_whole_says_what_is_not(tmp_path, damage, message):
-    folder = whole_folder(tmp_path)
+def test_damage_of_a_weight_folder_is_reported(tmp_path, damage, message):
+    folder = complete_folder(tmp_path)
     damage(folder)
     model = toy(seed=2)
     with pytest.raises(CheckpointError, match=message):
@@ -508,12 +508,12 @@ def test_a_folder_that_is_not_whole_says_what_is_not(tmp_path, damage, message):
     assert_equal(model, toy(seed=2))
 
 
-def test_an_index_and_its_files_agree(tmp_path):
-    folder = whole_folder(tmp_path)
+def test_an_index_that_disagrees_with_its_files_is_rejected(tmp_path):
+    folder = complete_folder(tmp_path)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     moved = {**index["weight_map"], "hf.both": index["weight_map"]["hf.first"]}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(CheckpointError, match=r"lacks hf\.both and repeats none of other files"):
+    with pytest.raises(CheckpointError, match=r"got hf\.both missing and none duplicated"):
         load_hf(folder, toy().state_dict(), Renames())
     fewer = {key: name for key, name in index["weight_map"].items() if key != "hf.both"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": fewer}))
@@ -521,22 +521,22 @@ def test_an_index_and_its_files_agree(tmp_path):
         load_hf(folder, toy().state_dict(), Renames())
     (folder / "model.safetensors.index.json").unlink()
     (folder / "again.safetensors").write_bytes((folder / index["weight_map"]["hf.both"]).read_bytes())
-    with pytest.raises(CheckpointError, match=r"repeats hf\.both of other files"):
+    with pytest.raises(CheckpointError, match=r"got none missing and hf\.both duplicated"):
         load_hf(folder, toy().state_dict(), Renames())
 
 
-def test_the_adapter_sees_the_config_before_a_weight_is_touched(tmp_path):
+def test_the_adapter_can_reject_the_config_before_any_weight_changes(tmp_path):
     class Refuses(Renames):
         def find(self, stored, config):
-            raise ValueError(f"Got {config['model_type']}, of {len(stored)} tensors.")
+            raise ValueError(f"must fit, got {config['model_type']} with {len(stored)} tensors.")
 
     model = toy(seed=2)
-    with pytest.raises(CheckpointError, match="Got toy, of 3 tensors"):
-        load_hf(whole_folder(tmp_path), model.state_dict(), Refuses())
+    with pytest.raises(CheckpointError, match="got toy with 3 tensors"):
+        load_hf(complete_folder(tmp_path), model.state_dict(), Refuses())
     assert_equal(model, toy(seed=2))
 
 
-def test_a_file_in_a_type_that_torch_has_not_is_refused(tmp_path):
+def test_a_file_with_a_dtype_that_torch_lacks_is_rejected(tmp_path):
     header = b'{"hf.first": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face weights as people have them: one set is read, what is odd is one error."""
+"""Hugging Face weight folders as found in practice: one set of weights is read, anything invalid is one error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("a", "b", "c")
 
 
 class Names:
-    """Each weight under its own name."""
+    """Maps each weight to a tensor of the same name."""
 
     def mappings(self):
         return [Renamed(name, name) for name in NAMES]
@@ -51,7 +51,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\n
 
 
 def folder_with(tmp_path, *others):
-    """An index and three shards, and `others`: files with weights of another value."""
+    """Create an index with three shards, and the files `others` with weights of another value."""
     folder = tmp_path / "hf"
     save_hf(Toy().state_dict(), Names(), folder, max_file_bytes=24)
     for name in others:
@@ -68,20 +68,20 @@ def loaded(path):
     return [parameter[0, 0].item() for parameter in model.parameters()]
 
 
-def refused(path, match):
+def assert_rejected(path, match):
     model = Toy()
     with pytest.raises(CheckpointError, match=match) as error:
         load_hf(path, model.state_dict(), Names())
-    assert [parameter[0, 0].item() for parameter in model.parameters()] == [0, 1, 2], "nothing is touched"
+    assert [parameter[0, 0].item() for parameter in model.parameters()] == [0, 1, 2], "nothing changes"
     return str(error.value)
 
 
-def test_two_sets_of_weights_are_refused_unless_one_is_named(tmp_path):
+def test_two_sets_of_weights_are_rejected_unless_one_is_selected(tmp_path):
     folder = folder_with(tmp_path, "model.safetensors")
-    message = refused(
-        folder, r"must hold one set of weights, got model\.safetensors\.index\.json and model\.safetensors"
+    message = assert_rejected(
+        folder, r"must contain one set of weights, got model\.safetensors\.index\.json and model\.safetensors"
     )
-    assert f"give {folder}/model.safetensors.index.json or {folder}/model.safetensors instead" in message
+    assert f"pass {folder}/model.safetensors.index.json or {folder}/model.safetensors instead" in message
     assert loaded(folder / "model.safetensors") == [7, 7, 7]
     assert loaded(folder / "model.safetensors.index.json") == [0, 1, 2]
     settings = Checkpointer.Config(initial_load_path=folder / "model.safetensors", initial_load_in_hf=True)
@@ -102,8 +102,8 @@ def test_two_sets_of_weights_are_refused_unless_one_is_named(tmp_path):
     ],
 )
 @pytest.mark.parametrize("single", [False, True])
-def test_other_layouts_and_stale_shards_are_no_second_set(tmp_path, beside, single, caplog):
-    """What transformers takes is taken; the stale shard of another set is told, or refused where no index decides."""
+def test_other_layouts_and_stale_shards_are_not_a_second_set(tmp_path, beside, single, caplog):
+    """The weights that transformers loads are loaded; a stale shard is a warning, or an error without an index."""
     folder = folder_with(tmp_path, *beside)
     (folder / "pytorch_model.bin").write_bytes(b"not read")
     stale = "00004" in beside[0]
@@ -112,10 +112,12 @@ def test_other_layouts_and_stale_shards_are_no_second_set(tmp_path, beside, sing
             path.unlink()
         save_file({name: torch.full((2, 3), 5.0) for name in NAMES}, folder / "model.safetensors")
     if single and stale:
-        refused(folder, r"must hold all files model-\*-of-00004\.safetensors, got model-00003-of-00004\.safetensors")
+        assert_rejected(
+            folder, r"must contain all files model-\*-of-00004\.safetensors, got model-00003-of-00004\.safetensors"
+        )
     else:
         assert loaded(folder) == ([5, 5, 5] if single else [0, 1, 2])
-        assert ("does not name model-00003-of-00004.safetensors" in caplog.text) == stale
+        assert ("Ignoring model-00003-of-00004.safetensors, which" in caplog.text) == stale
 
 
 @pytest.mark.parametrize(
@@ -128,13 +130,13 @@ def test_other_layouts_and_stale_shards_are_no_second_set(tmp_path, beside, sing
         (["adapter_model.safetensors"], r"index\.json and adapter_model\.safetensors"),
     ],
 )
-def test_whole_sets_of_other_names_are_second_ones(tmp_path, others, both):
-    refused(folder_with(tmp_path, *others), f"must hold one set of weights, got model.safetensors.{both}")
+def test_complete_sets_of_other_names_are_a_second_set(tmp_path, others, both):
+    assert_rejected(folder_with(tmp_path, *others), f"must contain one set of weights, got model.safetensors.{both}")
 
 
-def test_transformers_takes_the_other_set_of_two(tmp_path):
-    """Why they are refused: this package took the index, transformers takes the single file."""
-    transformers = pytest.importorskip("transformers", reason="the judge of this test")
+def test_transformers_loads_the_other_of_two_sets(tmp_path):
+    """The reason to reject two sets: an index would select one, while transformers loads the single file."""
+    transformers = pytest.importorskip("transformers", reason="the reference of this test")
     config = transformers.LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
     )
@@ -157,8 +159,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("config.json", DEEP, "config.json must be a JSON object, got RecursionError"),
         ("config.json", f'{{"a": {DEEP}}}', "config.json must be a JSON object, got RecursionError"),
         ("config.json", '{"vocab_size": ' + "9" * 5000 + "}", "config.json must be a JSON object, got ValueError"),
-        ("config.json", '{"model_type": "toy", "model_type": "x"}', "the key 'model_type' is there twice"),
-        ("config.json", '{"rope": {"a": 1, "a": 1}}', "the key 'a' is there twice"),
+        ("config.json", '{"model_type": "toy", "model_type": "x"}', "the key 'model_type' is duplicated"),
+        ("config.json", '{"rope": {"a": 1, "a": 1}}', "the key 'a' is duplicated"),
         ("config.json", '{"rms_norm_eps": NaN}', "the number NaN is not finite"),
         ("config.json", '{"rope_theta": [-Infinity]}', "the number -Infinity is not finite"),
         ("config.json", '{"rope_theta": 1e999}', "the number 1e999 is not finite"),
@@ -166,24 +168,32 @@ DEEP = "[" * 100_000 + "]" * 100_000
         (
             "model.safetensors.index.json",
             DEEP,
-            "a JSON object with an object weight_map, got RecursionError",
+            "a JSON object with the object weight_map, got RecursionError",
         ),
         ("config.json", LFS, r"config\.json must be a JSON object, got a Git LFS pointer\."),
-        ("model.safetensors.index.json", LFS, r"an object weight_map, got a Git LFS pointer\."),
-        ("model.safetensors.index.json", "[1]", r"an object weight_map, got a list\."),
-        ("model.safetensors.index.json", "null", r"an object weight_map, got a NoneType\."),
-        ("model.safetensors.index.json", '{"metadata": {}}', r"an object weight_map, got none\."),
+        ("model.safetensors.index.json", LFS, r"the object weight_map, got a Git LFS pointer\."),
+        ("model.safetensors.index.json", "[1]", r"the object weight_map, got a list\."),
+        ("model.safetensors.index.json", "null", r"the object weight_map, got a NoneType\."),
+        ("model.safetensors.index.json", '{"metadata": {}}', r"the object weight_map, got none\."),
         ("model.safetensors.index.json", '{"weight_map": []}', r"got a weight_map of type list\."),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' is there twice"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' is duplicated"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "../x.safetensors"}}',
-            "files of its own folder, got '../",
+            "plain file names of its own folder, got '../",
         ),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/passwd"}}', "files of its own folder, got '/etc"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": ".."}}', "index|must be a whole"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "sub/x.safetensors"}}', "files of its own folder"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "x\\u0000"}}', "files of its own folder"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "/etc/passwd"}}',
+            "plain file names of its own folder, got '/etc",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ".."}}', r"/hf/\.\. must be a complete"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "sub/x.safetensors"}}',
+            "plain file names of its own folder",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "x\\u0000"}}', "plain file names of its own folder"),
         (
             "model.safetensors.index.json",
             '{"weight_map": {"a": "gone.safetensors"}}',
@@ -191,28 +201,28 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ),
     ],
 )
-def test_json_that_is_odd_is_one_error(tmp_path, name, text, message):
+def test_invalid_json_is_one_error(tmp_path, name, text, message):
     folder = folder_with(tmp_path)
     (folder / name).write_text(text, errors="surrogateescape")
     if name != "config.json":
         for path in folder.glob("model-*"):
             path.unlink()
-    assert len(refused(folder, message)) < 1000
+    assert len(assert_rejected(folder, message)) < 1000
 
 
-def test_a_pointer_of_git_lfs_in_the_place_of_weights_is_told(tmp_path):
+def test_a_git_lfs_pointer_instead_of_weights_is_reported(tmp_path):
     (tmp_path / "model.safetensors").write_text(LFS)
-    refused(tmp_path, r"must be a whole safetensors file, got a Git LFS pointer\. Run `git lfs pull`")
+    assert_rejected(tmp_path, r"must be a complete safetensors file, got a Git LFS pointer\. Run `git lfs pull`")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors"])
 @pytest.mark.parametrize("kind", ["folder", "fifo", "dangling link"])
-def test_files_that_are_none_are_told_and_never_waited_for(tmp_path, name, kind):
+def test_special_files_are_rejected_without_blocking(tmp_path, name, kind):
     folder = folder_with(tmp_path)
     (folder / name).unlink()
     make = {"folder": Path.mkdir, "fifo": os.mkfifo, "dangling link": lambda path: path.symlink_to("nothing")}
     make[kind](folder / name)
-    refused(folder, "must be a regular file|must be a whole")
+    assert_rejected(folder, "must be a regular file|must be a complete")
 
 
 def entry(begin, end, shape=(2,), dtype="F32"):
@@ -232,35 +242,37 @@ TWICE += b'{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
         (b"[" * 100_000, None),
     ],
 )
-def test_headers_that_do_not_fit_their_file_are_refused(tmp_path, header, length):
+def test_headers_that_do_not_fit_their_file_are_rejected(tmp_path, header, length):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     count = len(text) if length is None else length
     (tmp_path / "model.safetensors").write_bytes(count.to_bytes(8, "little") + text + bytes(8))
-    refused(tmp_path, r"model\.safetensors must be a whole safetensors file")
+    assert_rejected(tmp_path, r"model\.safetensors must be a complete safetensors file")
 
 
-def test_each_weight_is_widened_by_itself_and_none_is_rounded(tmp_path):
+def test_each_weight_is_widened_separately_and_none_is_rounded(tmp_path):
     dtypes = {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16}
     stored = {name: torch.rand(2, 3).to(dtype) for name, dtype in dtypes.items()}
     save_file(stored, tmp_path / "model.safetensors")
     model = Toy()
     load_hf(tmp_path, model.state_dict(), Names())
     assert all(torch.equal(tensor, stored[name].float()) for name, tensor in model.state_dict().items())
-    with pytest.raises(CheckpointError, match=r"2 of a type that would be rounded: b .*float32, here .*bfloat16\), c "):
+    with pytest.raises(
+        CheckpointError, match=r"2 of a dtype that would be rounded: b .*float32, here .*bfloat16\), c "
+    ):
         load_hf(tmp_path, Toy().bfloat16().state_dict(), Names())
 
 
-def test_remote_folders_are_refused(tmp_path, monkeypatch):
+def test_remote_folders_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (Path("s3://bucket/x"), Path("file:///tmp/x")):
-        with pytest.raises(CheckpointError, match="The folder to export to must be a local path, got "):
+        with pytest.raises(CheckpointError, match="The export folder must be a local path, got "):
             save_hf(Toy().state_dict(), Names(), path)
         with pytest.raises(CheckpointError, match="The folder of Hugging Face weights must be a local path, got "):
             load_hf(path, Toy().state_dict(), Names())
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_that_are_not_finite_are_told_by_name(tmp_path, caplog):
+def test_non_finite_weights_are_reported_by_name(tmp_path, caplog):
     for dtype, values in ((torch.float32, (torch.nan, 3e38)), (torch.bfloat16, (-torch.inf, 1.0))):
         state = {name: torch.ones(2, 3, dtype=dtype) for name in NAMES}
         state["b"][1, 1], state["c"][0, 0] = values
@@ -285,19 +297,19 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path):
     (tmp_path / "secret").write_text("{}")
     (folder / "tokenizer.json").symlink_to("../secret")
     with pytest.raises(
-        CheckpointError, match=r"tokenizer\.json must be a file of its own folder .* got a link to .*secret"
+        CheckpointError, match=r"tokenizer\.json must be a file in its folder .* got a link to .*secret"
     ):
         begin(tmp_path, folder)
-    with pytest.raises(CheckpointError, match="must be a file of its own folder"):
+    with pytest.raises(CheckpointError, match="must be a file in its folder"):
         save_hf(Toy().state_dict(), Names(), tmp_path / "out", tokenizer=folder)
     (folder / "tokenizer.json").unlink()
     (folder / "real.json").write_text("{}")
-    (folder / "tokenizer.json").symlink_to("real.json")  # inside it is fine
+    (folder / "tokenizer.json").symlink_to("real.json")  # a link inside the folder is allowed
     assert (begin(tmp_path, folder) / "tokenizer.json").read_text() == "{}"
 
 
-def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
-    """snapshots/REVISION/NAME is a link to blobs/HASH there, for weights as well."""
+def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
+    """In the cache, snapshots/REVISION/NAME is a link to blobs/HASH, for weights too."""
     snapshot, blobs = tmp_path / "models--a--b/snapshots/5f3e", tmp_path / "models--a--b/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -314,11 +326,11 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
         assert not (kept / "tokenizer.json").is_symlink()
     (tmp_path / "secret").write_text("{}")
     (snapshot / "vocab.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"vocab\.json must be a file of its own folder or of the hub's cache"):
+    with pytest.raises(CheckpointError, match=r"vocab\.json must be a file in its folder or in the Hugging Face cache"):
         begin(tmp_path, snapshot)
 
 
-def test_ids_come_from_the_folder_of_a_tokenizer_where_there_is_nothing_else(tmp_path):
+def test_token_ids_come_from_the_tokenizer_folder_if_there_is_no_base_model(tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 6, "content": "<end>"}]}))
@@ -334,12 +346,12 @@ def test_ids_come_from_the_folder_of_a_tokenizer_where_there_is_nothing_else(tmp
     (folder / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
     save_hf(Toy().state_dict(), Names(), tmp_path / "b", tokenizer=folder)
     assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == [6, 7]
-    base = tmp_path / "a"  # a base model knows better
+    base = tmp_path / "a"  # the base model has priority
     save_hf(Toy().state_dict(), Names(), tmp_path / "c", tokenizer=folder, base_model=base)
     assert json.loads((tmp_path / "c/config.json").read_text())["eos_token_id"] == 6
 
 
-def test_a_config_cannot_have_a_file_of_the_current_folder_executed(tmp_path, monkeypatch):
+def test_a_config_cannot_execute_a_file_of_the_current_folder(tmp_path, monkeypatch):
     """`python -m` puts the current folder first on Python's path."""
     executes = "print('EXECUTED')\nfrom titan_config import Configurable\nclass X(Configurable): pass\n"
     (tmp_path / "titan_theirs.py").write_text(executes)
@@ -362,6 +374,6 @@ def test_a_config_cannot_have_a_file_of_the_current_folder_executed(tmp_path, mo
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, ''); exec({script!r})"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1"] * 5
-    assert result.stderr.count("must name a model that has an adapter, got") == 5
+    assert result.stderr.count("must contain a model with an adapter, got") == 5
     assert "titan_ft must be an installed package" in result.stderr
     assert not (tmp_path / "out").exists()

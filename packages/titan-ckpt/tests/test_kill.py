@@ -1,4 +1,4 @@
-"""`kill -9` at any moment of a save leaves the checkpoints before it whole; the next run goes on from the newest."""
+"""`kill -9` at any point of a save leaves earlier checkpoints valid; the next run resumes from the newest."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ PUBLISHED = {("fsync", 7), ("rename", 2), ("unlink", 1), ("rmdir", 1)}
 
 
 def save_and_die(folder, function, call, async_mode):
-    """Save steps 1 and 2 in a process of its own, which kills itself at a call of `os.<function>` in the third save."""
+    """Save steps 1 and 2 in a child process that kills itself at call `call` of `os.<function>` in save 3."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -64,7 +64,7 @@ def save_and_die(folder, function, call, async_mode):
 
 @pytest.mark.parametrize("async_mode", ["async", "disabled"])
 @pytest.mark.parametrize(("function", "call"), MOMENTS)
-def test_the_newest_whole_checkpoint_is_loaded_and_leftovers_are_cleaned(tmp_path, function, call, async_mode):
+def test_the_newest_valid_checkpoint_is_loaded_after_a_kill(tmp_path, function, call, async_mode):
     assert os.WTERMSIG(save_and_die(tmp_path, function, call, async_mode)) == signal.SIGKILL
     expected = 3 if (function, call) in PUBLISHED else 2
     part = Holder({"w": torch.zeros(300_000)})
@@ -76,7 +76,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_leftovers_are_cleaned(tmp_pat
         check_whole(path)
 
 
-def test_a_save_that_is_renamed_before_its_manifest_would_be_noticed(tmp_path, monkeypatch):
+def test_this_test_detects_a_save_published_without_a_manifest(tmp_path, monkeypatch):
     checkpointer = Checkpointer.Config(interval=1).build(dump_folder=tmp_path)
     checkpointer.save(1, {"part": Holder({"w": torch.ones(3)})}, last=True)
     monkeypatch.setattr("titan_ckpt.save.save.write_manifest", lambda folder, manifest: None)

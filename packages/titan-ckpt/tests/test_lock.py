@@ -1,4 +1,4 @@
-"""Two processes never save to one folder at a time, and a dead one keeps nobody out."""
+"""Two processes never save to the same folder, and a dead process does not block it."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ def build(dump_folder, **settings):
 
 @pytest.fixture
 def fork(tmp_path):
-    """Begins another process that opens the folder, does `then`, and stays; returns its id, or None if it failed."""
+    """Start another process that opens the folder, calls `then` and stays; return its id, or None if it failed."""
     children = []
 
     def begin(then=lambda checkpointer: None):
@@ -55,14 +55,16 @@ def kill(child):
         os.waitpid(child, 0)
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, fork):
+def test_a_second_process_is_rejected_until_the_first_is_killed(tmp_path, fork):
     other = fork(lambda checkpointer: checkpointer.save(1, {"part": Weights()}, last=True))
     assert other
     before, written = sorted((tmp_path / "checkpoint").rglob("*")), (tmp_path / "checkpoint").stat().st_mtime_ns
-    with pytest.raises(CheckpointError, match=r"one process at a time, got another.*fuser .*/checkpoint/\.lock"):
+    with pytest.raises(
+        CheckpointError, match=r"one process at a time, got another process.*fuser .*/checkpoint/\.lock"
+    ):
         build(tmp_path)
     assert sorted((tmp_path / "checkpoint").rglob("*")) == before
-    assert (tmp_path / "checkpoint").stat().st_mtime_ns == written, "no file came and went"
+    assert (tmp_path / "checkpoint").stat().st_mtime_ns == written, "no temporary file was created"
     kill(other)
     assert build(tmp_path).load({"part": Weights()}) == 1
 
@@ -85,7 +87,7 @@ def test_another_folder_below_the_same_dump_folder_is_free(tmp_path, fork):
     build(tmp_path, folder="mine").close()
 
 
-def test_close_lets_others_in_and_the_same_process_is_never_refused(tmp_path, fork):
+def test_close_releases_the_lock_and_the_same_process_is_never_rejected(tmp_path, fork):
     first = build(tmp_path)
     build(tmp_path)
     assert not fork()
@@ -93,7 +95,7 @@ def test_close_lets_others_in_and_the_same_process_is_never_refused(tmp_path, fo
     assert fork()
 
 
-def test_a_child_that_outlives_the_run_keeps_nobody_out(tmp_path, fork):
+def test_a_child_that_outlives_the_run_does_not_hold_the_lock(tmp_path, fork):
     def leave_a_child(checkpointer):
         child = os.fork()
         if not child:
@@ -108,21 +110,21 @@ def test_a_child_that_outlives_the_run_keeps_nobody_out(tmp_path, fork):
         os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_used_and_the_log_says_what_that_means(tmp_path, monkeypatch, caplog, fork):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog, fork):
     def refuse(descriptor, operation):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     build(tmp_path).save(1, {"part": Weights()}, last=True)
-    assert "Nothing keeps a second run out" in caplog.text
-    assert fork(), "without the lock the second process goes on"
+    assert "against a second run" in caplog.text
+    assert fork(), "without a lock the second process is not rejected"
 
 
-@pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a fifo"])
-def test_a_lock_that_keeps_nobody_out_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["a folder", "a dangling link", "a FIFO"])
+def test_a_lock_file_that_cannot_be_locked_is_rejected(tmp_path, kind):
     lock = tmp_path / "checkpoint" / ".lock"
     lock.parent.mkdir()
-    make = {"a folder": lock.mkdir, "a link to nothing": lambda: lock.symlink_to("gone/x")}
+    make = {"a folder": lock.mkdir, "a dangling link": lambda: lock.symlink_to("gone/x")}
     make.get(kind, lambda: os.mkfifo(lock))()
     with pytest.raises(CheckpointError, match=rf"\.lock must be a regular file, got {kind}"):
         build(tmp_path)

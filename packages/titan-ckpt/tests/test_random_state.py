@@ -1,4 +1,4 @@
-"""Random generators go on where they were on the same number of ranks, and are seeded the same way on another."""
+"""Random generators continue on the same number of ranks, and are seeded deterministically on another."""
 
 import random
 
@@ -33,13 +33,13 @@ def saved(folder):
     return draw()
 
 
-def test_generators_resume(run_ranks, tmp_path):
+def test_generators_continue_after_a_resume(run_ranks, tmp_path):
     expected = run_ranks(2, saved, tmp_path)
     assert run_ranks(2, resumed, tmp_path) == expected
     assert expected[0] != expected[1]
 
 
-def test_another_number_of_ranks_draws_differently_but_the_same_every_time(run_ranks, tmp_path):
+def test_generators_on_another_number_of_ranks_are_seeded_deterministically(run_ranks, tmp_path):
     before = run_ranks(2, saved, tmp_path)
     first, second = run_ranks(1, resumed, tmp_path), run_ranks(1, resumed, tmp_path)
     assert first == second

@@ -1,4 +1,4 @@
-"""Several ranks save one checkpoint together, and any other number of ranks on any mesh loads the same bits."""
+"""Several ranks save one checkpoint, and any other number of ranks on any mesh loads it bit for bit."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ def build_model() -> nn.Module:
 
 
 def model_on(layout: str) -> nn.Module:
-    """The same odd-sized model on 1 to 4 ranks; `layout` is `plain`, `fsdp`, `hsdp`, `tp` or `fsdp_tp`."""
+    """Return the same model of odd sizes on 1 to 4 ranks; `layout` is `plain`, `fsdp`, `hsdp`, `tp` or `fsdp_tp`."""
     model, world = build_model(), dist.get_world_size()
     if layout == "plain":
         return model
@@ -53,7 +53,7 @@ def shard_fully(model, mesh):
 
 
 def full(model):
-    """The whole state as lists, which can be sent to another process."""
+    """Return the full state as lists, which can be sent to another process."""
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
     return {name: tensor.tolist() for name, tensor in state.items()}
 
@@ -84,7 +84,7 @@ def load_on(layout, folder):
 LAYOUTS = {1: ["plain", "fsdp"], 2: ["fsdp", "tp"], 4: ["fsdp", "hsdp", "tp", "fsdp_tp"]}
 
 
-def test_any_mesh_loads_what_any_other_saved_bitwise(run_ranks, tmp_path):
+def test_any_mesh_loads_the_checkpoint_of_any_other_bit_for_bit(run_ranks, tmp_path):
     def save_all(folder):
         return {layout: save_on(layout, folder) for layout in LAYOUTS[dist.get_world_size()]}
 
@@ -142,7 +142,7 @@ def message_of(action) -> str:
     return str(caught.value)
 
 
-def test_values_of_ranks_are_united_and_a_disagreement_is_an_error_on_all(run_ranks, tmp_path):
+def test_values_of_ranks_are_merged_and_a_disagreement_is_an_error_on_all(run_ranks, tmp_path):
     def work(folder):
         rank = dist.get_rank()
         checkpointer = build(folder)
@@ -162,7 +162,7 @@ def test_values_of_ranks_are_united_and_a_disagreement_is_an_error_on_all(run_ra
 
     for state, message in run_ranks(2, work, tmp_path):
         assert state["ranks"] == {"0": {"seed": 0}, "1": {"seed": 10}}
-        assert "part.deep.n = [0] on rank 0 and [1] on rank 1" in message
+        assert "part.deep.n must be equal on all ranks, got [0] on rank 0 and [1] on rank 1" in message
     assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*") if "saving" not in path.name) == [
         "step-1",
         "step-2",
@@ -190,7 +190,7 @@ def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_published(run_r
         return bad_state, bad_write, missing
 
     for bad_state, bad_write, missing in run_ranks(2, work, tmp_path):
-        assert "part.a must be a tensor, number, text" in bad_state
+        assert "part.a must be a tensor, number, string" in bad_state
         assert "No space left on device" in bad_write
         assert "part.x0" in missing
         assert "part.x1" in missing
@@ -198,7 +198,7 @@ def test_a_failure_on_one_rank_is_an_error_on_all_and_nothing_is_published(run_r
     assert published == ["step-4"]
 
 
-def test_who_writes_what_is_agreed_anew_when_one_rank_holds_other_tensors(run_ranks, tmp_path):
+def test_the_write_plan_changes_when_one_rank_holds_other_tensors(run_ranks, tmp_path):
     here = {name: torch.arange(size) for name, size in {"a": 5, "b": 6, "c": 7}.items()}
     held = {1: ["ab", "ab"], 2: ["ab", "a"], 3: ["ab", "ac"], 4: ["ab", "ac"]}
     writers = {1: {"a": 0, "b": 1}, 2: {"a": 0, "b": 0}, 3: {"a": 0, "b": 0, "c": 1}, 4: {"a": 0, "b": 0, "c": 1}}
@@ -219,7 +219,7 @@ def test_who_writes_what_is_agreed_anew_when_one_rank_holds_other_tensors(run_ra
                 assert torch.equal(reader.read(f"part.{name}"), here[name]), (step, name)
 
 
-def test_ranks_whose_tensors_do_not_go_together_are_an_error(run_ranks, tmp_path):
+def test_inconsistent_tensors_of_ranks_are_an_error(run_ranks, tmp_path):
     def work(folder):
         rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
         checkpointer = build(folder)
@@ -231,11 +231,14 @@ def test_ranks_whose_tensors_do_not_go_together_are_an_error(run_ranks, tmp_path
         return dtypes, holes
 
     for dtypes, holes in run_ranks(2, work, tmp_path):
-        assert "part.w as F64 (4,) on one rank and as F32 (4,) on another" in dtypes
-        assert "part.w must fill its 4 elements exactly once, got 2" in holes
+        assert (
+            "part.w must have the same dtype and shape on all ranks, got F64 (4,) on one rank and F32 (4,) on another"
+            in dtypes
+        )
+        assert "part.w must cover its 4 elements exactly once, got 2" in holes
 
 
-def test_saving_goes_on_beside_the_collectives_of_training(run_ranks, tmp_path):
+def test_saves_do_not_interfere_with_collectives_of_training(run_ranks, tmp_path):
     def work(folder):
         checkpointer = build(folder, keep_latest_k=2)
         weights, threads = torch.ones(200_000), set()
@@ -252,7 +255,7 @@ def test_saving_goes_on_beside_the_collectives_of_training(run_ranks, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*")) == ["step-7", "step-8"]
 
 
-def test_damage_seen_by_one_rank_is_known_to_all(run_ranks, tmp_path):
+def test_damage_found_by_one_rank_is_reported_on_all(run_ranks, tmp_path):
     def save_two(folder):
         checkpointer = build(folder)
         for step in (1, 2):
@@ -277,10 +280,10 @@ def test_damage_seen_by_one_rank_is_known_to_all(run_ranks, tmp_path):
     for step, reasons, total in run_ranks(2, load, tmp_path):
         assert (step, total) == (1, 100)
         assert len(reasons) == 1
-        assert "rank-00001.safetensors has the right size but other content" in reasons[0]
+        assert "rank-00001.safetensors has the right size but changed content" in reasons[0]
 
 
-def test_shards_put_at_the_wrong_place_are_noticed_by_these_tests(run_ranks, tmp_path, monkeypatch):
+def test_these_tests_detect_shards_at_the_wrong_place(run_ranks, tmp_path, monkeypatch):
     def save(folder):
         save_on("fsdp", folder)
 
@@ -296,7 +299,7 @@ def test_shards_put_at_the_wrong_place_are_noticed_by_these_tests(run_ranks, tmp
 
 
 def tensors_of_half() -> dict[str, torch.Tensor]:
-    """On two ranks of four: a weight of this half alone, and two (one a DTensor) that the other half has too."""
+    """On two ranks of four: a weight of this half only, and three that the other half holds too."""
     half, meshes = dist.get_rank() // 2, init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "dp"))
     shared, own = torch.arange(15.0).view(5, 3), torch.arange(7.0) + half
     return {
@@ -318,7 +321,7 @@ class Tensors:
         self.tensors = state
 
 
-def test_what_two_meshes_hold_both_is_written_once_and_loaded_by_both(run_ranks, tmp_path):
+def test_tensors_on_two_meshes_are_written_once_and_loaded_by_both(run_ranks, tmp_path):
     def save_and_load():
         saved = tensors_of_half()
         part = Tensors(saved)
@@ -338,11 +341,11 @@ def test_what_two_meshes_hold_both_is_written_once_and_loaded_by_both(run_ranks,
         names = {name.removeprefix("weights.") for name in reader.index if name.startswith("weights.")}
         assert names == {"shared", "copied", "plain", "own0", "own1"}
         assert torch.equal(reader.read("weights.shared"), torch.arange(15.0).view(5, 3))
-        assert len(reader.index["weights.shared"].chunks) == 2  # one of each rank of one mesh
+        assert len(reader.index["weights.shared"].chunks) == 2  # one for each rank of one mesh
         assert len(reader.index["weights.copied"].chunks) == len(reader.index["weights.plain"].chunks) == 1
 
 
-def test_a_step_that_is_none_on_one_rank_is_an_error_on_all(run_ranks, tmp_path):
+def test_an_invalid_step_on_one_rank_is_an_error_on_all(run_ranks, tmp_path):
     def work(folder):
         checkpointer = Checkpointer.Config(interval=1).build(dump_folder=folder)
         with pytest.raises(CheckpointError, match=r"step must be an integer from 0 to 9+, got 2\.0") as refused:

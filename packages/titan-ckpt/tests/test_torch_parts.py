@@ -1,4 +1,4 @@
-"""What a loop of plain torch has is a part as it is: optimizers, schedulers, scalers, wrapped and tied models."""
+"""Objects of a plain PyTorch loop are parts: optimizers, schedulers, gradient scalers, wrapped and tied models."""
 
 import random
 from contextlib import closing
@@ -45,7 +45,7 @@ OPTIMIZERS = {
 
 
 class Loop:
-    """A loop of plain torch; `steps` trains on, each step on data of its own."""
+    """A plain PyTorch training loop; `steps` continues training, with different data in each step."""
 
     def __init__(self, build_optimizer, model):
         self.model = model
@@ -95,16 +95,16 @@ def tensors_in(value):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_loop_of_plain_torch_goes_on_as_if_it_had_not_stopped(tmp_path, name):
+def test_a_resumed_plain_torch_loop_equals_an_uninterrupted_one(tmp_path, name):
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(2, Loop(OPTIMIZERS[name], build_model()).steps(1, 2).parts)
-        resumed = Loop(OPTIMIZERS[name], build_model())  # whose optimizer has not made a step
+        resumed = Loop(OPTIMIZERS[name], build_model())  # its optimizer has no state yet
         assert checkpointer.load(resumed.parts) == 2
     straight = Loop(OPTIMIZERS[name], build_model()).steps(1, 4)
     assert_equal(state_of(resumed.steps(3, 4)), state_of(straight))
 
 
-def test_an_optimizer_with_other_groups_is_refused_before_a_weight_is_touched(tmp_path):
+def test_an_optimizer_with_other_groups_is_rejected_before_any_weight_changes(tmp_path):
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(2, Loop(OPTIMIZERS["SGD"], build_model()).steps(1, 2).parts)
         other = Loop(lambda model: torch.optim.SGD(model.parameters(), lr=1e-2), build_model())
@@ -114,7 +114,7 @@ def test_an_optimizer_with_other_groups_is_refused_before_a_weight_is_touched(tm
     assert torch.equal(other.model[0].weight, before)
 
 
-def test_the_state_of_an_optimizer_follows_the_names_of_parameters(tmp_path):
+def test_optimizer_state_follows_the_names_of_parameters(tmp_path):
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(1, Loop(OPTIMIZERS["SGD with momentum"], build_model()).steps(1, 1).parts)
         with TensorReader(tmp_path / "checkpoint" / "step-1") as reader:
@@ -199,7 +199,7 @@ def test_wrapped_models_and_their_optimizers_load_each_others_checkpoints(run_ra
             assert loaded == saved
 
 
-def test_a_wrapped_model_begins_with_the_weights_of_another_run(run_ranks, tmp_path):
+def test_a_wrapped_model_is_initialized_from_another_run(run_ranks, tmp_path):
     with closing(build(tmp_path / "old")) as checkpointer:
         checkpointer.save(1, {"model": build_model()})
 
@@ -227,7 +227,7 @@ class Holder:
         self.state = state
 
 
-def test_states_of_loaders_and_generators_come_back_as_they_were(tmp_path):
+def test_states_of_loaders_and_generators_are_restored_exactly(tmp_path):
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -300,7 +300,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("saved", KINDS)
-def test_the_state_of_another_optimizer_is_refused_before_a_weight_is_touched(tmp_path, saved):
+def test_the_state_of_another_optimizer_is_rejected_before_any_weight_changes(tmp_path, saved):
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(1, Loop(KINDS[saved], build_model()).steps(1, 1).parts)
         for kind in KINDS.keys() - {saved}:
@@ -311,9 +311,9 @@ def test_the_state_of_another_optimizer_is_refused_before_a_weight_is_touched(tm
             assert_equal(state_of(other), before)
 
 
-def test_another_part_in_the_place_of_an_optimizer_is_refused(tmp_path):
+def test_a_part_that_is_not_an_optimizer_is_rejected_for_an_optimizer(tmp_path):
     model = build_model()
     with closing(build(tmp_path)) as checkpointer:
         checkpointer.save(1, {"model": model, "optimizer": Holder({"lr": 0.1})})
-        with pytest.raises(CheckpointError, match=r"for a AdamW must be that of a torch optimizer, got .* keys lr\."):
+        with pytest.raises(CheckpointError, match=r"for AdamW must be that of a torch optimizer, got .* keys lr\."):
             checkpointer.load({"model": model, "optimizer": torch.optim.AdamW(model.parameters())})

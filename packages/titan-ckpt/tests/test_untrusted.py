@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself is checked: a wrong one is passed over in one line, and never loaded."""
+"""The metadata of a checkpoint is verified: an invalid checkpoint is skipped with a one-line reason, never loaded."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def checkpoints(tmp_path):
 
 
 def seal(folder, change=lambda content: None):
-    """Make the manifest agree with the files as they are now, and with its own checksum."""
+    """Update the manifest to match the files, and its own checksum."""
     stored = json.loads((folder / "manifest.json").read_text())
     content = stored["content"]
     for name in content["files"]:
@@ -65,7 +65,7 @@ def edit(folder, name, change):
 
 
 def load(folder):
-    """The step loaded, the weights then, and why checkpoints were passed over; the name is free afterwards."""
+    """Return the loaded step, the weights, and the reasons of skipped checkpoints; release the lock."""
     with closing(Checkpointer.Config(interval=1).build(dump_folder=folder.parent)) as checkpointer:
         target = parts(0)
         step = checkpointer.load(target)
@@ -84,23 +84,29 @@ INDEX_EDITS = {
         r"differ in model\.w@0,0",
     ),
     "another type": (lambda index: index[W].update(dtype="I32"), r"differ in model\.w@0,0"),
-    "an unknown type": (lambda index: index[W].update(dtype="X9"), "of the type 'X9'"),
+    "an unknown type": (lambda index: index[W].update(dtype="X9"), "unknown dtype 'X9'"),
     "no tensor": (lambda index: index.pop(B), r"differ in model\.b@0"),
-    "a file not listed": (lambda index: index[W]["chunks"][0].update(file="other.safetensors"), "is not listed"),
-    "a file elsewhere": (lambda index: index[W]["chunks"][0].update(file="../step-1/" + TENSORS), "plain file name"),
+    "a file not listed": (
+        lambda index: index[W]["chunks"][0].update(file="other.safetensors"),
+        "other.safetensors is in tensors.json but not in the manifest",
+    ),
+    "a file in another folder": (
+        lambda index: index[W]["chunks"][0].update(file="../step-1/" + TENSORS),
+        "plain file name",
+    ),
     "text": (lambda index: index.update({W: "text"}), r"model\.w must be an object, got 'text'"),
     "a flag": (lambda index: index[B].update(shape=[True]), "must be an integer.*got True"),
     "64 dims": (
         lambda index: index[W].update(
             shape=[2] * 64, chunks=[{"offsets": [0] * 64, "sizes": [1] * 64, "file": TENSORS}]
         ),
-        "cut along 64 dims",
+        "split along 64 dims",
     ),
 }
 
 
 @pytest.mark.parametrize("name", INDEX_EDITS)
-def test_an_index_that_contradicts_itself_or_the_files_is_passed_over(checkpoints, name):
+def test_an_inconsistent_index_is_skipped(checkpoints, name):
     change, reason = INDEX_EDITS[name]
     edit(checkpoints / "step-2", "tensors.json", change)
     with pytest.raises(BrokenCheckpoint, match=reason) as caught:
@@ -111,18 +117,18 @@ def test_an_index_that_contradicts_itself_or_the_files_is_passed_over(checkpoint
 
 
 VALUES_EDITS = {
-    "NaN": (lambda values: values["trainer"].update(step=float("nan")), "trainer is at step nan"),
-    "negative": (lambda values: values["trainer"].update(step=-3), "trainer is at step -3"),
-    "a flag": (lambda values: values["trainer"].update(step=True), "trainer is at step True"),
-    "none": (lambda values: values["trainer"].clear(), "trainer is at step None"),
-    "no part": (lambda values: values.pop("trainer"), "trainer is at step None"),
+    "NaN": (lambda values: values["trainer"].update(step=float("nan")), "trainer must be at step 2, got step nan"),
+    "negative": (lambda values: values["trainer"].update(step=-3), "trainer must be at step 2, got step -3"),
+    "a flag": (lambda values: values["trainer"].update(step=True), "trainer must be at step 2, got step True"),
+    "none": (lambda values: values["trainer"].clear(), "trainer must be at step 2, got step None"),
+    "no part": (lambda values: values.pop("trainer"), "trainer must be at step 2, got step None"),
     "a list": (lambda values: values.update(trainer=[2]), r"'trainer' must be an object, got \[2\]"),
     "no array": (lambda values: values.update(other={"a": {"__array__": 1}}), "state.json cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", VALUES_EDITS)
-def test_values_that_contradict_the_step_are_passed_over(checkpoints, name):
+def test_values_that_contradict_the_step_are_skipped(checkpoints, name):
     change, reason = VALUES_EDITS[name]
     edit(checkpoints / "step-2", "state.json", change)
     with pytest.raises(BrokenCheckpoint, match=reason):
@@ -130,16 +136,16 @@ def test_values_that_contradict_the_step_are_passed_over(checkpoints, name):
     assert load(checkpoints)[:2] == (1, [1.0])
 
 
-def test_values_with_a_key_twice_are_passed_over(checkpoints):
+def test_values_with_a_duplicate_key_are_skipped(checkpoints):
     path = checkpoints / "step-2" / "state.json"
     path.write_text(path.read_text().replace('"trainer":', '"trainer": {"step": 7}, "trainer":'))
     seal(path.parent)
-    with pytest.raises(BrokenCheckpoint, match=r"state\.json cannot be read: the key 'trainer' is there twice"):
+    with pytest.raises(BrokenCheckpoint, match=r"state\.json cannot be read: the key 'trainer' is duplicated"):
         check_whole(path.parent)
     assert load(checkpoints)[:2] == (1, [1.0])
 
 
-def test_a_number_of_the_manifest_that_no_float_holds_is_told(checkpoints):
+def test_a_number_in_the_manifest_that_overflows_is_reported(checkpoints):
     path = checkpoints / "step-2" / "manifest.json"
     path.write_text(path.read_text().replace('"step": 2', '"step": 1e999'))
     with pytest.raises(BrokenCheckpoint, match=r"manifest\.json cannot be read: the number 1e999 is not finite"):
@@ -149,14 +155,17 @@ def test_a_number_of_the_manifest_that_no_float_holds_is_told(checkpoints):
 MANIFEST_EDITS = {
     "step NaN": (lambda content: content.update(step=float("nan")), "the number NaN is not finite"),
     "step -3": (lambda content: content.update(step=-3), "step must be an integer from 0"),
-    "another step": (lambda content: content.update(step=7), "that of step 7"),
+    "another step": (lambda content: content.update(step=7), "is of step 7"),
     "no ranks": (lambda content: content.update(world_size=0), "world_size must be an integer from 1"),
     "a size of -1": (lambda content: content["files"][TENSORS].update(size=-1), "must be an integer from 0"),
     "no checksum": (lambda content: content["files"][TENSORS].pop("xxh3"), "must have the keys"),
     "no step": (lambda content: content.pop("step"), "must have the keys"),
     "files in a list": (lambda content: content.update(files=[]), r"files must be an object, got \[\]"),
     "no record of the values": (lambda content: content["files"].pop("state.json"), "does not list state.json"),
-    "no record of the tensors": (lambda content: content["files"].pop(TENSORS), f"{TENSORS} is not listed"),
+    "no record of the tensors": (
+        lambda content: content["files"].pop(TENSORS),
+        f"{TENSORS} is in tensors.json but not in the manifest",
+    ),
     "a file above": (lambda content: content["files"].update({"../x": {}}), "must be a plain file name, got '../x'"),
     "a file at the root": (lambda content: content["files"].update({"/etc/x": {}}), "must be a plain file name"),
     "format 0": (lambda content: content.update(format=0), "format must be an integer from 1"),
@@ -164,7 +173,7 @@ MANIFEST_EDITS = {
 
 
 @pytest.mark.parametrize("name", MANIFEST_EDITS)
-def test_a_manifest_that_is_not_of_its_form_is_passed_over(checkpoints, name):
+def test_an_invalid_manifest_is_skipped(checkpoints, name):
     change, reason = MANIFEST_EDITS[name]
     seal(checkpoints / "step-2", change)
     with pytest.raises(BrokenCheckpoint, match=reason):
@@ -172,31 +181,31 @@ def test_a_manifest_that_is_not_of_its_form_is_passed_over(checkpoints, name):
     assert load(checkpoints)[:2] == (1, [1.0])
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(checkpoints, capsys):
+def test_a_checkpoint_under_the_name_of_another_step_is_skipped(checkpoints, capsys):
     shutil.copytree(checkpoints / "step-1", checkpoints / "step-9")
     assert main(["list", str(checkpoints)]) == 0
-    assert "step-9  broken: manifest.json is that of step 1" in capsys.readouterr().out
-    assert load(checkpoints) == (2, [2.0], ["manifest.json is that of step 1"])
+    assert "step-9  broken: manifest.json is of step 1, not of the step in the folder name" in capsys.readouterr().out
+    assert load(checkpoints) == (2, [2.0], ["manifest.json is of step 1, not of the step in the folder name"])
 
 
 @pytest.mark.parametrize("with_new_layout", [False, True])
-def test_a_newer_format_stops_the_run_and_nothing_is_moved(checkpoints, with_new_layout):
+def test_a_newer_format_stops_the_run_and_nothing_is_renamed(checkpoints, with_new_layout):
     if with_new_layout:
         (checkpoints / "step-2" / "manifest.json").write_text('{"format": 2}')
     else:
         seal(checkpoints / "step-2", lambda content: content.update(format=2, more={}))
     before = sorted(path.name for path in checkpoints.iterdir())
-    with pytest.raises(CheckpointError, match=r"step-2 must be of a format that is known.*format is 2.*Update"):
+    with pytest.raises(CheckpointError, match=r"step-2 cannot be read: its format must be 1 .*, got 2\. Update"):
         load(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == before
 
 
 def test_a_newer_format_stops_a_run_with_load_step_too(checkpoints):
-    """It may have gone back to that step already: what it saved since is not set aside."""
+    """The run may have gone back already, and its later checkpoints must not be set aside."""
     seal(checkpoints / "step-2", lambda content: content.update(format=2, load_step=1))
     before = sorted(path.name for path in checkpoints.iterdir())
     checkpointer = Checkpointer.Config(load_step=1).build(dump_folder=checkpoints.parent)
-    message = r"step-2 must be of a format that is known.*format is 2.*Update"
+    message = r"step-2 cannot be read: its format must be 1 .*, got 2\. Update"
     with closing(checkpointer), pytest.raises(CheckpointError, match=message):
         checkpointer.load(parts(0))
     assert sorted(path.name for path in checkpoints.iterdir()) == before
@@ -215,7 +224,7 @@ def to_fifo(path):
 def to_socket(path):
     path.unlink()
     here = os.getcwd()
-    os.chdir(path.parent)  # a socket's path has at most 108 bytes
+    os.chdir(path.parent)  # the path of a socket is limited to 108 bytes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path.name)
     os.chdir(here)
@@ -237,7 +246,7 @@ ODD = {
     "a folder": to_folder,
     "a fifo": to_fifo,
     "a socket": to_socket,
-    "zeros without end": to_link("/dev/zero"),
+    "an endless file": to_link("/dev/zero"),
     "a dangling link": to_link("nowhere"),
     "a link to itself": to_link("manifest.json"),
     "a link out of the folder": to_link(".."),
@@ -248,7 +257,7 @@ ODD = {
     "deep": to_text(b"[" * 100_000),
     "deep objects": to_text(b'{"content":' * 100_000),
     "many digits": to_text(b'{"content": ' + b"1" * 5000 + b"}"),
-    "a key twice": to_text(b'{"xxh3": "", "xxh3": "", "content": {}}'),
+    "a duplicate key": to_text(b'{"xxh3": "", "xxh3": "", "content": {}}'),
     "not text": to_text(b"\xff\xfe\x00\xd8" * 9),
     "a lone surrogate": to_text(b'{"xxh3": "", "content": {"\\ud800": 1}}'),
     "huge": lambda path: os.truncate(path, 1 << 40),
@@ -256,7 +265,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", TENSORS])
-def test_what_is_no_file_of_a_checkpoint_is_passed_over_in_one_line_on_every_rank(run_ranks, tmp_path, file):
+def test_invalid_files_are_skipped_with_one_line_on_every_rank(run_ranks, tmp_path, file):
     def load_all():
         return [(name, *load(tmp_path / name / "checkpoint")) for name in ODD]
 
@@ -274,7 +283,7 @@ def test_what_is_no_file_of_a_checkpoint_is_passed_over_in_one_line_on_every_ran
 
 
 def mutate(folder, choose):
-    """Change one thing of a checkpoint, with or without the checksums that say so."""
+    """Change one thing in a checkpoint, with or without updating the checksums."""
     path = folder / choose.choice(["manifest.json", "tensors.json", "state.json", "config.json", TENSORS])
     kind = choose.randrange(4)
     if kind == 0:
@@ -289,12 +298,12 @@ def mutate(folder, choose):
             data = change_somewhere(data, choose)
             path.write_text(json.dumps(data))
         if path.name != "manifest.json" or (isinstance(data, dict) and isinstance(data.get("content"), dict)):
-            with suppress(KeyError, TypeError, OSError, AttributeError):  # of a manifest that has no files
+            with suppress(KeyError, TypeError, OSError, AttributeError):  # the manifest may have no valid files
                 seal(folder)
 
 
 def change_somewhere(data, choose):
-    """`data` with one value replaced, removed or repeated, at any depth."""
+    """Return `data` with one value replaced or removed, at any depth."""
     strange = [None, -1, 2**70, float("nan"), "", "../x", [], {}, True, [[]], "\0", 0.5]
     if not isinstance(data, dict | list) or not data or choose.random() < 0.2:
         return choose.choice(strange)
@@ -307,7 +316,7 @@ def change_somewhere(data, choose):
 
 
 def load_mutated(run_ranks, tmp_path, seeds, world_size):
-    """Load checkpoints whose newest is mutated; of each seed, what happened on each rank."""
+    """Load checkpoints whose newest one is mutated; return the result of each seed on each rank."""
     checkpointer = Checkpointer.Config(interval=1, async_mode="disabled").build(dump_folder=tmp_path / "whole")
     for step in (1, 2):
         checkpointer.save(step, parts(step))
@@ -344,7 +353,7 @@ def load_mutated(run_ranks, tmp_path, seeds, world_size):
         pytest.param(2, range(130, 230), marks=pytest.mark.full),
     ],
 )
-def test_mutated_folders_are_loaded_as_they_were_or_passed_over_or_refused(run_ranks, tmp_path, world_size, seeds):
+def test_mutated_folders_are_loaded_exactly_or_skipped_or_rejected(run_ranks, tmp_path, world_size, seeds):
     skipped = 0
     for results in load_mutated(run_ranks, tmp_path, seeds, world_size):
         for seed, result in zip(seeds, results, strict=True):
@@ -361,25 +370,25 @@ def test_mutated_folders_are_loaded_as_they_were_or_passed_over_or_refused(run_r
     assert skipped > len(seeds) * world_size // 2
 
 
-def test_without_the_checks_of_contents_these_edits_would_load(checkpoints, monkeypatch):
+def test_these_edits_would_load_without_the_content_checks(checkpoints, monkeypatch):
     edit(checkpoints / "step-2", "state.json", VALUES_EDITS["NaN"][0])
-    monkeypatch.setattr("titan_ckpt.load.load.find_contradictions", lambda folder, manifest: [])
+    monkeypatch.setattr("titan_ckpt.load.load.find_inconsistencies", lambda folder, manifest: [])
     assert load(checkpoints)[0] == 2
 
 
-def test_a_state_of_the_generators_that_is_none_is_refused_before_a_weight_is_touched(checkpoints):
+def test_an_invalid_generator_state_is_rejected_before_any_weight_changes(checkpoints):
     edit(checkpoints / "step-2", "state.json", lambda values: values["random"]["ranks"]["0"].update(cpu="AAAA"))
     target = parts(0)
-    message = 'part "random" must hold states of random generators'
+    message = 'part "random" must contain valid states of random number generators'
     checkpointer = Checkpointer.Config().build(dump_folder=checkpoints.parent)
     with closing(checkpointer), pytest.raises(CheckpointError, match=message):
         checkpointer.load(target)
     assert target["model"].state["w"].eq(0).all()
 
 
-def test_weights_that_are_not_finite_are_reported(tmp_path, caplog):
+def test_non_finite_weights_are_reported(tmp_path, caplog):
     model = Part(a=torch.ones(3), b=torch.tensor([1.0, float("nan")]), c=torch.tensor([float("-inf")] * 2))
     with closing(Checkpointer.Config().build(dump_folder=tmp_path)) as checkpointer:
         checkpointer.save(1, {"model": model, "other": Part(nan=torch.tensor(float("nan")))}, last=True)
         checkpointer.load({"model": model, "other": Part(nan=torch.tensor(0.0))})
-    assert "values that are not finite in 2 tensors: model.b, model.c." in caplog.text
+    assert "NaN or infinite values in 2 tensors: model.b, model.c." in caplog.text

@@ -1,4 +1,4 @@
-"""The command line of a config: every field a flag, components chosen by name, one short message where it is wrong."""
+"""The command line of a config: one flag per field, components chosen by name, one short message per error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Training(Configurable.Config):
 
     def validate(self) -> None:
         if self.steps < 1:
-            raise ConfigError(f"Got {self.steps} steps. A run takes at least one. Set training.steps to 1.", "steps")
+            raise ConfigError(f"steps must be at least 1, got {self.steps}.", "steps")
 
 
 def zeros(x: float) -> float:
@@ -116,7 +116,7 @@ def run(*argv: str) -> Trainer.Config:
 
 @pytest.fixture
 def fails(capsys):
-    """Run words that are wrong; return the message, after checking that it fits a screen and that the code is 2."""
+    """Return the error message of a wrong command line, after checking its length, the exit code 2 and empty stdout."""
 
     def fails(*argv: str, config: Any = None) -> str:
         with pytest.raises(SystemExit) as end:
@@ -182,7 +182,7 @@ def prints(capsys):
         ("--training.steps 1 --training.steps 2", "training.steps", 2),
     ],
 )
-def test_a_flag_sets_its_field_and_nothing_else(words, path, value):
+def test_a_flag_sets_only_its_own_field(words, path, value):
     config = run(*words.split())
     flat, start = flatten(config), flatten(Trainer.Config())
     at = config
@@ -207,26 +207,26 @@ def test_dtypes_are_chosen_by_name():
     assert cli(Layer.Config(), ["--dtype", "bfloat16"]).dtype is torch.bfloat16
 
 
-def test_the_config_given_stays_as_it_is_and_the_result_can_be_changed():
+def test_cli_returns_a_mutable_copy():
     config = Trainer.Config()
     result = cli(config, ["--training.steps", "3"])
     result.numbers.append(4)
     assert config == Trainer.Config()
 
 
-def test_a_function_a_class_and_the_programs_own_words(monkeypatch):
+def test_cli_takes_a_function_or_class_and_defaults_to_sys_argv(monkeypatch):
     assert cli(lambda: Trainer.Config(note="x"), []).note == "x"
     assert cli(Trainer.Config, ["--note", "y"]).note == "y"
     monkeypatch.setattr(sys, "argv", ["prog", "--note", "z"])
     assert cli(Trainer.Config()).note == "z"
 
 
-def test_a_component_is_chosen_by_name_and_brings_its_flags():
+def test_choosing_a_component_by_name_adds_its_flags():
     config = run("--optimizer.momentum", "0.5", "--optimizer", "Muon")
     assert config.optimizer == Muon.Config(lr=8e-4, momentum=0.5)
 
 
-def test_fields_of_the_shared_base_carry_over_and_no_others():
+def test_a_chosen_component_keeps_only_the_fields_of_the_common_base():
     config = Trainer.Config(optimizer=AdamW.Config(lr=1.0, decay=0.5, betas=(0.1, 0.2)))
     chosen = cli(config, ["--optimizer", "Muon"]).optimizer
     assert chosen == Muon.Config(lr=1.0, decay=0.5)
@@ -246,7 +246,7 @@ def test_a_component_is_chosen_by_its_import_path():
 def test_a_component_with_required_fields_takes_them_from_the_command_line(fails):
     assert run("--optimizer", "Needy", "--optimizer.rank", "4").optimizer == Needy.Config(lr=8e-4, rank=4)
     assert fails("--optimizer", "Needy") == (
-        "Got no --optimizer.rank. Needy.Config needs it. Add --optimizer.rank and its value."
+        "Required flag --optimizer.rank is missing: Needy.Config.rank has no default."
     )
 
 
@@ -269,68 +269,65 @@ def test_components_in_lists_tuples_and_dicts():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--training.step 3", "Got the flag --training.step. There is none of that name. "
-                              "Did you mean --training.steps?"),
-        ("--steps 3", "Got the flag --steps. There is none of that name. Did you mean --training.steps?"),
-        ("--optimizer Muon", "Got the flag --optimizer. There is none of that name. Did you mean --optimizer?"),
-        ("--optimizer.momentum 1", "--optimizer.momentum must be a flag of the chosen component, got none "
-                                   "of that name. Muon has it: --optimizer Muon."),
-        ("--converters.0.rank 1", "--converters.0.rank must be a flag of the chosen component, got none "
-                                  "of that name. LoRA has it: --converters LoRA."),
-        ("--optimizer.lr nan", "optimizer.lr: AdamW.Config.lr must be a finite number, got nan. "
-                               "Give it a number such as 0.1."),
-        ("--optimizer.lr 1e999", "optimizer.lr: AdamW.Config.lr must be a finite number, got inf. "
-                                 "Give it a number such as 0.1."),
-        ("--optimizer.betas 0.9 inf", "optimizer.betas.1: AdamW.Config.betas.1 must be a finite number, got inf. "
-                                      "Give it a number such as 0.1."),
-        ("--training.limit nan", "training.limit: Training.limit must be a finite number, got nan. "
-                                 "Give it a number such as 0.1."),
-        ("--training.steps ten", "Got 'ten' for --training.steps. It must be int. Write --training.steps INT."),
-        ("--training.steps 1.5", "Got '1.5' for --training.steps. It must be int. Write --training.steps INT."),
-        ("--training.steps", "Got no value for --training.steps. It must be int. Write --training.steps INT."),
-        ("--training.steps 1 2", "Got '1 2' for --training.steps. It must be int. Write --training.steps INT."),
-        ("--training.seed x", "Got 'x' for --training.seed. It must be int or None. Write --training.seed {None}|INT."),
-        ("--training.dtype bfloat", "Got 'bfloat' for --training.dtype. It must be one of 'float32', 'bfloat16'. "
+        ("--training.step 3", "Unknown flag --training.step. Did you mean --training.steps?"),
+        ("--steps 3", "Unknown flag --steps. Did you mean --training.steps?"),
+        ("--optimzer Muon", "Unknown flag --optimzer. Did you mean --optimizer?"),
+        ("--optimizer.momentum 1", "The chosen component has no flag --optimizer.momentum. "
+                                   "The flag is available with --optimizer Muon."),
+        ("--optimizer Optimizer --optimizer.betas 1", "The chosen component has no flag --optimizer.betas. The flag is "
+                                                      "available with --optimizer AdamW or --optimizer Muon."),
+        ("--converters.0.rank 1", "The chosen component has no flag --converters.0.rank. "
+                                  "The flag is available with --converters LoRA."),
+        ("--optimizer.lr nan", "optimizer.lr: AdamW.Config.lr must be a finite number, got nan."),
+        ("--optimizer.lr 1e999", "optimizer.lr: AdamW.Config.lr must be a finite number, got inf."),
+        ("--optimizer.betas 0.9 inf", "optimizer.betas.1: AdamW.Config.betas.1 must be a finite number, got inf."),
+        ("--training.limit nan", "training.limit: Training.limit must be a finite number, got nan."),
+        ("--training.steps ten", "--training.steps must be int, got 'ten'. Write --training.steps INT."),
+        ("--training.steps 1.5", "--training.steps must be int, got '1.5'. Write --training.steps INT."),
+        ("--training.steps", "--training.steps must be int, got no value. Write --training.steps INT."),
+        ("--training.steps 1 2", "--training.steps must be int, got '1 2'. Write --training.steps INT."),
+        ("--training.seed x", "--training.seed must be int or None, got 'x'. Write --training.seed {None}|INT."),
+        ("--training.dtype bfloat", "--training.dtype must be one of 'float32', 'bfloat16', got 'bfloat'. "
                                     "Did you mean bfloat16?"),
-        ("--training.color GREEN", "Got 'GREEN' for --training.color. It must be Color. Use one of: BLUE, RED."),
-        ("--training.deterministic maybe", "Got 'maybe' for --training.deterministic. It must be bool. "
+        ("--training.color GREEN", "--training.color must be Color, got 'GREEN'. Use one of: BLUE, RED."),
+        ("--training.deterministic maybe", "--training.deterministic must be bool, got 'maybe'. "
                                            "Write --training.deterministic True|False."),
-        ("--training.no-deterministic", "Got --training.no-deterministic. A switch is turned off by its value. "
-                                        "Write --training.deterministic False."),
-        ("--optimizer.betas 1", "Got '1' for --optimizer.betas. It must be tuple[float, float]. "
+        ("--training.no-deterministic", "Unknown flag --training.no-deterministic. "
+                                        "To turn the switch off, write --training.deterministic False."),
+        ("--optimizer.betas 1", "--optimizer.betas must be tuple[float, float], got '1'. "
                                 "Write --optimizer.betas FLOAT FLOAT."),
-        ("--numbers 1 x", "Got '1 x' for --numbers. It must be list[int]. Write --numbers [INT [INT ...]]."),
-        ("--weights a", "Got 'a' for --weights. It must be dict[str, float]. "
-                        "Write --weights [STR FLOAT [STR FLOAT ...]]."),
-        ("--groups [1]", "--groups: Got 1 (int). Trainer.Config.groups.0 must be list[str]. Write [1]."),
-        ("--training.steps 0", "training.steps: Got 0 steps. A run takes at least one. Set training.steps to 1."),
-        ("--optimizer Muno", "Got Muno for --optimizer. It must name a component, or be an import path such as "
-                             "package.module:Class. Did you mean Muon?"),
-        ("--optimizer None", "Got None for --optimizer. Trainer.Config cannot do without it. "
+        ("--numbers 1 x", "--numbers must be list[int], got '1 x'. Write --numbers [INT [INT ...]]."),
+        ("--weights a", "--weights must be dict[str, float], got 'a'. Write --weights [STR FLOAT [STR FLOAT ...]]."),
+        ("--groups [1]", "--groups: Trainer.Config.groups.0 must be list[str], got 1 (int). Write [1]."),
+        ("--training.steps 0", "training.steps: steps must be at least 1, got 0."),
+        ("--optimizer Muno", "--optimizer must be the name of a component or an import path such as "
+                             "package.module:Class, got Muno. Did you mean Muon?"),
+        ("--optimizer None", "--optimizer must be a component (the field of Trainer.Config is not optional), got None. "
                              "Use one of: AdamW, Muon, Needy, Optimizer."),
-        ("--optimizer", "Got 0 values for --optimizer. It takes the name of one component. Write --optimizer NAME."),
-        ("--optimizer HERE:LoRA", "Got HERE:LoRA for --optimizer. It must be Optimizer, or derive from it. "
+        ("--optimizer", "--optimizer must be followed by the name of one component, got 0 values."),
+        ("--optimizer HERE:LoRA", "--optimizer must be Optimizer or a subclass, got HERE:LoRA. "
                                   "Use one of: AdamW, Muon, Needy, Optimizer."),
-        ("--optimizer HERE:zeros", "The import path HERE:zeros must be that of a component defined in HERE, got the "
-                                   "function HERE:zeros. Correct the path."),
-        ("--validator None --validator.steps 3", "--validator.steps must be a flag of the chosen component, "
-                                                 "got none of that name. Validator has it: --validator Validator."),
-        ("extra", "Got 'extra' before any flag. Everything is given by a flag. Write --name extra."),
-        ("--config", "Got 0 files for --config. It takes one. Write --config run.json."),
-        ("--print-config x", "Got ['x'] after --print-config. It takes no value. Leave it out."),
-        ("--help optimizer", "Got --help optimizer. It takes a section or a flag. Did you mean optimizer?"),
+        ("--optimizer HERE:zeros", "The import path HERE:zeros must name a component defined in HERE, got the "
+                                   "function HERE:zeros."),
+        ("--validator None --validator.steps 3", "The chosen component has no flag --validator.steps. "
+                                                 "The flag is available with --validator Validator."),
+        ("extra", "The first argument must be a flag, got 'extra'. Write --name extra."),
+        ("--config", "--config must be followed by one file, got 0. Write --config run.json."),
+        ("--print-config x", "--print-config takes no value, got 'x'."),
+        ("--help optimzer", "--help must be followed by the name of a section or flag, got optimzer. "
+                            "Did you mean optimizer?"),
     ],
 )  # fmt: skip
-def test_wrong_words_end_with_code_2_and_say_what_to_do(fails, words, message):
+def test_a_wrong_command_line_exits_with_code_2_and_a_message(fails, words, message):
     assert fails(*words.replace("HERE", __name__).split()) == message.replace("HERE", __name__)
 
 
-def test_a_path_on_the_command_line_that_is_no_component_and_no_function_of_that_module_is_refused(fails):
-    assert "The import path os:system must be" in fails("--optimizer", "os:system")
-    assert fails("--init", "os:system").startswith("--init: The import path os:system must be")
+def test_an_import_path_to_something_else_is_an_error(fails):
+    assert "The import path os:system must name a component" in fails("--optimizer", "os:system")
+    assert fails("--init", "os:system").startswith("--init: The import path os:system must name a function")
 
 
-def test_a_name_of_two_components_asks_for_the_path(fails):
+def test_an_ambiguous_component_name_is_an_error(fails):
     class Base(Configurable):
         pass
 
@@ -348,56 +345,57 @@ def test_a_name_of_two_components_asks_for_the_path(fails):
             part: Base.Config | None = None
 
     message = fails("--part", "Twin", config=Owner.Config())
-    assert message.startswith("Got Twin for --part, a name of several components.")
+    assert message.startswith("--part must name exactly one component, got Twin, the name of 2 components.")
     assert f"Write one of: {__name__}:" not in message
 
 
-def test_an_error_in_the_recipe_function_is_one_message(fails):
+def test_an_error_in_the_recipe_function_is_a_short_message(fails):
     def recipe() -> Trainer.Config:
         return Trainer.Config(traning=Training())
 
-    assert fails(config=recipe) == "Got the name traning. Trainer.Config has no such field. Did you mean training?"
+    assert fails(config=recipe) == "Trainer.Config has no field 'traning'. Did you mean training?"
 
 
-def test_a_field_may_not_take_the_name_of_a_flag_of_the_command_line(fails):
+def test_a_field_may_not_have_the_name_of_a_built_in_flag(fails):
     class Clash(Configurable):
         class Config(Configurable.Config):
             config: int = 1
 
-    assert fails(config=Clash.Config()).startswith("Got a field Clash.Config.config.")
+    assert fails(config=Clash.Config()).startswith("Field Clash.Config.config must not have the name")
 
 
-def test_a_saved_run_is_the_start(tmp_path, fails):
+def test_config_flag_starts_from_a_saved_run(tmp_path, fails):
     path = tmp_path / "run.json"
     save(Trainer.Config(note="saved", optimizer=Muon.Config(momentum=0.1)), path)
     config = run("--config", str(path), "--training.steps", "5", "--optimizer.momentum", "0.2")
     assert config == Trainer.Config(note="saved", optimizer=Muon.Config(momentum=0.2), training=Training(steps=5))
     save(Training(), path)
-    assert fails("--config", str(path)) == (
-        f"{path}: Got a Training. This program runs a Trainer.Config. Give it the saved config of one."
-    )
+    assert fails("--config", str(path)) == (f"{path}: The config file must contain a Trainer.Config, got a Training.")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{\n 1}", "run.json:2: A saved config must be JSON, got '1}', column 2"),
-        ('{"$type": "T:Trainer.Config", "nte": ""}', "run.json: Got the name nte. Trainer.Config has no such field."),
+        ('{"$type": "T:Trainer.Config", "nte": ""}', "run.json: Trainer.Config has no field 'nte'. Did you mean note"),
         (
             '{"$type": "os:Trainer.Config"}',
-            "run.json: A class or function in a config file must be one that this program imports or that the command "
-            "line names, got os:Trainer.Config. If you trust its code, import its module in the recipe.",
+            "run.json: Classes and functions in a config file must be imported by the program or named on the command "
+            "line, got os:Trainer.Config. If you trust that code, import its module in the recipe.",
         ),
-        ('{"$type": "T:Trainer.Config", "training": {"$type": "T:Training", "steps": 0}}', "training.steps: Got 0"),
+        (
+            '{"$type": "T:Trainer.Config", "training": {"$type": "T:Training", "steps": 0}}',
+            "training.steps: steps must be at least 1, got 0.",
+        ),
     ],
 )
-def test_a_bad_config_file_is_one_message(tmp_path, fails, text, message):
+def test_an_invalid_config_file_is_a_short_message(tmp_path, fails, text, message):
     path = tmp_path / "run.json"
     path.write_text(text.replace("T:", f"{__name__}:"))
     assert message in fails("--config", str(path))
 
 
-def test_print_config_shows_every_value_and_where_it_came_from(tmp_path, prints):
+def test_print_config_shows_every_value_and_its_origin(tmp_path, prints):
     lines = prints("--print-config", "--optimizer", "Muon", "--training.steps", "5", "--weights.a", "3").splitlines()
     shown = {line.partition(": ")[0]: line.partition(": ")[2].split("  # ") for line in lines}
     shown = {path: (value.strip(), origin) for path, (value, origin) in shown.items()}
@@ -412,7 +410,7 @@ def test_print_config_shows_every_value_and_where_it_came_from(tmp_path, prints)
     assert shown["weights"] == ("{'a': 3.0, 'b-c': 2.0}", "command line")
 
 
-def test_print_config_tells_the_file_from_the_recipe(tmp_path, prints):
+def test_print_config_distinguishes_file_and_recipe(tmp_path, prints):
     path = tmp_path / "run.json"
     save(Trainer.Config(note="saved"), path)
     data = json.loads(path.read_text())
@@ -433,14 +431,14 @@ def test_help_shows_types_defaults_docstrings_and_choices(prints):
     assert "--training.dtype {float32,bfloat16}" in text
     assert "--training.seed {None}|INT" in text
     assert "--optimizer.lr FLOAT The learning rate. (default: 0.0008)" in text
-    assert "Adam with decoupled weight decay. Now AdamW; --optimizer chooses one of AdamW, Muon, Needy," in text
+    assert "Adam with decoupled weight decay. Currently AdamW; --optimizer chooses one of AdamW, Muon, Needy," in text
     assert "--validator {Validator,None}" in text
     assert "--converters [{Converter,LoRA} ...]" in text
     assert "--init {None}|MODULE:FUNCTION" in text
     assert "--weights.a FLOAT" in text
 
 
-def test_help_of_a_section_shows_that_section_alone(prints):
+def test_help_of_a_section_shows_only_that_section(prints):
     text = prints("--help", "optimizer")
     assert "--optimizer.betas" in text
     assert "--training.steps" not in text
@@ -450,14 +448,14 @@ def test_help_of_a_section_shows_that_section_alone(prints):
     assert "--optimizer.betas" not in text
 
 
-def test_help_shows_the_flags_of_the_component_that_was_chosen(prints):
+def test_help_shows_the_flags_of_the_chosen_component(prints):
     text = prints("--optimizer", "Needy", "--help", "optimizer")
     assert "--optimizer.rank INT" in text
     assert "(required)" in text
     assert "--optimizer.betas" not in text
 
 
-def test_of_several_ranks_one_speaks(monkeypatch, capsys):
+def test_only_rank_0_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     for words, code in ((["--nope"], 2), (["--help"], 0), (["--print-config"], 0)):
         with pytest.raises(SystemExit) as end:
@@ -488,19 +486,19 @@ RECIPE = """
     ("words", "code", "out", "err"),
     [
         ("--steps 3", 0, "steps 3\n", ""),
-        ("--stepz 3", 2, "", "my_recipe.py: Got the flag --stepz. There is none of that name. Did you mean --steps?\n"),
-        ("--steps x", 2, "", "my_recipe.py: Got 'x' for --steps. It must be int. Write --steps INT.\n"),
+        ("--stepz 3", 2, "", "my_recipe.py: Unknown flag --stepz. Did you mean --steps?\n"),
+        ("--steps x", 2, "", "my_recipe.py: --steps must be int, got 'x'. Write --steps INT.\n"),
         ("--print-config", 0, f"$type: my_recipe:Trainer.Config  # recipe\n{'steps: 10':31}  # recipe\n", ""),
     ],
 )
-def test_exit_codes_of_a_real_script(tmp_path, words, code, out, err):
+def test_exit_codes_of_a_script(tmp_path, words, code, out, err):
     script = tmp_path / "my_recipe.py"
     script.write_text(textwrap.dedent(RECIPE))
     done = subprocess.run([sys.executable, script, *words.split()], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
-def test_importing_is_light_and_takes_no_torch(tmp_path):
+def test_import_is_light_and_does_not_import_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
     (tmp_path / "my_recipe.py").write_text(textwrap.dedent(RECIPE))
     code = "import sys, titan_config; print(sorted({'tyro', 'json', 'difflib', 'torch'} & set(sys.modules)))"
@@ -511,7 +509,7 @@ def test_importing_is_light_and_takes_no_torch(tmp_path):
 
 
 def big_config() -> Configurable.Config:
-    """231 fields: 11 sections of 20, and the 11 themselves."""
+    """A config of 231 fields: 11 sections of 20 fields, and the 11 fields that hold them."""
 
     def made(name: str, fields: dict[str, tuple[str, Any]]) -> type[Configurable.Config]:
         annotations = {field: annotation for field, (annotation, _) in fields.items()}
@@ -524,10 +522,10 @@ def big_config() -> Configurable.Config:
     return made("Big", {f"section_{i}": ("Section", section()) for i in range(11)})()
 
 
-def test_a_tree_of_231_fields_parses_in_calls_that_grow_with_it():
+def test_parsing_231_fields_needs_fewer_than_quadratic_calls():
     config = big_config()
     words = [w for i in range(11) for w in (f"--section_{i}.a_field_0", "3", f"--section_{i}.b_field_3", "True")]
-    import tyro  # noqa: F401  (its import is not part of parsing)
+    import tyro  # noqa: F401  (excludes the import from the count)
 
     calls = 0
 

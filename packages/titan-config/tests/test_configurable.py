@@ -1,4 +1,4 @@
-"""A config builds the object that owns it, from a private copy that no longer changes."""
+"""A config builds its owner class, which gets a private, read-only copy of the config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titan_config import ConfigError, Configurable
 
 
 class Module:
-    """Behaves as torch's nn.Module does: attributes only work after its own `__init__`."""
+    """Stand-in for torch's nn.Module: attributes can be set only after its `__init__`."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "_parameters", {})
@@ -47,13 +47,13 @@ class Stack(Configurable):
         self.config = config
 
 
-def test_a_config_builds_its_owner_and_hands_it_runtime_objects():
+def test_build_returns_the_owner_and_passes_runtime_objects():
     norm = Norm.Config(dim=64).build(device="meta")
     assert type(norm) is Norm
     assert (norm.config.dim, norm.config.eps, norm.device) == (64, 1e-5, "meta")
 
 
-def test_the_base_may_stand_on_either_side():
+def test_configurable_may_be_the_first_or_the_last_base():
     class Reversed(Module, Configurable):
         class Config(Configurable.Config):
             dim: int = 1
@@ -65,7 +65,7 @@ def test_the_base_may_stand_on_either_side():
     assert Reversed.Config(dim=3).build().dim == 3
 
 
-def test_the_owner_holds_a_private_copy():
+def test_the_owner_has_a_private_copy_of_the_config():
     config = Stack.Config()
     built = config.build()
     config.norm.eps = 1.0
@@ -74,10 +74,10 @@ def test_the_owner_holds_a_private_copy():
     assert built.config == Stack.Config()
 
 
-def test_the_private_copy_test_notices_a_shared_config(monkeypatch):
+def test_the_private_copy_test_detects_a_shared_config(monkeypatch):
     monkeypatch.setattr(titan_config.configurable, "copied", lambda value, frozen=False: value)
     with pytest.raises(AssertionError):
-        test_the_owner_holds_a_private_copy()
+        test_the_owner_has_a_private_copy_of_the_config()
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_the_private_copy_test_notices_a_shared_config(monkeypatch):
         lambda c: c.tags.__ior__({"y"}),
     ],
 )
-def test_a_built_config_refuses_every_change(change):
+def test_a_built_config_is_read_only(change):
     config = Stack.Config().build().config
-    with pytest.raises(ConfigError, match=r"A built config no longer changes. Make the change before build\(\)"):
+    with pytest.raises(ConfigError, match=r"A built config is read-only, got .* Change the config before build\(\)"):
         change(config)
     assert config == Stack.Config()
 
 
-def test_a_deep_copy_of_a_built_config_can_be_changed():
+def test_a_deep_copy_of_a_built_config_is_mutable():
     config = copy.deepcopy(Stack.Config().build().config)
     config.layers.append(Norm.Config(dim=2))
     config.names["b"] = [3]
@@ -111,7 +111,7 @@ def test_a_deep_copy_of_a_built_config_can_be_changed():
     assert len(config.build().config.layers) == 2
 
 
-def test_parts_are_built_by_their_owner_from_the_frozen_config():
+def test_an_owner_builds_children_from_its_frozen_config():
     class Parent(Configurable):
         class Config(Configurable.Config):
             norm: Norm.Config = Norm.Config(dim=2)
@@ -121,29 +121,28 @@ def test_parts_are_built_by_their_owner_from_the_frozen_config():
 
     norms = Parent.Config().build().norms
     assert norms[0].config is norms[1].config
-    with pytest.raises(ConfigError, match="no longer changes"):
+    with pytest.raises(ConfigError, match="is read-only"):
         norms[0].config.dim = 3
 
 
-def test_a_runtime_argument_may_not_shadow_a_field():
+def test_a_runtime_argument_must_not_be_a_field():
     with pytest.raises(ConfigError) as error:
         Norm.Config(dim=2).build(eps=3)
     assert str(error.value) == (
-        "Got eps as an argument of Norm.Config.build(). It is a field of the config, and a value has one place. "
-        "Set config.eps instead."
+        "Arguments of Norm.Config.build() must not be fields of the config, got eps. Set config.eps instead."
     )
 
 
-def test_a_config_of_no_class_cannot_be_built():
+def test_a_config_outside_of_a_configurable_class_cannot_be_built():
     class Training(Configurable.Config):
         steps: int = 1
 
     for config in (Training(), Configurable.Config()):
-        with pytest.raises(ConfigError, match="belongs to no class"):
+        with pytest.raises(ConfigError, match="needs a Config that is defined inside a Configurable class, got"):
             config.build()
 
 
-def test_a_subclass_without_a_config_gets_one_that_builds_it():
+def test_a_subclass_without_a_config_gets_its_own():
     class Special(Norm):
         pass
 
@@ -153,7 +152,7 @@ def test_a_subclass_without_a_config_gets_one_that_builds_it():
     assert repr(Special.Config(dim=2)) == "Special.Config(dim=2, eps=1e-05)"
 
 
-def test_an_abstract_owner_needs_no_config_of_its_own():
+def test_the_config_of_an_abstract_class_cannot_be_built():
     class Shape(Configurable, abc.ABC):
         @abc.abstractmethod
         def area(self) -> float: ...
@@ -166,11 +165,13 @@ def test_an_abstract_owner_needs_no_config_of_its_own():
             return 1.0
 
     assert Unit.Config().build().area() == 1.0
-    with pytest.raises(ConfigError, match=r"whose class is abstract. .* Use the config of a class derived from Shape."):
+    with pytest.raises(
+        ConfigError, match=r"got Shape.Config of an abstract class. Use .* a concrete subclass of Shape."
+    ):
         Shape.Config().build()
 
 
-def test_several_bases_join_their_configs():
+def test_the_config_of_several_bases_has_the_fields_of_all():
     class Left(Configurable):
         class Config(Configurable.Config):
             left: int = 1
@@ -201,15 +202,15 @@ def test_a_config_has_one_owner():
         class Second(Norm):
             Config = Norm.Config
 
+    assert str(error.value).startswith("Second.Config must be a new class, got ")
     assert str(error.value).endswith(
-        "Norm.Config as the Config of Second. It builds Norm already, and a Config has one owner. "
-        "Leave the line out, or write class Config(Norm.Config) inside Second."
+        "Norm.Config, which builds Norm. Remove the assignment, or write class Config(Norm.Config) inside Second."
     )
     assert type(Norm.Config(dim=1).build()) is Norm
 
 
-def test_a_config_of_another_kind_is_refused():
-    with pytest.raises(ConfigError, match=r"derives from Configurable.Config"):
+def test_a_config_must_be_a_subclass_of_configurable_config():
+    with pytest.raises(ConfigError, match=r"Wrong.Config must be a subclass of Configurable.Config, got"):
 
         class Wrong(Configurable):
             class Config:
@@ -249,7 +250,7 @@ def test_configs_are_dataclasses():
     assert Norm.Config.__dataclass_fields__.keys() == {"dim", "eps"}
 
 
-def test_class_variables_and_methods_are_no_fields():
+def test_class_variables_and_methods_are_not_fields():
     class Model(Configurable):
         class Config(Configurable.Config):
             family: ClassVar[str] = "llama"
@@ -270,7 +271,7 @@ def test_class_variables_and_methods_are_no_fields():
     assert [field.name for field in dataclasses.fields(Special.Config)] == ["width"]
 
 
-def test_equality_knows_nan_partials_and_types():
+def test_equality_handles_nan_partials_and_types():
     class Any_(Configurable):
         class Config(Configurable.Config):
             value: Any = None
@@ -292,9 +293,9 @@ def test_equality_knows_nan_partials_and_types():
     assert Any_.Config() != "another kind"
 
 
-def test_configs_pickle_frozen_ones_included():
+def test_configs_and_frozen_configs_can_be_pickled():
     frozen = Stack.Config().build().config
     for config in (Stack.Config(), frozen):
         assert pickle.loads(pickle.dumps(config)) == config
-    with pytest.raises(ConfigError, match="no longer changes"):
+    with pytest.raises(ConfigError, match="is read-only"):
         pickle.loads(pickle.dumps(frozen)).layers.append(Norm.Config(dim=1))

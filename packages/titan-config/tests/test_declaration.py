@@ -1,4 +1,4 @@
-"""What dataclasses ignore silently is an error when the class is made."""
+"""Definitions that dataclasses silently ignore are errors when the class is created."""
 
 from __future__ import annotations
 
@@ -17,56 +17,58 @@ class Base(Configurable):
 
 
 def declare(**body: object) -> type:
-    """Make a Config derived from Base.Config with this body, as a class statement would."""
+    """Return a subclass of Base.Config with this body, created as a class statement would."""
     annotations = body.pop("annotations", {})
     namespace = {"__module__": __name__, "__qualname__": "Sub.Config", "__annotations__": annotations, **body}
     return type(Base.Config)("Config", (Base.Config,), namespace)
 
 
-def test_an_override_without_annotation():
+def test_an_override_without_annotation_is_an_error():
     with pytest.raises(ConfigError) as error:
         declare(dim=3)
     assert str(error.value) == (
-        "Got Sub.Config.dim = 3 without an annotation. A field states its type, also where a subclass only gives it "
-        "another default. Write dim: <type> = ..., or ClassVar[...] for what is no field."
+        "Sub.Config.dim must have a type annotation, got dim = 3. Write dim: <type> = ..., also to override a default, "
+        "or annotate with ClassVar[...] to declare a class variable."
     )
     assert declare(dim=3, annotations={"dim": "int"})().dim == 3
 
 
 @pytest.mark.parametrize("value", [3, None, "text", [1], len, lambda x: x])
-def test_a_new_attribute_without_annotation(value):
-    with pytest.raises(ConfigError, match="without an annotation"):
+def test_a_new_attribute_without_annotation_is_an_error(value):
+    with pytest.raises(ConfigError, match=r"Sub.Config.new must have a type annotation"):
         declare(new=value)
 
 
 @pytest.mark.parametrize("name", ["build", "validate", "total"])
-def test_a_field_that_hides_a_method(name):
-    with pytest.raises(ConfigError, match=f"Got a field Sub.Config.{name}. .*Config.{name} is a method"):
+def test_a_field_with_the_name_of_a_method_is_an_error(name):
+    with pytest.raises(ConfigError, match=f"Field Sub.Config.{name} must not have the name of the method .*{name}"):
         declare(annotations={name: "int"}, **{name: 3})
 
 
-def test_a_method_that_hides_a_field():
+def test_a_method_with_the_name_of_a_field_is_an_error():
     def dim(self) -> int:
         return 1
 
-    with pytest.raises(ConfigError, match="without an annotation"):
+    with pytest.raises(ConfigError, match=r"Sub.Config.dim must have a type annotation"):
         declare(dim=dim)
 
 
-def test_a_name_that_would_be_no_flag():
-    with pytest.raises(ConfigError, match="do not begin with an underscore"):
+def test_a_field_name_with_an_underscore_is_an_error():
+    with pytest.raises(ConfigError, match=r"must not begin with an underscore .*got Sub.Config._hidden"):
         declare(annotations={"_hidden": "int"}, _hidden=1)
 
 
-def test_a_field_that_is_no_argument():
+def test_init_false_and_init_var_are_errors():
     with pytest.raises(ConfigError, match="init=False"):
         declare(annotations={"new": "int"}, new=dataclasses.field(default=1, init=False))
     with pytest.raises(ConfigError, match="InitVar"):
         declare(annotations={"new": "dataclasses.InitVar[int]"}, new=1)
 
 
-def test_a_second_dataclass_decorator():
-    with pytest.raises(ConfigError, match=r"Got @dataclass on Twice.Config. .* Remove the decorator."):
+def test_a_dataclass_decorator_is_an_error():
+    with pytest.raises(
+        ConfigError, match=r"Twice.Config must not be decorated with @dataclass.* Remove the decorator."
+    ):
 
         class Twice(Configurable):
             @dataclasses.dataclass(kw_only=True)
@@ -84,19 +86,20 @@ def test_a_second_dataclass_decorator():
     ("annotation", "shown"),
     [(bytes, "bytes"), (Base, "Base"), (type, "type"), (complex, "complex"), (list[bytes], "bytes")],
 )
-def test_an_annotation_that_cannot_be_saved(annotation, shown):
+def test_an_annotation_of_a_type_that_cannot_be_saved_is_an_error(annotation, shown):
     with pytest.raises(ConfigError) as error:
         declare(annotations={"new": annotation}, new=None)()
-    assert str(error.value).startswith(f"Got the annotation {shown} for Sub.Config.new. A field holds what can be")
-    assert str(error.value).endswith("an owner as Owner.Config.")
+    assert str(error.value).startswith("The type of Sub.Config.new must be one that can be saved (")
+    assert f", got {shown}. " in str(error.value)
+    assert str(error.value).endswith("annotate a component as Owner.Config.")
 
 
-def test_an_annotation_that_cannot_be_read():
-    with pytest.raises(ConfigError, match=r"'Missing' is not defined.*Import the name outside of TYPE_CHECKING"):
+def test_an_annotation_that_cannot_be_resolved_is_an_error():
+    with pytest.raises(ConfigError, match=r"got name 'Missing' is not defined.*Import the name outside of TYPE_CHECK"):
         declare(annotations={"new": "Missing"}, new=None)()
 
 
-def test_annotations_may_name_what_a_function_defines():
+def test_annotations_may_use_local_classes_of_a_function():
     class Inner(Configurable.Config):
         size: int = 2
 

@@ -1,4 +1,4 @@
-"""What a user names on the command line or in the recipe may be loaded; what a file alone names may not."""
+"""A config file may load only classes that the command line names or the program imports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RECIPE = """
 
 @pytest.fixture
 def call(tmp_path):
-    """`call(recipe, words)`: what a process prints that runs this recipe; packages "mine" and "evil" are importable."""
+    """`call(recipe, words)` runs a recipe in a process and returns its output; "mine" and "evil" are importable."""
     (tmp_path / "base.py").write_text(textwrap.dedent(BASE))
     for name in ("mine", "evil"):
         source = textwrap.dedent(LOSSES).format(name=name, recipe="base")
@@ -102,7 +102,7 @@ def change(file: Path, **fields: object) -> None:
         ("plain", "--init mine.losses:soft", "--init mine.losses:soft"),
     ],
 )
-def test_what_the_recipe_or_the_command_line_names_loads_and_loads_again(call, recipe, words, then):
+def test_classes_named_by_the_recipe_or_the_command_line_load(call, recipe, words, then):
     first = call(recipe, words)
     assert "error" not in first and "got" not in first.lower(), first
     again = call(recipe, f"--config run.json {then}")
@@ -123,16 +123,16 @@ def test_what_the_recipe_or_the_command_line_names_loads_and_loads_again(call, r
         ("plain", {"$type": "evil.losses:Scale.Config"}, "import its module in the recipe"),
     ],
 )
-def test_what_a_file_alone_names_is_refused_before_it_is_imported(call, recipe, spoil, flag):
+def test_classes_named_only_in_a_file_are_refused_before_import(call, recipe, spoil, flag):
     call(recipe, "")
     change(call.folder / "run.json", **spoil)
     said = call(recipe, "--config run.json")
-    assert "must be one that this program imports or that the command line names" in said
+    assert "must be imported by the program or named on the command line" in said
     assert flag in said
     assert "imported evil" not in said
 
 
-def test_the_flag_that_the_refusal_names_is_enough(call):
+def test_the_flag_in_the_error_message_allows_the_class(call):
     call("plain", "--loss mine.losses:ZLoss")
     refused = call("plain", "--config run.json")
     flag = refused.partition(" add ")[2].strip().removesuffix(".")
@@ -140,6 +140,6 @@ def test_the_flag_that_the_refusal_names_is_enough(call):
     assert call("plain", f"--config run.json {flag}").splitlines()[-1].startswith("ZLoss")
 
 
-def test_json_on_the_command_line_names_functions_too(call):
+def test_json_on_the_command_line_may_name_functions(call):
     data = json.dumps([[{"$function": "mine.losses:soft"}]]).replace(" ", "")
     assert "got" not in call("plain", f"--data {data}").lower()

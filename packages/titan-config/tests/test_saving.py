@@ -1,4 +1,4 @@
-"""A config goes to plain data, to JSON and to a file, and comes back equal."""
+"""Configs survive a round trip through plain data, JSON and files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class All(Configurable):
 
 
 def random_value(rng: random.Random, depth: int = 3) -> Any:
-    """Return anything a field annotated `Any` can hold."""
+    """Return a random value for a field annotated `Any`."""
     leaves: list[Callable[[], Any]] = [
         lambda: None,
         lambda: rng.choice([True, False]),
@@ -130,7 +130,7 @@ def round_trip(config: All.Config) -> All.Config:
     return from_json(to_json(config), allow=(*ALLOW, "math"))
 
 
-def test_every_kind_of_value_comes_back_equal():
+def test_every_kind_of_value_survives_a_round_trip():
     for seed in range(300):
         config = random_config(seed)
         back = round_trip(config)
@@ -152,10 +152,10 @@ def test_every_kind_of_value_comes_back_equal():
         ("$partial", lambda data, allow: double),
     ],
 )
-def test_the_round_trip_test_notices_a_loss(monkeypatch, tag, wrong):
+def test_the_round_trip_test_detects_a_loss(monkeypatch, tag, wrong):
     monkeypatch.setitem(titan_config.codec._DECODERS, tag, wrong)
     with pytest.raises((AssertionError, ConfigError)):
-        test_every_kind_of_value_comes_back_equal()
+        test_every_kind_of_value_survives_a_round_trip()
 
 
 DECODERS = dict(titan_config.codec._DECODERS)
@@ -174,7 +174,7 @@ def test_the_data_is_plain_strict_json():
     assert data["part"] == {"$type": f"{__name__}:Part.Config", "size": 1}
 
 
-def test_a_config_without_a_class_of_its_own_comes_back_as_its_own():
+def test_a_generated_config_class_survives_a_round_trip():
     assert type(from_dict(to_dict(Inherits.Config(size=4)), ALLOW).build()) is Inherits
 
 
@@ -186,60 +186,60 @@ class Derived(Configurable):
             self.width = 2 * self.width
 
 
-def test_what_a_config_derived_when_it_was_made_is_not_derived_again():
+def test_post_init_does_not_run_again_when_loading():
     assert from_dict(to_dict(Derived.Config(width=3)), ALLOW).width == 6
 
 
-def test_a_built_config_is_saved_like_any_other():
+def test_a_built_config_is_saved_like_any_config():
     config = random_config(1)
     assert to_json(config.build().config) == to_json(config)
 
 
-def test_dtypes_and_torch_functions_come_back():
+def test_dtypes_and_torch_functions_survive_a_round_trip():
     torch = pytest.importorskip("torch")
     functional, init = torch.nn.functional, torch.nn.init
     values = [torch.bfloat16, torch.float8_e4m3fn, init.zeros_, functional.gelu, functional.silu]
     values.append(functools.partial(init.trunc_normal_, std=0.02))
     config = All.Config(any=values)
     assert from_json(to_json(config), allow=(*titan_config.importing.DEFAULT_ALLOW, __name__)) == config
-    with pytest.raises(ConfigError, match=r"^any.0: Got the dtype bfloat61. .* Did you mean bfloat16"):
+    with pytest.raises(ConfigError, match=r"^any.0: torch has no dtype 'bfloat61'. Did you mean bfloat16"):
         from_dict({"$type": f"{__name__}:All.Config", "any": [{"$dtype": "bfloat61"}]}, ALLOW)
-    with pytest.raises(ConfigError, match="Got the dtype load"):
+    with pytest.raises(ConfigError, match="torch has no dtype 'load'"):
         from_dict({"$type": f"{__name__}:All.Config", "any": {"$dtype": "load"}}, ALLOW)
 
 
 @pytest.mark.parametrize("value", [object(), 3j, b"x", lambda: 0, [].append, Part(Part.Config()), sys])
-def test_what_cannot_be_saved_says_so_with_its_path(value):
+def test_a_value_that_cannot_be_saved_is_an_error_with_its_path(value):
     with pytest.raises(ConfigError) as error:
         to_dict(All.Config(any={"x": [value]}))
     assert error.value.path == "any.x.0"
-    assert str(error.value).startswith("any.x.0: Got ")
+    assert str(error.value).startswith("any.x.0: A saved ")
 
 
-def test_a_class_inside_a_function_has_no_import_path():
+def test_a_local_class_cannot_be_saved():
     class Local(Configurable):
         pass
 
-    with pytest.raises(ConfigError, match=r"node: .*cannot be found by an import path.*Define it there"):
+    with pytest.raises(ConfigError, match=r"node: .* must have an import path, got .*Define it at the top level"):
         to_dict(All.Config(node=Local.Config()))
 
 
-def test_saving_checks_types_and_rules(tmp_path):
+def test_saving_checks_types_and_runs_validate(tmp_path):
     class Checked(Configurable.Config):
         steps: int = 0
         items: list[int] = []
 
         def validate(self) -> None:
             if self.steps < 1:
-                raise ConfigError(f"Got {self.steps} steps. One is needed. Set steps to 1.", "steps")
+                raise ConfigError(f"steps must be at least 1, got {self.steps}.", "steps")
 
     for write in (to_dict, to_json, lambda config: save(config, tmp_path / "x.json")):
-        with pytest.raises(ConfigError, match=r"^steps: Got 0 steps"):
+        with pytest.raises(ConfigError, match=r"^steps: steps must be at least 1, got 0"):
             write(Checked())
     assert not list(tmp_path.iterdir())
 
 
-def test_files_come_back_equal_and_are_written_whole(tmp_path, monkeypatch):
+def test_files_survive_a_round_trip_and_are_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "run" / "config.json"
     save(random_config(2), path)
     assert load(path, (*ALLOW, "math")) == random_config(2)
@@ -259,31 +259,34 @@ def test_files_come_back_equal_and_are_written_whole(tmp_path, monkeypatch):
         ),
         ("", "config.json:1: A saved config must be JSON, got '', column 1: Expecting value"),
         ("{\n", "config.json:2: A saved config must be JSON, got '', column 1: Expecting property name"),
-        ('{"a": 1, "a": 2}', "config.json: A key must be in an object once, got a twice."),
-        ("[1]", "config.json: Got [1] (list). A config is an object that names its class."),
-        ('{"i": 1}', "config.json: Got {'i': 1} (dict). A config is an object that names its class."),
-        ('{"$type": "T:All.Config", "ii": 1}', "config.json: Got the name ii. All.Config has no such field. Did"),
+        ('{"a": 1, "a": 2}', "config.json: Keys of a JSON object must be unique, got a more than once."),
+        ("[1]", 'config.json: A saved config must be an object with "$type": "package.module:Owner.Config", got [1]'),
+        ('{"i": 1}', 'config.json: A saved config must be an object with "$type": "package.module:Owner.Config", got'),
+        ('{"$type": "T:All.Config", "ii": 1}', "config.json: All.Config has no field 'ii'. Did"),
         ('{"$type": "T:All.Config", "part": {"$type": "T:Part.Config", "sise": 1}}',
-         "config.json: part: Got the name sise. Part.Config has no such field. Did you mean size?"),
+         "config.json: part: Part.Config has no field 'sise'. Did you mean size?"),
         ('{"$type": "T:All.Config", "parts": [null, {"$type": "T:Part.Config", "size": "1"}]}',
-         "config.json: parts.1.size: Got '1' (str). Part.Config.size must be int. Write 1 without quotes."),
+         "config.json: parts.1.size: Part.Config.size must be int, got '1' (str). Write 1 without quotes."),
         ('{"$type": "T:All.Config", "part": {"$tipe": "T:Part.Config"}}',
-         "config.json: part: Got the tag $tipe. A tag says what kind of value follows. Did you mean $type?"),
+         "config.json: part: Unknown tag $tipe in a saved config. Did you mean $type?"),
         ('{"$type": "T:All.Config", "color": {"$enum": "T:Color", "name": "GREEN"}}',
-         "config.json: color: Got the name GREEN. Color has no such member."),
-        ('{"$type": 3}', "config.json: Got {'$type': 3} (dict). What belongs to $type is missing or of the wrong"),
-        ('{"$type": "T:All.Config", "f": {"$float": "3"}}', "config.json: f: Got {'$float': '3'} (dict). What"),
-        ('{"$type": "T:All.Config", "keyed": {"$dict": [1]}}', "config.json: keyed: Got {'$dict': [1]} (dict)."),
-        ('{"$type": "T:All.Config", "path": {"$path": "a", "x": 1}}', "config.json: path: Got {'$path': 'a',"),
-        ('{"$type": "T:All.Config", "st": {"$set": [[1]]}}', "config.json: st: Got {'$set': [[1]]} (dict)."),
-        ('{"$type": "T:All.Config", "keyed": {"$dict": [[[1], 2]]}}', "config.json: keyed: Got {'$dict': [[[1]"),
-        ('{"$type": "T:All.Config", "st": {"$set": 1}}', "config.json: st: Got {'$set': 1} (dict)."),
-        ('{"$type": "T:All.Config", "fn": {"$partial": null}}', "config.json: fn: Got {'$partial': None} (dict)."),
-        ('{"$type": "T:Color"}', "config.json: Got the type Color. A $type names a Config class. Use $enum"),
-        ('{"$type": "T:All.Config", "any": {"$enum": "T:Part.Config", "name": "x"}}', "config.json: any: Got the enum"),
+         "config.json: color: Color has no member 'GREEN'."),
+        ('{"$type": 3}', "config.json: An object with the key $type must have the format that to_dict writes, got {"),
+        ('{"$type": "T:All.Config", "f": {"$float": "3"}}', "config.json: f: An object with the key $float must"),
+        ('{"$type": "T:All.Config", "keyed": {"$dict": [1]}}', "config.json: keyed: An object with the key $dict must"),
+        ('{"$type": "T:All.Config", "path": {"$path": "a", "x": 1}}',
+         "config.json: path: An object with the key $path must have the format that to_dict writes, got {'$path':"),
+        ('{"$type": "T:All.Config", "st": {"$set": [[1]]}}', "config.json: st: An object with the key $set must"),
+        ('{"$type": "T:All.Config", "keyed": {"$dict": [[[1], 2]]}}',
+         "config.json: keyed: An object with the key $dict must"),
+        ('{"$type": "T:All.Config", "st": {"$set": 1}}', "config.json: st: An object with the key $set must"),
+        ('{"$type": "T:All.Config", "fn": {"$partial": null}}', "config.json: fn: An object with the key $partial mu"),
+        ('{"$type": "T:Color"}', "config.json: $type must name a Config class, got Color. Use $enum"),
+        ('{"$type": "T:All.Config", "any": {"$enum": "T:Part.Config", "name": "x"}}',
+         "config.json: any: $enum must name an enum, got Part.Config. Use $type"),
     ],
 )  # fmt: skip
-def test_a_bad_file_says_where_it_is_wrong(tmp_path, text, message):
+def test_an_invalid_file_is_an_error_with_the_place(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text.replace('"T:', f'"{__name__}:'))
     with pytest.raises(ConfigError) as error:
@@ -292,15 +295,15 @@ def test_a_bad_file_says_where_it_is_wrong(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_or_binary_file_says_so(tmp_path):
-    with pytest.raises(ConfigError, match=r"none.json: Got no text from this file: No such file"):
+def test_a_missing_or_binary_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"none.json: The config file cannot be read: No such file"):
         load(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary.json: Got bytes that are not UTF-8"):
+    with pytest.raises(ConfigError, match=r"binary.json: A config file must be UTF-8 text, got invalid bytes"):
         load(tmp_path / "binary.json")
 
 
-def test_fields_added_since_take_their_defaults():
+def test_fields_missing_from_saved_data_take_their_defaults():
     data = to_dict(All.Config(i=5))
     del data["num"], data["part"]
     assert from_dict(data, ALLOW) == All.Config(i=5)

@@ -1,4 +1,4 @@
-"""Walking a tree, replacing its parts, comparing trees, and their text."""
+"""Traverse a config tree, replace parts of it, compare trees and print them as text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_traverse_yields_every_config_parents_first():
     assert paths == ["blocks.0.up", "blocks.0.others.gate.proj", "blocks.1.up", "blocks.1.others.gate.proj", "head.0"]
 
 
-def test_replace_by_path_leaves_the_original_alone():
+def test_replace_by_path_does_not_change_the_original():
     config = Model.Config()
     new = replace(config, "blocks.1.others.gate.proj.dim", 9)
     assert new.blocks[1].others["gate.proj"].dim == 9
@@ -58,14 +58,14 @@ def test_replace_by_path_leaves_the_original_alone():
     assert replace(config, "init", abs).init is abs
 
 
-def test_replace_takes_a_private_copy_of_the_new_part():
+def test_replace_copies_the_new_value():
     part = Linear.Config(dim=7)
     new = replace(Model.Config(), "blocks.0.up", part)
     part.dim = 8
     assert new.blocks[0].up.dim == 7
 
 
-def test_replace_by_predicate_changes_every_match_inside_out():
+def test_replace_by_predicate_replaces_every_match_children_first():
     def wrap(old: Linear.Config) -> LoRA.Config:
         return LoRA.Config(linear=old)
 
@@ -83,7 +83,7 @@ def test_replace_by_predicate_changes_every_match_inside_out():
     assert blocks[0] is not blocks[1]
 
 
-def test_replace_of_a_built_config_gives_one_that_can_be_changed():
+def test_replace_in_a_built_config_returns_a_mutable_config():
     class Owner(Configurable):
         class Config(Configurable.Config):
             part: Linear.Config = Linear.Config()
@@ -96,12 +96,12 @@ def test_replace_of_a_built_config_gives_one_that_can_be_changed():
     assert new.part.dim == 6
 
 
-def test_replacing_nothing_is_an_error():
-    with pytest.raises(ConfigError, match=r"Got the path blocks. There is no blocks in Block.Config. Use one of: drop"):
+def test_replace_without_a_match_is_an_error():
+    with pytest.raises(ConfigError, match=r"Block.Config has no 'blocks' \(path blocks\). Use one of: drop"):
         replace(Block.Config(), "blocks", 1)
-    with pytest.raises(ConfigError, match=r"There is no upp in Block.Config. Did you mean up\?"):
+    with pytest.raises(ConfigError, match=r"Block.Config has no 'upp' \(path upp\). Did you mean up\?"):
         replace(Model.Config(), "blocks.0.upp", 1)
-    with pytest.raises(ConfigError, match="picks none of the configs"):
+    with pytest.raises(ConfigError, match="predicate must match at least one config of the tree, got no match"):
         replace(Model.Config(), lambda node: False, Linear.Config())
     with pytest.raises(ConfigError, match="must be int"):
         replace(Model.Config(), "head.0.dim", "3")
@@ -160,6 +160,6 @@ def test_diff_of_files_imports_nothing(tmp_path):
     assert diff(tmp_path / "a", tmp_path / "b") == [("dim", 1, 2)]
 
 
-def test_diff_tells_types_apart():
+def test_diff_distinguishes_types():
     one, two = {"$type": "m:A", "x": 1, "y": [1]}, {"$type": "m:A", "x": 1.0, "y": {"$tuple": [1]}}
     assert [change.path for change in diff(one, two)] == ["x", "y"]

@@ -1,4 +1,4 @@
-"""A type checker knows the fields of a config: it accepts what is right and names what is wrong."""
+"""Type checkers understand the fields of a config: mypy accepts correct uses and rejects wrong ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ outer.norm = outer  # wrong
 """
 
 
-def test_strict_mypy_accepts_right_uses_and_rejects_wrong_ones(tmp_path):
+def test_strict_mypy_accepts_correct_uses_and_rejects_wrong_ones(tmp_path):
     api = pytest.importorskip("mypy.api")
     (tmp_path / "sample.py").write_text(textwrap.dedent(SAMPLE))
     out, err, _ = api.run(["--strict", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "sample.py")])

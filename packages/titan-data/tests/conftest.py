@@ -1,4 +1,4 @@
-"""Texts, files of them, and a small tokenizer."""
+"""Fixtures: texts, JSONL files and a small tiktoken file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MERGES = ["th", "the", " the", "in", "ing", "an", "and", " and", "  ", "    ", "
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """`write_jsonl(texts, name="texts.jsonl")` writes a record a line and returns the path."""
+    """`write_jsonl(texts, name="texts.jsonl")` writes one record per line and returns the path."""
 
     def write(texts: Sequence[str], name: str = "texts.jsonl") -> Path:
         path = tmp_path / name
@@ -30,17 +30,17 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def texts() -> list[str]:
-    """Documents of 1 to 120 characters, some empty, one much longer than a row."""
-    draw = random.Random(0)
+    """Documents of 1 to 120 characters, some empty, and one much longer than a sequence."""
+    rng = random.Random(0)
     words = ["the", "cat", "and", "dog", "sing", "you", "été", "12", "!"]
-    lengths = [draw.randrange(0, 25) for _ in range(17)]
-    documents = [" ".join(draw.choice(words) for _ in range(length)) for length in lengths]
-    return [*documents, "x", "", " ".join(draw.choice(words) for _ in range(150))]
+    lengths = [rng.randrange(0, 25) for _ in range(17)]
+    documents = [" ".join(rng.choice(words) for _ in range(length)) for length in lengths]
+    return [*documents, "x", "", " ".join(rng.choice(words) for _ in range(150))]
 
 
 @pytest.fixture
 def ranks_file(tmp_path: Path) -> Path:
-    """A file of tiktoken ranks: the 256 bytes and 16 merges, ids 0 to 271."""
+    """A tiktoken file with the 256 bytes and 16 merges, ids 0 to 271."""
     tokens = [bytes([byte]) for byte in range(256)] + [merge.encode() for merge in MERGES]
     path = tmp_path / "small.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))

@@ -1,4 +1,4 @@
-"""No text becomes a control or added token, for every kind of model that `tokenizers` knows."""
+"""Text is never encoded as a control or added token, for every model type of `tokenizers`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def names_of(ids: Any, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_text_becomes_a_control_token(kind: str, tmp_path: Path) -> None:
+def test_text_is_never_encoded_as_a_control_token(kind: str, tmp_path: Path) -> None:
     for flags in FLAGS.values():
         raw = KINDS[kind]()
         if flags:
@@ -123,7 +123,7 @@ def test_no_text_becomes_a_control_token(kind: str, tmp_path: Path) -> None:
             assert ids.dtype == np.int64
 
 
-def test_models_that_can_spell_a_name_keep_the_text(tmp_path: Path) -> None:
+def test_text_with_names_survives_an_encode_decode_round_trip(tmp_path: Path) -> None:
     for make in (lambda: bpe(True), lambda: bpe(True, ignore_merges=True), byte_fallback, lambda: bpe(False)):
         raw = make()
         raw.add_special_tokens(CONTROL)
@@ -143,13 +143,13 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_a_name_is_spelled_by_the_pieces_of_the_model(kind: str, tmp_path: Path) -> None:
+def test_a_name_in_text_is_encoded_with_ordinary_pieces(kind: str, tmp_path: Path) -> None:
     raw = KINDS[kind]()
     raw.add_special_tokens(CONTROL)
     assert names_of(build(raw, tmp_path).encode("a <s> b"), raw) == EXPECTED[kind]
 
 
-def test_a_name_that_cannot_be_spelled_is_an_error_or_left_out(tmp_path: Path) -> None:
+def test_a_name_without_ordinary_pieces_is_an_error_or_dropped(tmp_path: Path) -> None:
     few = [letter for letter in LETTERS if letter not in "<>"]
     for make, dropped in ((word_level, ["a", "b"]), (lambda: unigram(letters=few), ["▁a", "▁", "s", "▁", "b"])):
         raw = make()
@@ -158,10 +158,10 @@ def test_a_name_that_cannot_be_spelled_is_an_error_or_left_out(tmp_path: Path) -
             build(raw, tmp_path).encode("a <s> b")
         tokenizer = build(raw, tmp_path, unspellable="drop")
         assert names_of(tokenizer.encode("a <s> b"), raw) == dropped
-        assert "<unk>" in names_of(tokenizer.encode("a ¥ b"), raw)  # unknown text is what it was
+        assert "<unk>" in names_of(tokenizer.encode("a ¥ b"), raw)  # other unknown text is unchanged
 
 
-def test_a_name_that_a_model_without_unknown_token_would_lose_is_an_error(tmp_path: Path) -> None:
+def test_a_name_that_a_model_without_unknown_token_would_drop_is_an_error(tmp_path: Path) -> None:
     vocab = {"a": 0, "b": 1, "s": 2, "▁": 3}
     raw = tokenizers.Tokenizer(models.BPE(vocab, []))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -171,7 +171,7 @@ def test_a_name_that_a_model_without_unknown_token_would_lose_is_an_error(tmp_pa
     assert names_of(build(raw, tmp_path, unspellable="drop").encode("a <s> b"), raw) == [*"▁a▁s▁b"]
 
 
-def test_a_name_that_arises_in_normalization_is_spelled(tmp_path: Path) -> None:
+def test_a_name_that_appears_after_normalization_is_encoded_as_text(tmp_path: Path) -> None:
     for kind in ("Unigram", "BPE with ignore_merges", "WordPiece"):
         raw = KINDS[kind]()
         without_tildes = normalizers.Replace("~", "")
@@ -188,7 +188,7 @@ def test_a_name_that_arises_in_normalization_is_spelled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_texts_have_the_ids_of_tokenizers(kind: str, tmp_path: Path) -> None:
+def test_text_without_names_has_the_ids_of_tokenizers(kind: str, tmp_path: Path) -> None:
     raw = KINDS[kind]()
     raw.add_special_tokens([*CONTROL, "<unk>"])
     raw.add_tokens([AddedToken("  ", normalized=False), AddedToken("\n\n", normalized=True), "<tool>", "xyz"])
@@ -196,36 +196,34 @@ def test_other_texts_have_the_ids_of_tokenizers(kind: str, tmp_path: Path) -> No
     for text in ("the a b ab", "a  b\n\nthe    a", "", "a xyz b xyz", "abthe a the " * 50):
         assert tokenizer.encode(text).tolist() == raw.encode(text, add_special_tokens=False).ids
     assert raw.token_to_id("xyz") in tokenizer.encode("a xyz b")
-    with pytest.raises(ValueError, match=r"text_tokens must be added tokens or control names of .*got \['abc'\]"):
+    with pytest.raises(ValueError, match=r"text_tokens must be added or control tokens of .*got \['abc'\]"):
         build(raw, tmp_path, text_tokens=["abc"])
 
 
-def test_dropout_of_a_file_is_off(tmp_path: Path) -> None:
+def test_bpe_dropout_is_disabled(tmp_path: Path) -> None:
     raw = bpe(True, dropout=0.9)
     assert len({tuple(build(raw, tmp_path).encode("the the the ab ab ab")) for _ in range(5)}) == 1
 
 
 @pytest.mark.parametrize("broken", ["markers", "vocabulary"])
-def test_the_last_check_sees_a_control_token_that_got_through(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_final_check_detects_a_control_token(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unchanged(document: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return document if broken == "vocabulary" else {**document, "added_tokens": []}
 
     monkeypatch.setattr("titan_data.hf_tokenizer.rewritten", unchanged)
     raw = unigram()
     raw.add_special_tokens(CONTROL)
-    with pytest.raises(ValueError, match=r"No text may become a control token, got '<s>'"):
+    with pytest.raises(ValueError, match=r"must not be encoded as a control token, got '<s>'"):
         build(raw, tmp_path).encode("a <s> b")
 
 
-def test_names_by_convention_and_of_templates_are_control_tokens() -> None:
+def test_conventional_names_and_template_tokens_are_control_tokens() -> None:
     document = json.loads(unigram().to_str())
     ends = {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["▁a", 5]}
     document["post_processor"] = {"type": "Sequence", "processors": [ends]}
     assert control_tokens.names_in(document, set(), set()).control == {"<unk>", "<s>", "</s>", "▁a"}
     merged = json.loads(bpe(False).to_str())
-    assert "<s>" not in control_tokens.names_in(merged, set(), set()).control  # HTML's strikethrough, by merges
+    assert "<s>" not in control_tokens.names_in(merged, set(), set()).control  # produced by merges: HTML strikethrough
     assert "<s>" in control_tokens.names_in(merged, {"<s>"}, set()).control
 
 
@@ -233,7 +231,7 @@ HIDDEN = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<start_of_turn>", "[INST
 
 
 def holding(kind: str, names: list[str], **options: Any) -> Any:
-    """Return a tokenizer whose vocabulary holds `names`, which nothing else in the file mentions."""
+    """Return a tokenizer with `names` in the vocabulary and nowhere else in the file."""
     document = json.loads(KINDS[kind]().to_str())
     model = document["model"]
     if kind == "Unigram":
@@ -248,7 +246,7 @@ def holding(kind: str, names: list[str], **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece", "BPE with ignore_merges"])
-def test_names_of_control_tokens_in_the_vocabulary_alone_are_never_given(kind: str, tmp_path: Path) -> None:
+def test_control_tokens_that_are_only_in_the_vocabulary_are_never_encoded(kind: str, tmp_path: Path) -> None:
     raw = holding(kind, [*HIDDEN, *(mark + name for name in HIDDEN for mark in ("▁", "Ġ", "##"))])
     tokenizer = build(raw, tmp_path, unspellable="drop")
     for name in HIDDEN:
@@ -261,7 +259,7 @@ def test_names_of_control_tokens_in_the_vocabulary_alone_are_never_given(kind: s
     assert not any("<|im_end|>" in piece for piece in names_of(kept.encode("a <|im_end|>"), raw))
 
 
-def test_a_control_name_behind_a_mark_of_the_model_is_spelled(tmp_path: Path) -> None:
+def test_a_control_token_name_with_a_word_mark_is_encoded_as_text(tmp_path: Path) -> None:
     raw = holding("Unigram", ["▁<s>", "~</s>"])
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     assert names_of(build(raw, tmp_path).encode("a <s> b"), raw) == EXPECTED["Unigram"]
@@ -274,7 +272,7 @@ def test_a_control_name_behind_a_mark_of_the_model_is_spelled(tmp_path: Path) ->
     assert "@@<s>" not in names_of(build(raw, tmp_path, unspellable="drop").encode("a<s>"), raw)
 
 
-def test_pieces_that_only_look_like_names_stay_text(tmp_path: Path) -> None:
+def test_pieces_that_only_resemble_names_stay_text(tmp_path: Path) -> None:
     pieces = ["<div>", "▁<div>", "<br/>", "[0]", "<T>", "[TODO]", "|>", "<|", "<|>", "▁the", "<0x41>", "a|b"]
     raw = holding("Unigram", pieces)
     raw.add_tokens(["the"])
@@ -287,7 +285,7 @@ def test_pieces_that_only_look_like_names_stay_text(tmp_path: Path) -> None:
     assert control_tokens.names_in(json.loads(raw.to_str()), set(), set()).control == {"<unk>", "<s>", "</s>"}
 
 
-def test_the_files_beside_the_tokenizer_name_control_tokens(tmp_path: Path) -> None:
+def test_tokenizer_config_and_special_tokens_map_name_control_tokens(tmp_path: Path) -> None:
     names = ["<begin>", "STOP!", "<turn>", "<tool>", "<more>", "<dict>", "!"]
     raw = holding("BPE with ignore_merges", names)
     plain = build(raw, tmp_path)
@@ -305,11 +303,11 @@ def test_the_files_beside_the_tokenizer_name_control_tokens(tmp_path: Path) -> N
     assert raw.token_to_id("!") in tokenizer.encode("!")  # CLIP pads with it
     assert tokenizer.fingerprint != plain.fingerprint  # other ids
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json must be a JSON object, got what is not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must be a JSON object, got invalid JSON"):
         build(raw, tmp_path)
 
 
-def test_a_failure_of_the_tokenizer_names_the_document(tmp_path: Path) -> None:
+def test_a_tokenizer_failure_names_the_document(tmp_path: Path) -> None:
     class Panics(Tokenizer):
         class Config(Tokenizer.Config):
             pass
@@ -331,13 +329,16 @@ def test_a_failure_of_the_tokenizer_names_the_document(tmp_path: Path) -> None:
     config = TokenLoader.Config(source=JsonlSource.Config(path=tmp_path / "t.jsonl"), shuffle=False)
     for tokenizer, message in (
         (Panics.Config().build(), r"t\.jsonl, line 1 cannot be encoded\. index out of bounds"),
-        (build(raw, tmp_path), r"t\.jsonl, line 2 cannot be encoded\. The tokenizer must be able to .*WordLevel error"),
+        (
+            build(raw, tmp_path),
+            r"t\.jsonl, line 2 cannot be encoded\. The tokenizers library failed to .*WordLevel error",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             config.build(tokenizer=tokenizer, **sizes).next_batches(0, 1)
 
 
-def test_a_malformed_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_malformed_tokenizer_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     good = json.loads(bpe(True).to_str())
     path = tmp_path / "tokenizer.json"
     cases = [
@@ -352,11 +353,11 @@ def test_a_malformed_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     ]
     for content in cases:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"tokenizer\.json must (be a tokenizer\.json of the tok|hold at least)"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json must (be a tokenizer\.json that the tok|have at least)"):
             HFTokenizer.Config(path=tmp_path).build()
 
 
-def test_a_link_out_of_the_folder_is_refused_and_a_hub_cache_is_not(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_an_error_except_in_a_hub_cache(tmp_path: Path) -> None:
     cache, other = tmp_path / "models--x", tmp_path / "other"
     snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
     for folder in (snapshot, blobs, other):
@@ -369,6 +370,6 @@ def test_a_link_out_of_the_folder_is_refused_and_a_hub_cache_is_not(tmp_path: Pa
         HFTokenizer.Config(path=snapshot).build()
     (snapshot / "tokenizer.json").unlink()
     (snapshot / "tokenizer.json").symlink_to(other / "elsewhere.json")
-    with pytest.raises(ValueError, match=r"must be in its folder, got a link to .*elsewhere\.json"):
+    with pytest.raises(ValueError, match=r"must not link out of its folder, got a link to .*elsewhere\.json"):
         HFTokenizer.Config(path=snapshot).build()
     assert HFTokenizer.Config(path=other / "elsewhere.json").build().encode("the").tolist()

@@ -6,7 +6,7 @@ import pytest
 from titan_data import ByteTokenizer, JsonlSource, unigram_entropy
 
 
-def test_the_entropy_is_that_of_the_counted_tokens(tmp_path):
+def test_unigram_entropy_matches_the_token_counts(tmp_path):
     texts = ["abracadabra", "banana", "äöü"]
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -19,7 +19,7 @@ def test_the_entropy_is_that_of_the_counted_tokens(tmp_path):
     assert unigram_entropy(JsonlSource.Config(path=file).build(), tokenizer) == pytest.approx(expected, rel=1e-12)
 
 
-def test_one_repeated_token_has_none(tmp_path):
+def test_the_entropy_of_one_repeated_token_is_zero(tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"text": "aaaa"}) + "\n")
     tokenizer = ByteTokenizer.Config().build()

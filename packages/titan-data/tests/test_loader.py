@@ -20,8 +20,8 @@ SIZES = {"seq_len": 24, "global_batch_size": 8, "local_batch_size": 1, "seed": 0
 
 
 @pytest.fixture(autouse=True)
-def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are made two at a time, so that a short test passes from one lot to the next."""
+def few_sequences_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack two sequences at a time, so that a short test covers several blocks."""
     monkeypatch.setattr(packing, "BLOCK_TOKENS", 50)
 
 
@@ -47,7 +47,9 @@ def build(source: Any, tokenizer: Any = TOKENIZER, sizes: dict[str, int] = SIZES
     ],
     ids=str,
 )
-def test_the_loader_keeps_its_promises(source: JsonlSource.Config, texts: list[str], settings: dict[str, Any]) -> None:
+def test_token_loader_passes_check_loader(
+    source: JsonlSource.Config, texts: list[str], settings: dict[str, Any]
+) -> None:
     loaders = []
 
     def make() -> TokenLoader:
@@ -58,16 +60,16 @@ def test_the_loader_keeps_its_promises(source: JsonlSource.Config, texts: list[s
         ids = list(texts[number % len(texts)].encode())
         return [256, *ids, 257] if ids and settings.get("add_bos") else ids
 
-    straight = settings.get("shuffle") is False
+    in_order = settings.get("shuffle") is False
     check_loader(
-        make, steps=12, num_streams=settings.get("num_streams"), document=document if straight else None
+        make, steps=12, num_streams=settings.get("num_streams"), document=document if in_order else None
     )  # 12 steps are more than an epoch
     for each in loaders:
         each.close()
 
 
 @pytest.mark.parametrize("num_files", [1, 3, 8])
-def test_a_streamed_source_keeps_them_too(
+def test_token_loader_with_a_streamed_source_passes_check_loader(
     texts: list[str], write_jsonl: Callable[..., Path], tmp_path: Path, num_files: int
 ) -> None:
     for number in range(num_files):
@@ -103,18 +105,18 @@ def skip_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "make_step", make_step)
 
 
-def lose_a_token_at_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = packing.RowStream._pack
+def lose_a_token_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = packing.SequenceStream._pack
 
-    def losing(stream: packing.RowStream) -> list[packing.Row]:
-        rows = pack(stream)
+    def losing(stream: packing.SequenceStream) -> list[packing.PackedSequence]:
+        sequences = pack(stream)
         stream._tokens, stream._numbers = stream._tokens[1:], stream._numbers[1:]
-        return rows
+        return sequences
 
-    monkeypatch.setattr(packing.RowStream, "_pack", losing)
+    monkeypatch.setattr(packing.SequenceStream, "_pack", losing)
 
 
-def lose_the_last_label_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_the_last_label_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     make = step.make_step
 
     def losing(*args: Any) -> Any:
@@ -140,8 +142,8 @@ def continue_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     def rollback(self: TokenLoader) -> None:
-        self._ahead.popleft()
-        self._drawn = None
+        self._prefetched.popleft()
+        self._current_step = None
 
     monkeypatch.setattr(TokenLoader, "rollback", rollback)
 
@@ -151,24 +153,24 @@ def save_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenLoader, "state_dict", lambda self: {**state_dict(self), "tokens": [0] * 8})
 
 
-def keep_what_was_read_for_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing.RowStream, "give_back", lambda self, rows: None)
+def lose_prefetched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing.SequenceStream, "give_back", lambda self, sequences: None)
 
 
 BREAKS = {
     shift_labels: "labels of document",
     skip_a_stream: "on .* ranks: .* differ",
-    lose_a_token_at_the_border: "differ from those drawn|labels of document",
-    lose_the_last_label_of_a_row: "labels of document",
-    continue_positions: "positions do not begin at 0",
+    lose_a_token_between_blocks: "differs from an uninterrupted run|labels of document",
+    lose_the_last_label_of_a_sequence: "labels of document",
+    continue_positions: "positions must start at 0",
     forget_a_rollback: "after a rollback",
     save_no_tokens: "resumed on .* ranks",
-    keep_what_was_read_for_other_rows: r"on \[1, 2, 4\] ranks|cursor_delta",
+    lose_prefetched_sequences: r"on \[1, 2, 4\] ranks|cursor_delta",
 }
 
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
-def test_the_check_sees_what_is_broken(
+def test_check_loader_detects_broken_loaders(
     source: JsonlSource.Config, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     def check() -> None:
@@ -181,13 +183,14 @@ def test_the_check_sees_what_is_broken(
 
 
 @pytest.mark.parametrize("change", ["text", "skipped"])
-def test_the_check_compares_with_the_documents(
+def test_check_loader_compares_tokens_with_the_documents(
     source: JsonlSource.Config, texts: list[str], write_jsonl: Callable[..., Path], change: str
 ) -> None:
     other = [text[:-1] + "?" for text in texts] if change == "text" else [*texts[:5], "", *texts[6:]]
     broken = JsonlSource.Config(path=write_jsonl(other, "other.jsonl"))
     with pytest.raises(
-        AssertionError, match="other tokens than its own" if change == "text" else "comes where document 5"
+        AssertionError,
+        match=r"must have the tokens of document\(" if change == "text" else r"next document must be 5, got",
     ):
         check_loader(
             lambda: build(broken, shuffle=False),
@@ -196,15 +199,15 @@ def test_the_check_compares_with_the_documents(
         )
 
 
-def test_owners_may_change_at_every_step_and_rollback_between(source: JsonlSource.Config) -> None:
-    draw = np.random.default_rng(0)
+def test_ranks_may_change_at_every_step_with_rollbacks_in_between(source: JsonlSource.Config) -> None:
+    generator = np.random.default_rng(0)
     alone, loaders = build(source), [build(source) for _ in range(8)]
     for _ in range(30):
         expected = global_batch([alone], 1)
         commit([alone])
         for committed in (False, True):
-            num_ranks = int(draw.choice([1, 2, 4, 8]))
-            order = [loaders[index] for index in draw.permutation(8)]  # any loader may be any rank
+            num_ranks = int(generator.choice([1, 2, 4, 8]))
+            order = [loaders[index] for index in generator.permutation(8)]  # any loader may be any rank
             found = global_batch(order, num_ranks)
             assert found["sample_ids"] == expected["sample_ids"]
             for name in ("tokens", "positions", "document_ids", "labels"):
@@ -217,7 +220,7 @@ def test_owners_may_change_at_every_step_and_rollback_between(source: JsonlSourc
         assert loaders[3].state_dict() == alone.state_dict()
 
 
-def test_the_state_is_two_integers_a_stream(source: JsonlSource.Config) -> None:
+def test_the_state_is_two_integers_per_stream(source: JsonlSource.Config) -> None:
     loader = build(source)
     global_batch([loader], 1)
     before = loader.state_dict()
@@ -231,20 +234,20 @@ def test_the_state_is_two_integers_a_stream(source: JsonlSource.Config) -> None:
     assert json.loads(json.dumps(state)) == state
 
 
-def test_a_stream_others_own_does_not_move(source: JsonlSource.Config) -> None:
+def test_the_cursor_delta_of_streams_of_other_ranks_is_zero(source: JsonlSource.Config) -> None:
     loader = build(source)
     loader.next_batches(1, 4)
     assert loader.cursor_delta().any(1).tolist() == [False, False, True, True, False, False, False, False]
 
 
-def test_a_draw_twice_or_a_commit_of_one_rank_alone_is_an_error(source: JsonlSource.Config) -> None:
+def test_next_batches_twice_or_a_commit_of_one_rank_alone_is_an_error(source: JsonlSource.Config) -> None:
     loader = build(source)
     loader.next_batches(0, 2)
-    with pytest.raises(RuntimeError, match="second draw of one step"):
+    with pytest.raises(RuntimeError, match=r"previous step must be finished .*commit\(\) or rollback\(\)"):
         loader.next_batches(0, 2)
-    with pytest.raises(ValueError, match=r"does not move streams \[4, 5, 6, 7\].*sum of cursor_delta"):
+    with pytest.raises(ValueError, match=r"must be the sum of cursor_delta.*got no advance of streams \[4, 5, 6, 7\]"):
         loader.commit(loader.cursor_delta())
-    with pytest.raises(ValueError, match=r"not what was drawn for streams \[0, 1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"an advance that differs from that of this rank for streams \[0, 1, 2, 3\]"):
         loader.commit(torch.full((8, 2), 1000))
     loader.rollback()
     assert len(loader.next_batches(0, 2)) == 4
@@ -264,7 +267,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_state_of_other_settings_is_refused_unless_asked_for(
+def test_a_state_of_other_settings_needs_allow_changes(
     change: str, source: JsonlSource.Config, texts: list[str], write_jsonl: Callable[..., Path]
 ) -> None:
     settings, message = dict(CHANGES[change][0]), CHANGES[change][1]
@@ -282,13 +285,13 @@ def test_a_state_of_other_settings_is_refused_unless_asked_for(
         build(**{"source": source, **settings}).load_state_dict(state)
     changed = build(**{"source": source, **settings, "allow_changes": True})
     changed.load_state_dict(state)
-    drawn = global_batch([changed], 1)
-    assert min(ids[0] for ids in drawn["sample_ids"] if ids) >= min(
+    resumed = global_batch([changed], 1)
+    assert min(ids[0] for ids in resumed["sample_ids"] if ids) >= min(
         index + documents * 8 for index, documents in enumerate(state["documents"])
     )
 
 
-def test_another_row_length_or_batch_goes_on_at_the_same_token(source: JsonlSource.Config) -> None:
+def test_a_changed_seq_len_or_batch_size_continues_at_the_same_token(source: JsonlSource.Config) -> None:
     saved = build(source)
     global_batch([saved], 1)
     commit([saved])
@@ -297,90 +300,87 @@ def test_another_row_length_or_batch_goes_on_at_the_same_token(source: JsonlSour
     sizes = {**SIZES, "global_batch_size": 16, "seq_len": 12}
     changed = build(source, sizes=sizes, num_streams=8, allow_changes=True)
     changed.load_state_dict(state)
-    rows = global_batch([changed], 1)["tokens"]  # 16 rows of half the length: two of each stream
-    assert torch.equal(torch.cat([rows[:8], rows[8:]], dim=1), following["tokens"])
+    tokens = global_batch([changed], 1)["tokens"]  # 16 sequences of half the length: two of each stream
+    assert torch.equal(torch.cat([tokens[:8], tokens[8:]], dim=1), following["tokens"])
 
 
-def test_another_number_of_streams_begins_after_all_that_was_begun(source: JsonlSource.Config) -> None:
+def test_a_changed_number_of_streams_continues_after_all_begun_documents(source: JsonlSource.Config) -> None:
     saved = build(source)
     seen: set[int] = set()
     for _ in range(4):
         seen.update(number for ids in global_batch([saved], 1)["sample_ids"] for number in ids)
         commit([saved])
-    for rows in (4, 16):
-        changed = build(source, sizes={**SIZES, "global_batch_size": rows}, allow_changes=True)
+    for batch_size in (4, 16):
+        changed = build(source, sizes={**SIZES, "global_batch_size": batch_size}, allow_changes=True)
         changed.load_state_dict(saved.state_dict())
         first = [ids[0] for ids in global_batch([changed], 1)["sample_ids"]]
         assert min(first) > max(seen)
-        assert max(seen) < min(first) <= max(seen) + 4  # the next that is not empty
+        assert max(seen) < min(first) <= max(seen) + 4  # the next non-empty document
 
 
 @pytest.mark.parametrize(("num_ranks", "local_batch_size"), [(3, 1), (3, 2), (5, 2), (6, 4)])
-def test_ranks_that_do_not_divide_the_rows_share_the_same_batch_and_fill_up_with_padding(
+def test_a_batch_that_the_ranks_do_not_divide_is_padded(
     source: JsonlSource.Config, num_ranks: int, local_batch_size: int
 ) -> None:
     sizes = {**SIZES, "local_batch_size": local_batch_size}
     whole, parts = build(source, sizes=sizes), [build(source, sizes=sizes) for _ in range(num_ranks)]
     for _ in range(3):
-        rows = [row for batch in whole.next_batches(0, 1) for row in batch.inputs["tokens"].tolist()]
-        drawn = [loader.next_batches(rank, num_ranks) for rank, loader in enumerate(parts)]
-        assert len({len(batches) for batches in drawn}) == 1
-        batches = [batch for batches in drawn for batch in batches]
-        filled = [bool((batch.targets["labels"] != -100).any()) for batch in batches]
-        assert [
-            row for batch, full in zip(batches, filled, strict=True) if full for row in batch.inputs["tokens"].tolist()
-        ] == rows
-        assert all(
-            (batch.inputs["document_ids"] == -1).all() for batch, full in zip(batches, filled, strict=True) if not full
-        )
+        expected = [tokens for batch in whole.next_batches(0, 1) for tokens in batch.inputs["tokens"].tolist()]
+        by_rank = [loader.next_batches(rank, num_ranks) for rank, loader in enumerate(parts)]
+        assert len({len(batches) for batches in by_rank}) == 1
+        all_batches = [batch for batches in by_rank for batch in batches]
+        filled = [batch for batch in all_batches if (batch.targets["labels"] != -100).any()]
+        padding = [batch for batch in all_batches if not (batch.targets["labels"] != -100).any()]
+        assert [tokens for batch in filled for tokens in batch.inputs["tokens"].tolist()] == expected
+        assert all((batch.inputs["document_ids"] == -1).all() for batch in padding)
         commit([whole])
         commit(parts)
     assert all(loader.state_dict() == whole.state_dict() for loader in parts)
 
 
 def test_a_loader_without_a_tokenizer_is_an_error(source: JsonlSource.Config) -> None:
-    with pytest.raises(ValueError, match="Got no tokenizer"):
+    with pytest.raises(ValueError, match="TokenLoader needs a tokenizer, got None"):
         build(source, tokenizer=None)
 
 
 def test_batch_sizes_that_do_not_fit_are_errors(source: JsonlSource.Config) -> None:
-    with pytest.raises(ValueError, match=r"8 rows in micro-batches of 3\..*1, 2, 4, 8"):
+    with pytest.raises(ValueError, match=r"local_batch_size must divide .*\(8 sequences\), got 3\..*1, 2, 4, 8"):
         build(source, sizes={**SIZES, "local_batch_size": 3})
-    with pytest.raises(ValueError, match="rank 2 of 2"):
+    with pytest.raises(ValueError, match=r"rank must be from 0 to 1 \(2 ranks\), got 2"):
         build(source).next_batches(2, 2)
-    with pytest.raises(ValueError, match=r"3 streams for a global batch of 8 rows.*1, 2, 4, 8"):
+    with pytest.raises(ValueError, match=r"num_streams must divide .*\(8 sequences\), got 3\..*1, 2, 4, 8"):
         build(source, num_streams=3)
     for name in ("seq_len", "global_batch_size", "local_batch_size"):
-        with pytest.raises(ValueError, match=f"Got {name} 0"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             build(source, sizes={**SIZES, name: 0})
-    with pytest.raises(ValueError, match="num_streams 0"):
+    with pytest.raises(ValueError, match="num_streams must be at least 1, got 0"):
         build(source, num_streams=0)
-    with pytest.raises(ValueError, match="prefetch -1"):
+    with pytest.raises(ValueError, match="prefetch must be at least 0 steps, got -1"):
         build(source, prefetch=-1)
 
 
-def test_bos_and_eos_must_be_there_to_be_added(source: JsonlSource.Config) -> None:
+def test_add_bos_and_add_eos_need_a_tokenizer_with_these_tokens(source: JsonlSource.Config) -> None:
     class Bare(ByteTokenizer):
         bos_id = None
         eos_id = None
 
     for name in ("bos", "eos"):
-        with pytest.raises(ValueError, match=f"add_{name} with a tokenizer that has no {name}"):
+        with pytest.raises(ValueError, match=f"add_{name} needs a tokenizer with a {name.upper()} token, got one with"):
             build(source, tokenizer=Bare.Config().build(), **{f"add_{name}": True})
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_an_error_while_reading_ahead_is_raised_by_draw(tmp_path: Path, prefetch: int) -> None:
+def test_a_prefetch_error_is_raised_by_next_batches(tmp_path: Path, prefetch: int) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "fine"}\n{"text"\n')
     loader = build(JsonlSource.Config(path=path, check=False), prefetch=prefetch)
-    for _ in range(2):  # again and again: the step cannot be drawn
+    for _ in range(2):  # every call fails
         with pytest.raises(ValueError, match=r"texts\.jsonl, line 2 must be a JSON object"):
             loader.next_batches(0, 1)
     loader.close()
 
 
-def test_steps_before_a_bad_document_are_drawn(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_steps_before_a_bad_document_are_returned(write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     path = write_jsonl(["a" * 3000, "b"])
     path.write_text(path.read_text() + "no json\n")
     sizes = {"seq_len": 1024, "global_batch_size": 1, "local_batch_size": 1, "seed": 0}
@@ -402,7 +402,7 @@ def test_no_thread_is_left_behind(source: JsonlSource.Config, end: str) -> None:
     assert not thread.is_alive()
 
 
-def test_prefetch_makes_steps_ahead_and_none_does_not(
+def test_prefetch_prepares_steps_in_a_thread_and_zero_does_not(
     source: JsonlSource.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -418,7 +418,7 @@ def test_prefetch_makes_steps_ahead_and_none_does_not(
     assert made == [threading.current_thread().name]
 
 
-def test_a_document_larger_than_a_step_is_read_piece_by_piece(tmp_path: Path) -> None:
+def test_a_document_longer_than_a_step_continues_in_the_next(tmp_path: Path) -> None:
     words = [f"word{number} " for number in range(30_000)]
     (tmp_path / "one.txt").write_text("".join(words))
     config = TextSource.Config(path=tmp_path / "one.txt")
@@ -432,10 +432,10 @@ def test_a_document_larger_than_a_step_is_read_piece_by_piece(tmp_path: Path) ->
     assert TOKENIZER.decode(tokens) == "".join(words)
 
 
-def test_many_streams_of_a_downloaded_dataset_read_what_they_give(
+def test_streams_of_a_downloaded_dataset_read_only_their_own_documents(
     tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """512 of 2048 streams, 8 files: a rank reads the text of its own rows, and of documents that these begin."""
+    """512 of 2048 streams, 8 files: a rank reads only the documents that its own sequences contain in part or whole."""
     generator = random.Random(0)
     for number in range(8):
         write_jsonl(["x" * generator.randrange(100, 3000) for _ in range(1500)], f"part-{number}.jsonl")

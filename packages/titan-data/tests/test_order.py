@@ -12,7 +12,7 @@ def test_every_epoch_holds_every_document_once(count: int) -> None:
     assert (np.sort(epochs, axis=1) == np.arange(count)).all()
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_every_epoch_and_seed_has_a_different_order() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
         return tuple(shuffled(np.arange(100, dtype=np.uint64) + np.uint64(100 * epoch), 100, seed).tolist())
 
@@ -29,7 +29,7 @@ def test_an_order_looks_random() -> None:
     assert abs(followers - 2000) < 200
 
 
-def test_a_place_is_the_same_asked_alone_or_among_many() -> None:
+def test_a_position_has_the_same_document_alone_or_among_many() -> None:
     positions = np.arange(500, dtype=np.uint64)
     together = shuffled(positions, 37, seed=5)
     alone = [int(shuffled(positions[place : place + 1], 37, seed=5)[0]) for place in range(500)]
@@ -37,6 +37,6 @@ def test_a_place_is_the_same_asked_alone_or_among_many() -> None:
 
 
 def test_the_order_is_part_of_the_format() -> None:
-    """Golden: a saved run goes on in the order it began in, also after an upgrade."""
+    """Golden values: a saved run continues in the same order after an upgrade."""
     assert shuffled(np.arange(12, dtype=np.uint64), 6, seed=0).tolist() == [4, 1, 0, 2, 3, 5, 0, 3, 5, 1, 4, 2]
     assert epoch_seed(0, 1) == 16614272907694420121

@@ -1,4 +1,4 @@
-"""Rows against a flat loop in plain Python: tokenize, lay end to end, slice."""
+"""Packed sequences against a plain Python reference: tokenize, concatenate, slice."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from titan_data import Batch, ByteTokenizer, JsonlSource, TiktokenTokenizer, Tok
 NO_LABEL, NO_DOCUMENT = -100, -1
 
 
-def flat_row(
+def reference_sequence(
     texts: Sequence[str],
     encode: Callable[[str], list[int]],
     stream: int,
     num_streams: int,
-    row: int,
+    index: int,
     length: int,
     epochs: int,
 ) -> dict[str, list[int]]:
-    """Row number `row` of a stream over `epochs` epochs of `texts` in order, by the book."""
+    """Return sequence `index` of a stream over `epochs` epochs of `texts` in order."""
     tokens, labels, ids = [], [], []
     for position in range(stream, len(texts) * epochs, num_streams):
         text = texts[position % len(texts)]
@@ -30,7 +30,7 @@ def flat_row(
             tokens += document
             labels += [*document[1:], NO_LABEL]
             ids += [position] * len(document)
-    begin, end = row * length, (row + 1) * length
+    begin, end = index * length, (index + 1) * length
     tokens, labels, ids = tokens[begin:end], labels[begin:end], ids[begin:end]
     missing = length - len(tokens)
     tokens, labels, ids = tokens + [0] * missing, labels + [NO_LABEL] * missing, ids + [NO_DOCUMENT] * missing
@@ -39,18 +39,20 @@ def flat_row(
     return {"tokens": tokens, "positions": positions, "document_ids": ids, "labels": labels, "sample_ids": sample_ids}
 
 
-def rows_of(batch: Batch) -> list[dict[str, list[int]]]:
+def sequences_of(batch: Batch) -> list[dict[str, list[int]]]:
     tensors = {**batch.inputs, **batch.targets}
-    rows = [{name: tensor[row].tolist() for name, tensor in tensors.items()} for row in range(len(batch.sample_ids))]
-    return [{**row, "sample_ids": ids} for row, ids in zip(rows, batch.sample_ids, strict=True)]
+    return [
+        {**{name: tensor[index].tolist() for name, tensor in tensors.items()}, "sample_ids": ids}
+        for index, ids in enumerate(batch.sample_ids)
+    ]
 
 
 def steps_of(loader: TokenLoader, steps: int) -> list[list[Batch]]:
-    drawn = []
+    result = []
     for _ in range(steps):
-        drawn.append(loader.next_batches(0, 1))
+        result.append(loader.next_batches(0, 1))
         loader.commit(loader.cursor_delta())
-    return drawn
+    return result
 
 
 @pytest.fixture(params=["bytes", "tiktoken"])
@@ -62,15 +64,15 @@ def tokenizer(request: pytest.FixtureRequest, ranks_file: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize(("add_bos", "add_eos"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("rows", "num_streams", "length"), [(4, 4, 16), (4, 2, 7), (3, 1, 1), (2, 2, 100)])
-@pytest.mark.parametrize("block_tokens", [1, 50, 2048])  # how many rows are made at once must not matter
-def test_rows_are_those_of_a_flat_loop(
+@pytest.mark.parametrize(("batch_size", "num_streams", "length"), [(4, 4, 16), (4, 2, 7), (3, 1, 1), (2, 2, 100)])
+@pytest.mark.parametrize("block_tokens", [1, 50, 2048])  # the block size must not change the result
+def test_sequences_match_the_reference(
     texts: list[str],
     write_jsonl: Callable[..., Path],
     tokenizer: Tokenizer,
     add_bos: bool,
     add_eos: bool,
-    rows: int,
+    batch_size: int,
     num_streams: int,
     length: int,
     block_tokens: int,
@@ -84,13 +86,13 @@ def test_rows_are_those_of_a_flat_loop(
 
     source = JsonlSource.Config(path=write_jsonl(texts))
     config = TokenLoader.Config(source=source, shuffle=False, num_streams=num_streams, add_bos=add_bos, add_eos=add_eos)
-    batch_sizes = {"global_batch_size": rows, "local_batch_size": rows}
+    batch_sizes = {"global_batch_size": batch_size, "local_batch_size": batch_size}
     loader = config.build(tokenizer=tokenizer, seq_len=length, seed=0, **batch_sizes)
     for step, (batch,) in enumerate(steps_of(loader, 25)):
-        for row, found in enumerate(rows_of(batch)):
-            number = step * (rows // num_streams) + row // num_streams
-            expected = flat_row(texts, encode, row % num_streams, num_streams, number, length, epochs=16)
-            assert found == expected, f"row {row} of step {step}"
+        for place, found in enumerate(sequences_of(batch)):
+            index = step * (batch_size // num_streams) + place // num_streams
+            expected = reference_sequence(texts, encode, place % num_streams, num_streams, index, length, epochs=16)
+            assert found == expected, f"sequence {place} of step {step}"
 
 
 @pytest.mark.parametrize("num_streams", [2, 4, 30])
@@ -103,26 +105,27 @@ def test_a_finite_loader_ends_after_one_epoch_with_padding(
     loader = config.build(tokenizer=tokenizer, seq_len=32, global_batch_size=num_streams, local_batch_size=1, seed=0)
     steps = []
     while batches := loader.next_batches(0, 1):
-        steps.append([row for batch in batches for row in rows_of(batch)])
+        steps.append([sequence for batch in batches for sequence in sequences_of(batch)])
         loader.commit(loader.cursor_delta())
     longest = max(sum(len(text.encode()) for text in texts[stream::num_streams]) for stream in range(num_streams))
     assert len(steps) == -(-longest // 32)
-    for step, rows in enumerate(steps):
-        for stream, found in enumerate(rows):
-            assert found == flat_row(texts, lambda text: list(text.encode()), stream, num_streams, step, 32, epochs=1)
+    for step, sequences in enumerate(steps):
+        for stream, found in enumerate(sequences):
+            expected = reference_sequence(texts, lambda text: [*text.encode()], stream, num_streams, step, 32, epochs=1)
+            assert found == expected
     assert loader.next_batches(0, 1) == []
     assert not loader.cursor_delta().any()
     loader.load_state_dict(loader.state_dict())
     assert loader.next_batches(0, 1) == []
 
 
-def test_rows_of_many_epochs_are_those_of_a_flat_loop(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
+def test_sequences_of_many_epochs_match_the_reference(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
     config = TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)), shuffle=False)
     sizes = {"seq_len": 64, "global_batch_size": 2, "local_batch_size": 2}
     loader = config.build(tokenizer=ByteTokenizer.Config().build(), seed=0, **sizes)
-    found = [row for (batch,) in steps_of(loader, 150) for row in rows_of(batch)][::2]
-    for number in (0, 31, 32, 63, 64, 100, 149):  # 32 rows are made at once
-        assert found[number] == flat_row(texts, lambda text: list(text.encode()), 0, 2, number, 64, epochs=40)
+    found = [sequence for (batch,) in steps_of(loader, 150) for sequence in sequences_of(batch)][::2]
+    for index in (0, 31, 32, 63, 64, 100, 149):  # 32 sequences are packed at once
+        assert found[index] == reference_sequence(texts, lambda text: list(text.encode()), 0, 2, index, 64, epochs=40)
 
 
 def test_a_shuffled_epoch_holds_each_text_once(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
@@ -131,15 +134,15 @@ def test_a_shuffled_epoch_holds_each_text_once(texts: list[str], write_jsonl: Ca
     loader = config.build(tokenizer=tokenizer, seq_len=16, global_batch_size=4, local_batch_size=4, seed=0)
     documents: dict[int, list[int]] = {}
     while batches := loader.next_batches(0, 1):
-        for row in rows_of(batches[0]):
-            for token, number in zip(row["tokens"], row["document_ids"], strict=True):
+        for sequence in sequences_of(batches[0]):
+            for token, number in zip(sequence["tokens"], sequence["document_ids"], strict=True):
                 documents.setdefault(number, []).append(token)
         loader.commit(loader.cursor_delta())
     documents.pop(NO_DOCUMENT)
     assert sorted(tokenizer.decode(tokens) for tokens in documents.values()) == sorted(text for text in texts if text)
 
 
-def test_a_batch_says_which_dim_is_the_sequence(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
+def test_a_batch_has_inputs_targets_and_sequence_dims(texts: list[str], write_jsonl: Callable[..., Path]) -> None:
     config = TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(texts)))
     sizes = {"seq_len": 16, "global_batch_size": 6, "local_batch_size": 3}
     batches = config.build(tokenizer=ByteTokenizer.Config().build(), seed=0, **sizes).next_batches(0, 1)
@@ -152,14 +155,14 @@ def test_a_batch_says_which_dim_is_the_sequence(texts: list[str], write_jsonl: C
             assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((3, 16), torch.int64, True)
 
 
-def test_a_document_that_cannot_be_encoded_is_named(write_jsonl: Callable[..., Path]) -> None:
+def test_an_error_of_the_tokenizer_names_the_document(write_jsonl: Callable[..., Path]) -> None:
     class Strict(ByteTokenizer):
         def encode(self, text: str):
             if "bad" in text:
-                raise ValueError("Got a bad word.")
+                raise ValueError("The text must not contain bad.")
             return super().encode(text)
 
     config = TokenLoader.Config(source=JsonlSource.Config(path=write_jsonl(["fine", "bad"])), shuffle=False)
     loader = config.build(tokenizer=Strict.Config().build(), seq_len=4, global_batch_size=1, local_batch_size=1, seed=0)
-    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2 cannot be encoded\. Got a bad word"):
+    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2 cannot be encoded\. The text must not contain bad"):
         steps_of(loader, 2)

@@ -1,4 +1,4 @@
-"""A loader's saved state is checked before anything is taken from it."""
+"""The saved state of a loader is validated before it is used."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a float": (changed(documents=[1.0, 0, 0, 0]), r"documents\[0\] must be an integer .*got 1\.0"),
     "a boolean": (changed(documents=[0, 0, 0, True]), r"documents\[3\] must be an integer .*got True"),
     "a string": (changed(documents=["1", 0, 0, 0]), r"documents\[0\] must be an integer"),
-    "null": (changed(documents=None), r"documents must be a list of 4 integers, one a stream, got NoneType"),
-    "too short": (changed(tokens=[0, 0, 0]), r"tokens must be a list of 4 integers, one a stream, got 3 values"),
+    "null": (changed(documents=None), r"documents must be a list of 4 integers, one per stream, got NoneType"),
+    "too short": (changed(tokens=[0, 0, 0]), r"tokens must be a list of 4 integers, one per stream, got 3 values"),
     "too long": (changed(documents=[0] * 5), r"documents must be a list of 4 integers"),
     "beyond 64 bits": (changed(documents=[1 << 62, 0, 0, 0]), r"documents\[0\] must be an integer .* below 2\^62"),
     "beyond the order": (changed(documents=[1 << 61, 0, 0, 0]), r"documents\[0\] must be at most"),
     "5,000 digits": (changed(documents=[10**5000, 0, 0, 0]), r"got an integer beyond 64 bits"),
     "an unknown key": (
         changed(more=1),
-        r"must hold documents, tokens, identity, got \['documents', 'id",
+        r"must have the keys documents, tokens, identity, got \['documents', 'id",
     ),
-    "a missing key": (lambda state: {"documents": [0] * 4, "tokens": [0] * 4}, "must hold documents, tokens, identity"),
-    "a list": (lambda state: [state], "must hold documents, tokens, identity, got list"),
+    "a missing key": (
+        lambda state: {"documents": [0] * 4, "tokens": [0] * 4},
+        "must have the keys documents, tokens, identity",
+    ),
+    "a list": (lambda state: [state], "must have the keys documents, tokens, identity, got list"),
     "identity": (changed(identity=[]), "identity must be a dictionary, got list"),
     "no streams": (lambda state: changed(identity={**state["identity"], "num_streams": 0})(state), "identity.num_str"),
     "true streams": (lambda s: changed(identity={**s["identity"], "num_streams": True})(s), r"num_streams .*got True"),
@@ -52,7 +55,7 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("allow_changes", [False, True])
-def test_a_state_that_no_loader_saved_is_refused_and_changes_nothing(
+def test_an_invalid_state_is_an_error_and_leaves_the_loader_unchanged(
     allow_changes: bool, write_jsonl: Callable[..., Path]
 ) -> None:
     path = write_jsonl([f"document number {number}" for number in range(40)])
@@ -68,7 +71,7 @@ def test_a_state_that_no_loader_saved_is_refused_and_changes_nothing(
     assert torch.equal(global_batch([loader], 1)["tokens"], global_batch([reference], 1)["tokens"])
 
 
-def test_a_position_beyond_the_end_of_the_only_epoch_is_refused(write_jsonl: Callable[..., Path]) -> None:
+def test_a_position_beyond_the_end_of_a_finite_loader_is_an_error(write_jsonl: Callable[..., Path]) -> None:
     loader = build(write_jsonl([f"document {number}" for number in range(10)]), infinite=False)
     while global_batch([loader], 1)["sample_ids"]:
         commit([loader])

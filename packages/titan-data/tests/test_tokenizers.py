@@ -35,7 +35,7 @@ def hf_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_bytes_are_the_text_in_utf8() -> None:
+def test_byte_tokenizer_ids_are_the_utf8_bytes() -> None:
     tokenizer = ByteTokenizer.Config().build()
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int64
@@ -45,7 +45,7 @@ def test_bytes_are_the_text_in_utf8() -> None:
 
 
 @pytest.mark.parametrize("special_tokens", [{}, {"<|eos|>": 300, "<|bos|>": 272}])
-def test_tiktoken_ids_are_those_of_tiktoken(ranks_file: Path, special_tokens: dict[str, int]) -> None:
+def test_tiktoken_tokenizer_ids_match_tiktoken(ranks_file: Path, special_tokens: dict[str, int]) -> None:
     tokenizer = TiktokenTokenizer.Config(path=ranks_file, special_tokens=special_tokens).build()
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.int64
@@ -54,7 +54,7 @@ def test_tiktoken_ids_are_those_of_tiktoken(ranks_file: Path, special_tokens: di
     assert tokenizer.encode("").tolist() == []
 
 
-def test_vocab_size_is_one_more_than_the_largest_id_also_with_gaps(ranks_file: Path) -> None:
+def test_vocab_size_is_one_more_than_the_largest_id_even_with_gaps(ranks_file: Path) -> None:
     specials = {"<|a|>": 275, "<|b|>": 400}
     config = TiktokenTokenizer.Config(path=ranks_file, special_tokens=specials, bos="<|a|>", eos="<|b|>")
     tokenizer = config.build()
@@ -64,7 +64,7 @@ def test_vocab_size_is_one_more_than_the_largest_id_also_with_gaps(ranks_file: P
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (272, None, None)
 
 
-def test_a_long_text_comes_in_parts_with_the_ids_of_the_whole(ranks_file: Path) -> None:
+def test_encode_parts_of_a_long_text_concatenate_to_encode(ranks_file: Path) -> None:
     tokenizer = TiktokenTokenizer.Config(path=ranks_file).build()
     long = "\n".join(f"{TEXT}{number}" + " " * (number % 5) for number in range(2000))
     parts = list(tokenizer.encode_parts(long))
@@ -73,7 +73,7 @@ def test_a_long_text_comes_in_parts_with_the_ids_of_the_whole(ranks_file: Path) 
     assert np.concatenate(parts).tolist() == tokenizer.encode(long).tolist() == expected
 
 
-def test_a_text_is_not_cut_where_the_pattern_has_words_that_go_over_spaces(ranks_file: Path) -> None:
+def test_a_text_is_not_split_if_words_of_the_pattern_contain_spaces(ranks_file: Path) -> None:
     pattern = r"[^\n]+|\n"
     tokenizer = TiktokenTokenizer.Config(path=ranks_file, pattern=pattern).build()
     long = "the end " * 4000
@@ -81,8 +81,8 @@ def test_a_text_is_not_cut_where_the_pattern_has_words_that_go_over_spaces(ranks
     assert tokenizer.encode(long).tolist() == reference(ranks_file, pattern).encode_ordinary(long)
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused(ranks_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"pattern '\(\(\(', which is no regular expression"):
+def test_an_invalid_pattern_is_an_error(ranks_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"pattern must be a regular expression, got '\(\(\('"):
         TiktokenTokenizer.Config(path=ranks_file, pattern="(((").build()
 
 
@@ -90,11 +90,11 @@ def test_a_megabyte_of_spaces_is_encoded(ranks_file: Path) -> None:
     tokenizer = TiktokenTokenizer.Config(path=ranks_file).build()
     text = "the cat" + " " * 1_000_000 + "and the dog"
     with pytest.raises(ValueError, match="Regex error"):
-        reference(ranks_file).encode_to_numpy(text, disallowed_special=())  # else the test shows nothing
+        reference(ranks_file).encode_to_numpy(text, disallowed_special=())  # tiktoken itself fails
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_panic_of_tiktoken_is_survived_and_an_interrupt_is_not(
+def test_a_panic_of_tiktoken_is_handled_and_an_interrupt_is_not(
     ranks_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     PanicException = type("PanicException", (BaseException,), {})
@@ -114,9 +114,7 @@ def test_a_panic_of_tiktoken_is_survived_and_an_interrupt_is_not(
         tokenizer.encode(text)
 
 
-def test_an_interrupt_of_the_hugging_face_tokenizer_stays_what_it_is(
-    hf_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_of_the_hugging_face_tokenizer_propagates(hf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def encode(self, text: str, **options: object) -> None:
             raise KeyboardInterrupt
@@ -128,24 +126,26 @@ def test_an_interrupt_of_the_hugging_face_tokenizer_stays_what_it_is(
     assert caught.value.__cause__ is None
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(ranks_file: Path, hf_file: Path) -> None:
+def test_an_unpaired_surrogate_becomes_a_replacement_character(ranks_file: Path, hf_file: Path) -> None:
     configs = ByteTokenizer.Config(), TiktokenTokenizer.Config(path=ranks_file), HFTokenizer.Config(path=hf_file)
     for config in configs:
         tokenizer = config.build()
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_hf_ids_are_those_of_tokenizers(hf_file: Path) -> None:
+def test_hf_tokenizer_ids_match_tokenizers(hf_file: Path) -> None:
     tokenizer = HFTokenizer.Config(path=hf_file.parent, bos="<|eos|>", eos="<|eos|>").build()
     expected = tokenizers.Tokenizer.from_file(str(hf_file))
     plain = TEXT.replace("<|eos|>", "")
     assert tokenizer.encode(plain).tolist() == expected.encode(plain, add_special_tokens=False).ids
-    assert tokenizer.eos_id not in tokenizer.encode(TEXT)  # a text that says <|eos|> does not end
+    assert tokenizer.eos_id not in tokenizer.encode(TEXT)  # <|eos|> in the text is not encoded as EOS
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.vocab_size == expected.get_vocab_size(with_added_tokens=True) == tokenizer.eos_id + 1
 
 
-def test_fingerprints_tell_what_decides_the_ids(ranks_file: Path, hf_file: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_everything_that_determines_the_ids(
+    ranks_file: Path, hf_file: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy.tiktoken"
     copy.write_bytes(ranks_file.read_bytes())
     config = TiktokenTokenizer.Config(path=ranks_file)
@@ -156,28 +156,28 @@ def test_fingerprints_tell_what_decides_the_ids(ranks_file: Path, hf_file: Path,
     others.add(TiktokenTokenizer.Config(path=ranks_file, pattern=r"\w+|\W+").build().fingerprint)
     lines = ranks_file.read_text().splitlines()
     copy.write_text("\n".join(lines[:-1]))
-    others.add(TiktokenTokenizer.Config(path=copy).build().fingerprint)  # the file as it is, not as it was
+    others.add(TiktokenTokenizer.Config(path=copy).build().fingerprint)  # the changed file, not a cached one
     assert len(others - {first}) == 5
 
 
-def test_an_id_outside_the_vocabulary_is_not_decoded(ranks_file: Path, hf_file: Path) -> None:
+def test_decoding_an_id_outside_the_vocabulary_is_an_error(ranks_file: Path, hf_file: Path) -> None:
     configs = ByteTokenizer.Config(), TiktokenTokenizer.Config(path=ranks_file), HFTokenizer.Config(path=hf_file)
     for config in configs:
         tokenizer = config.build()
         for outside in (tokenizer.vocab_size, -1):
-            with pytest.raises(ValueError, match=f"gaps excepted, got {outside}"):
+            with pytest.raises(ValueError, match=f"must be token ids from 0 to .*, got {outside}"):
                 tokenizer.decode([1, outside])
 
 
-def test_a_bad_ranks_file_is_an_error_that_says_the_line(ranks_file: Path, tmp_path: Path) -> None:
+def test_an_invalid_tiktoken_file_is_an_error_with_the_line(ranks_file: Path, tmp_path: Path) -> None:
     lines = ranks_file.read_text().splitlines()
     cases = {
         "line 3": [*lines[:2], "no rank", *lines[3:]],
         "line 1": [json.dumps({"model": {}})],
         "line 5": [*lines[:4], "### 4", *lines[5:]],
-        "without 156 of the 256 single bytes": lines[:100],
-        "one id for two tokens": [*lines, base64.b64encode(b"zzz").decode() + " 7"],
-        "without 256": [],
+        "must have all 256 single bytes as tokens, got 100 tokens without 156": lines[:100],
+        "got a duplicate or negative id": [*lines, base64.b64encode(b"zzz").decode() + " 7"],
+        "got 0 tokens without 256": [],
     }
     for message, content in cases.items():
         path = tmp_path / "bad.tiktoken"
@@ -186,28 +186,28 @@ def test_a_bad_ranks_file_is_an_error_that_says_the_line(ranks_file: Path, tmp_p
             TiktokenTokenizer.Config(path=path).build()
 
 
-def test_a_missing_tokenizer_names_the_nearest_file(ranks_file: Path) -> None:
+def test_a_missing_tokenizer_error_names_the_nearest_file(ranks_file: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nearest name is .*small\.tiktoken"):
         TiktokenTokenizer.Config(path=ranks_file.with_name("smal.tiktoken")).build()
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"The folder .* does not exist; the nearest"):
         HFTokenizer.Config(path="/nowhere/at/all/tokenizer.json").build()
     with pytest.raises(IsADirectoryError, match=r"got the folder.*small\.tiktoken"):
         TiktokenTokenizer.Config(path=ranks_file.parent).build()
 
 
-def test_special_tokens_that_do_not_fit_are_errors(ranks_file: Path, hf_file: Path) -> None:
-    with pytest.raises(ValueError, match=r"\['<a>'\].*begin with 272"):
+def test_invalid_special_tokens_are_errors(ranks_file: Path, hf_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"got other ids for \['<a>'\]\. Use ids from 272"):
         TiktokenTokenizer.Config(path=ranks_file, special_tokens={"<a>": 5}).build()
-    with pytest.raises(ValueError, match="already taken"):
+    with pytest.raises(ValueError, match=r"must be unique, .*got other ids for \['<a>', '<b>'\]"):
         TiktokenTokenizer.Config(path=ranks_file, special_tokens={"<a>": 300, "<b>": 300}).build()
-    with pytest.raises(ValueError, match=r"'<c>' for bos or eos.*\['<a>'\]"):
+    with pytest.raises(ValueError, match=r"bos and eos must be special tokens \(\['<a>'\]\), got '<c>'"):
         TiktokenTokenizer.Config(path=ranks_file, special_tokens={"<a>": 300}, eos="<c>").build()
     with pytest.raises(ValueError, match=r"bos must be a token of .*, got '<c>'"):
         HFTokenizer.Config(path=hf_file, bos="<c>").build()
 
 
-def test_a_file_of_the_other_kind_says_whose_it_is(ranks_file: Path, hf_file: Path) -> None:
-    with pytest.raises(ValueError, match="is for HFTokenizer"):
+def test_a_file_of_another_tokenizer_is_an_error_that_names_it(ranks_file: Path, hf_file: Path) -> None:
+    with pytest.raises(ValueError, match="use HFTokenizer"):
         TiktokenTokenizer.Config(path=hf_file).build()
-    with pytest.raises(ValueError, match="is for TiktokenTokenizer"):
+    with pytest.raises(ValueError, match="use TiktokenTokenizer"):
         HFTokenizer.Config(path=ranks_file).build()

@@ -1,4 +1,4 @@
-"""Replicas as forked processes that a test may kill, and a lighthouse for them."""
+"""Fixtures: replicas as forked processes that a test may kill, and a lighthouse for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 TIMEOUT_S = 900
-"""Only reached where something hangs."""
+"""Reached only if something hangs."""
 os.environ.setdefault("RUST_LOG", "warn")
 fork = multiprocessing.get_context("fork")
 
@@ -33,9 +33,9 @@ def _rank_main(rank: int, num_ranks: int, folder: Path, function: Callable[..., 
     import torch.distributed as dist
 
     def send(kind: str, value: Any) -> None:
-        pipe.send_bytes(pickle.dumps((kind, value)))  # pipe.send would lend tensors, and this process may be gone soon
+        pipe.send_bytes(pickle.dumps((kind, value)))  # pipe.send shares memory, but this process may exit first
 
-    logging.getLogger().handlers.clear()  # pytest's would keep errors, and with them the sockets of failed sums
+    logging.getLogger().handlers.clear()  # pytest's would keep errors, and thus sockets of failed reductions
     torch.set_num_threads(1)
     try:
         if num_ranks > 1:
@@ -76,7 +76,7 @@ class Replica:
             kind, event = self.next_message(0)
 
     def results(self) -> list[Any]:
-        """What the function returned on each rank."""
+        """Return the result of the function on each rank."""
         results = []
         for rank in range(len(self.pipes)):
             kind, value = self.next_message(rank)
@@ -99,7 +99,7 @@ class Replica:
 
 @pytest.fixture
 def start_replica() -> Iterator[Callable[..., Replica]]:
-    """`start_replica(function, *args, num_ranks=1) -> Replica`; all of them end with the test."""
+    """`start_replica(function, *args, num_ranks=1) -> Replica`; all replicas are killed at the end of the test."""
     replicas: list[Replica] = []
 
     def start(*args: Any, **options: Any) -> Replica:
@@ -113,12 +113,12 @@ def start_replica() -> Iterator[Callable[..., Replica]]:
 
 @pytest.fixture
 def lighthouse() -> Iterator[Callable[..., str]]:
-    """`lighthouse(min_replicas=1) -> address`, in a process of its own: the test's process may then fork freely."""
+    """`lighthouse(min_replicas=1) -> address`, in a separate process, so that the test process can fork."""
     started: list[tuple[Any, Any]] = []
 
     def start(min_replicas: int = 1) -> str:
         here, there = fork.Pipe()
-        options = {"min_replicas": min_replicas, "heartbeat_timeout_ms": 5_000}  # of a busy machine
+        options = {"min_replicas": min_replicas, "heartbeat_timeout_ms": 5_000}  # for a busy machine
         process = fork.Process(target=_lighthouse_main, args=(options, there), daemon=True)
         process.start()
         started.append((process, here))

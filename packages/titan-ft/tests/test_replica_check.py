@@ -1,4 +1,4 @@
-"""Replicas that differ do not train together, and nobody trains below the step of the group."""
+"""Replicas with different settings do not train together, and no replica trains below the step of the group."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def join(address: str, replica_id: int, **options: Any) -> TorchftReplicaGroup:
 
 
 def run(address: str, replica_id: int, identity: Any, width: int, until: str, report: Report) -> dict[str, Any]:
-    """Train a weight of `width` numbers; `until` a file is there."""
+    """Train a weight of `width` numbers until the file `until` exists."""
     weight, step = torch.zeros(width), {"step": 0}
-    group = join(address, replica_id, heal_timeout_ms=4_000)  # less than the lighthouse takes to give up a replica
+    group = join(address, replica_id, heal_timeout_ms=4_000)  # shorter than the lighthouse's heartbeat timeout
 
     def load(state: dict[str, Any]) -> None:
         weight.copy_(state["model"]["weight"])
@@ -46,16 +46,16 @@ def run(address: str, replica_id: int, identity: Any, width: int, until: str, re
 
 
 @pytest.mark.parametrize(("identity", "width"), [({"lr": 0.2}, 3), ({"lr": 0.1}, 5)], ids=["settings", "model"])
-def test_a_newcomer_that_differs_ends_with_a_sentence_and_the_others_go_on(
+def test_a_joining_replica_that_differs_ends_with_an_error_and_the_others_continue(
     start_replica, lighthouse, tmp_path, identity, width
 ):
     address, until = lighthouse(), str(tmp_path / "until")
     live = start_replica(run, address, 0, {"lr": 0.1}, 3, until)
     live.wait_for(lambda event: event[0] > 2)
-    for _ in range(2 if width == 3 else 1):  # a supervisor that starts it again does not end the others, either
+    for _ in range(2 if width == 3 else 1):  # a restart by a supervisor does not end the others either
         other = start_replica(run, address, 1, identity, width, until)
         with pytest.raises(
-            AssertionError, match=r"Replica 1 must have the settings, model and mesh of the replicas that"
+            AssertionError, match=r"Replica 1 must have the same settings, model and mesh as the established"
         ):
             other.results()
     kind, (step, _) = live.next_message(0)
@@ -69,7 +69,7 @@ def test_a_newcomer_that_differs_ends_with_a_sentence_and_the_others_go_on(
 
 
 def fail_to_heal(address: str, replica_id: int, source: int, report: Report) -> None:
-    """Join, lose the source in the middle of healing, and report what happens."""
+    """Join the group, lose the source during healing, and report what happens."""
 
     def source_dies(transport: SnapshotTransport, *args: Any, **kwargs: Any) -> None:
         os.kill(source, signal.SIGKILL)
@@ -83,13 +83,15 @@ def fail_to_heal(address: str, replica_id: int, source: int, report: Report) -> 
     report("trains")  # below the step of the group
 
 
-def test_a_newcomer_whose_source_dies_while_it_heals_does_not_train_on(start_replica, lighthouse, tmp_path):
+def test_a_replica_whose_source_dies_during_healing_does_not_train(start_replica, lighthouse, tmp_path):
     address = lighthouse()
     live = start_replica(run, address, 0, None, 0, str(tmp_path / "never"))
     live.wait_for(lambda event: event[0] > 2)
-    newcomer = start_replica(fail_to_heal, address, 1, live.processes[0].pid)
-    with pytest.raises(AssertionError, match=r"(?s)A replica must train from the step of the group, .*got no state of"):
-        newcomer.wait_for(lambda event: event == "trains")
+    joining = start_replica(fail_to_heal, address, 1, live.processes[0].pid)
+    with pytest.raises(
+        AssertionError, match=r"This replica must heal to step .* of the group within 1000 ms, got no state"
+    ):
+        joining.wait_for(lambda event: event == "trains")
 
 
 LIGHTHOUSE = """
@@ -108,7 +110,7 @@ def start_lighthouse(port: int) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_lighthouse_that_dies_and_comes_back_ends_nobody(start_replica, tmp_path):
+def test_replicas_survive_a_restart_of_the_lighthouse(start_replica, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

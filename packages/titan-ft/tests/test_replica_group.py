@@ -1,4 +1,4 @@
-"""The five methods: exact sums, unanimous commits, healing by the furthest, and errors that say what to do."""
+"""The five methods: exact sums, unanimous commits, healing from the highest step, and errors that state the fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def join(address: str, replica_id: int, **options: Any) -> TorchftReplicaGroup:
 
 
 def unsummable() -> Tensor:
-    """A tensor whose reduction fails at once: gloo does not add this dtype."""
+    """Return a tensor whose reduction fails at once: gloo cannot add its dtype."""
     return torch.zeros(4, dtype=torch.float8_e4m3fn)
 
 
@@ -34,7 +34,7 @@ def summands(replica_id: int) -> list[Tensor]:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         for shape in [(1000,), (7, 3, 5), ()]
     ]
-    large = torch.tensor([2**53 + 1, -(2**61) + replica_id, 3 * replica_id])  # no float holds these
+    large = torch.tensor([2**53 + 1, -(2**61) + replica_id, 3 * replica_id])  # not representable in float64
     return [*floats, large, large.to(torch.int32), torch.empty(0), torch.randn(4, 6, generator=generator).t()]
 
 
@@ -65,23 +65,23 @@ def test_sums_over_replicas_are_exact_in_every_dtype(start_replica, lighthouse):
 def fail_one_sum(address: str, replica_id: int, report: Report) -> list[Any]:
     group = join(address, replica_id, process_group_timeout_ms=600_000)
     group.register_state(dict, lambda state: None)
-    told = []
+    steps = []
     for broken in (False, True, False):
         num_replicas = group.begin_step()[1]
         for number in range(4):
             tensor = torch.ones(4)
             group.reduce_(unsummable() if broken and number == 1 and replica_id == 1 else tensor)
-        told.append((num_replicas, group.commit(), tensor.tolist()))
+        steps.append((num_replicas, group.commit(), tensor.tolist()))
     group.close()
-    return told
+    return steps
 
 
-def test_one_failed_sum_on_one_replica_fails_the_step_on_all_and_the_next_goes_on(start_replica, lighthouse):
+def test_a_failed_reduction_on_one_replica_fails_only_this_step_on_all(start_replica, lighthouse):
     address = lighthouse(min_replicas=2)
     replicas = [start_replica(fail_one_sum, address, i) for i in range(2)]
-    for told in [replica.results()[0] for replica in replicas]:
-        assert [(num_replicas, committed) for num_replicas, committed, _ in told] == [(2, True), (2, False), (2, True)]
-        assert told[0][2] == told[2][2] == [2.0] * 4
+    for steps in [replica.results()[0] for replica in replicas]:
+        assert [(num_replicas, committed) for num_replicas, committed, _ in steps] == [(2, True), (2, False), (2, True)]
+        assert steps[0][2] == steps[2][2] == [2.0] * 4
 
 
 def fail_on_one_rank(address: str, replica_id: int, report: Report) -> bool:
@@ -95,7 +95,7 @@ def fail_on_one_rank(address: str, replica_id: int, report: Report) -> bool:
     return committed
 
 
-def test_one_failed_sum_on_one_rank_fails_the_step_on_all_ranks_of_all_replicas(start_replica, lighthouse):
+def test_a_failed_reduction_on_one_rank_fails_the_step_on_all_ranks_of_all_replicas(start_replica, lighthouse):
     address = lighthouse(min_replicas=2)
     replicas = [start_replica(fail_on_one_rank, address, i, num_ranks=2) for i in range(2)]
     assert [replica.results() for replica in replicas] == [[False, False], [False, False]]
@@ -113,13 +113,15 @@ def resume_at(address: str, replica_id: int, steps: list[int], report: Report) -
 
 
 @pytest.mark.parametrize("steps", [[5, 3], [3, 5]])
-def test_where_all_start_anew_all_ranks_heal_from_the_replica_that_is_furthest(start_replica, lighthouse, steps):
+def test_after_a_restart_of_all_replicas_all_ranks_heal_from_the_highest_step(start_replica, lighthouse, steps):
     address = lighthouse(min_replicas=2)
     replicas = [start_replica(resume_at, address, i, steps, num_ranks=2) for i in range(2)]
     assert [replica.results() for replica in replicas] == [[5, 5], [5, 5]]
 
 
-def alone(address: str, options: dict[str, Any], num_steps: int, sums: list[Tensor], report: Report) -> list[bool]:
+def train_alone(
+    address: str, options: dict[str, Any], num_steps: int, sums: list[Tensor], report: Report
+) -> list[bool]:
     group = join(address, 0, **options)
     group.register_state(dict, lambda state: None)
     committed = []
@@ -133,18 +135,18 @@ def alone(address: str, options: dict[str, Any], num_steps: int, sums: list[Tens
     return committed
 
 
-def test_a_replica_alone_commits_unless_it_needs_company(start_replica, lighthouse):
+def test_a_single_replica_commits_unless_min_replica_size_is_higher(start_replica, lighthouse):
     address = lighthouse()
-    assert start_replica(alone, address, {}, 2, [torch.ones(2)]).results() == [[True, True]]
+    assert start_replica(train_alone, address, {}, 2, [torch.ones(2)]).results() == [[True, True]]
     address = lighthouse()
-    assert start_replica(alone, address, {"min_replica_size": 2}, 2, []).results() == [[False, False]]
+    assert start_replica(train_alone, address, {"min_replica_size": 2}, 2, []).results() == [[False, False]]
 
 
-def test_a_replica_ends_after_too_many_failed_steps_in_a_row_and_says_why(start_replica, lighthouse):
+def test_a_replica_ends_after_too_many_consecutive_failed_steps_and_gives_the_cause(start_replica, lighthouse):
     address = lighthouse()
-    replica = start_replica(alone, address, {"max_failed_steps": 1}, 5, [unsummable()])
+    replica = start_replica(train_alone, address, {"max_failed_steps": 1}, 5, [unsummable()])
     assert replica.next_message(0) == ("event", False)
-    with pytest.raises(AssertionError, match=r"(?s)Invalid scalar type.*Got 2 failed steps in a row"):
+    with pytest.raises(AssertionError, match=r"(?s)Invalid scalar type.*At most 1 consecutive steps may fail, got 2"):
         replica.next_message(0)
 
 
@@ -178,22 +180,24 @@ def join_the_lighthouse_of_the_environment(report: Report) -> tuple[tuple[int, i
     return place, committed
 
 
-def test_the_environment_may_say_where_the_lighthouse_is(start_replica):
+def test_the_environment_may_set_the_address_of_the_lighthouse(start_replica):
     assert start_replica(join_the_lighthouse_of_the_environment).results() == [((0, 1), True)]
 
 
-def test_a_missing_or_wrong_lighthouse_is_an_error_that_says_what_to_do(monkeypatch):
+def test_a_missing_or_invalid_lighthouse_address_is_an_error_that_states_the_fix(monkeypatch):
     monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
-    with pytest.raises(ValueError, match=r"Got no address of a lighthouse.*Start torchft_lighthouse"):
+    with pytest.raises(ValueError, match=r"address of the lighthouse must be set, got None.*Start torchft_lighthouse"):
         TorchftReplicaGroup.Config(replica_id=0).build()
-    with pytest.raises(ValueError, match=r"Got the lighthouse address 'localhost'.*Write http://host:29510"):
+    with pytest.raises(ValueError, match=r"The lighthouse address must be http://host:port, got 'localhost'"):
         join("localhost", 0)
-    with pytest.raises(ValueError, match=r"no way to 'no-such-host.invalid'.*Give its IP address"):
+    with pytest.raises(
+        ValueError, match=r"must be reachable from every rank, got .* for 'no-such-host.invalid'.*Use its IP address"
+    ):
         join("http://no-such-host.invalid:29510", 0)
 
 
-def join_nobody(report: Report) -> None:
-    with pytest.raises(RuntimeError, match=r"The lighthouse at http://127.0.0.1:9 must answer in 500 ms"):
+def join_an_unreachable_lighthouse(report: Report) -> None:
+    with pytest.raises(RuntimeError, match=r"The lighthouse at http://127.0.0.1:9 must answer within 500 ms"):
         join("http://127.0.0.1:9", 0, quorum_timeout_ms=500, quorum_retries=0)
 
 
@@ -201,46 +205,48 @@ def wait_in_vain(address: str, report: Report) -> None:
     group = join(address, 0, quorum_timeout_ms=3_000, quorum_retries=0)
     group.register_state(dict, lambda state: None)
     with pytest.raises(
-        RuntimeError, match=r"must answer in 3000 ms \(asked 1 times\), got no.*its min_replicas are alive"
+        RuntimeError, match=r"must answer within 3000 ms \(1 requests\), got no.*min_replicas live replicas"
     ):
         group.begin_step()
     group.close()
 
 
-def test_no_quorum_in_time_is_an_error_that_says_what_to_do(start_replica, lighthouse):
-    start_replica(join_nobody).results()
+def test_a_quorum_timeout_is_an_error_that_states_the_fix(start_replica, lighthouse):
+    start_replica(join_an_unreachable_lighthouse).results()
     start_replica(wait_in_vain, lighthouse(min_replicas=2)).results()
 
 
 def begin_without_a_state(address: str, report: Report) -> None:
     group = join(address, 0)
-    with pytest.raises(RuntimeError, match=r"Got begin_step\(\) before register_state\(\)"):
+    with pytest.raises(RuntimeError, match=r"register_state\(\) must be called before begin_step\(\)"):
         group.begin_step()
-    with pytest.raises(TypeError, match=r"random\.cpu of the state .* must be a tensor or a JSON value, got Gen"):
+    with pytest.raises(
+        TypeError, match=r"random\.cpu in the registered state must be a tensor or a JSON value, got Gen"
+    ):
         group.register_state(lambda: {"random": {"cpu": torch.Generator()}}, lambda state: None)
     group.close()
 
 
-def test_a_group_without_a_state_to_heal_from_does_not_begin(start_replica, lighthouse):
+def test_a_group_without_a_registered_state_does_not_begin(start_replica, lighthouse):
     start_replica(begin_without_a_state, lighthouse()).results()
 
 
 @pytest.mark.parametrize(
     "field", ["min_replica_size", "process_group_timeout_ms", "quorum_timeout_ms", "heal_timeout_ms"]
 )
-def test_a_setting_that_cannot_work_is_refused(field):
+def test_invalid_settings_are_rejected(field):
     with pytest.raises(ConfigError, match=f"{field} must be at least 1, got 0"):
         TorchftReplicaGroup.Config(replica_id=0, **{field: 0}).build()
     with pytest.raises(ConfigError, match="replica_id must be at least 0, got -1"):
         TorchftReplicaGroup.Config(replica_id=-1).build()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error on a machine without GPUs")
 def test_nccl_needs_a_gpu():
-    with pytest.raises(ValueError, match=r"Got process_group nccl, and no GPU"):
+    with pytest.raises(ValueError, match='process_group must be "gloo" on a machine without GPUs'):
         join("http://127.0.0.1:9", 0, process_group="nccl")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL sums tensors on GPUs")
-def test_a_replica_alone_commits_on_nccl(start_replica, lighthouse):
-    assert start_replica(alone, lighthouse(), {"process_group": "nccl"}, 2, []).results() == [[True, True]]
+def test_a_single_replica_commits_on_nccl(start_replica, lighthouse):
+    assert start_replica(train_alone, lighthouse(), {"process_group": "nccl"}, 2, []).results() == [[True, True]]

@@ -1,4 +1,4 @@
-"""What a newcomer gets is what the live replica had, on the newcomer's own mesh."""
+"""A replica that joins receives the state of a live replica, on its own mesh."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from titan_ft.snapshot import check_leaves, meshes_of, put_together, take
+from titan_ft.snapshot import check_leaves, meshes_of, restore_snapshot, take_snapshot
 from titan_ft.transport import SnapshotTransport
-from titan_ft.wire import packed
+from titan_ft.wire import pack
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def a_state(name: str = "shard") -> dict[str, Any]:
-    """Uneven shards, a replicated tensor, plain ones of many dtypes, and JSON, as optimizers and loaders have them."""
+    """Return uneven shards, a replicated tensor, plain tensors of many dtypes, and JSON, as in real states."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,))
     whole = torch.arange(35.0).view(5, 7)
     return {
@@ -56,45 +56,43 @@ def assert_same(got: Any, expected: Any) -> None:
         assert got == expected
 
 
-def test_a_state_is_put_together_on_the_mesh_of_the_newcomer(run_ranks):
+def test_a_state_is_restored_on_the_mesh_of_the_receiver(run_ranks):
     def heal() -> None:
         live = a_state()
-        newcomer = a_state()
-        newcomer_meshes = meshes_of({"model": newcomer["model"]})  # its optimizer may have no state yet
+        receiver = a_state()
+        receiver_meshes = meshes_of({"model": receiver["model"]})  # its optimizer may have no state yet
         transport = SnapshotTransport("127.0.0.1", timedelta(seconds=600))
-        transport.send_checkpoint([1], step=7, state_dict={"user": take(live)}, timeout=timedelta(seconds=600))
+        transport.send_checkpoint([1], step=7, state_dict={"user": take_snapshot(live)}, timeout=timedelta(seconds=600))
         with torch.no_grad():
-            live["model"]["parameter"].zero_()  # goes on while the copy travels
+            live["model"]["parameter"].zero_()  # training continues while the copy is in transit
         received = transport.recv_checkpoint(0, transport.metadata(), step=7, timeout=timedelta(seconds=600))
-        healed = put_together(received["user"], newcomer_meshes)
-        assert_same(healed, newcomer)
-        assert healed["model"]["rows"].device_mesh is newcomer["model"]["rows"].device_mesh
-        healed["model"]["rows"].add_(1)  # it is the newcomer's to change
+        healed = restore_snapshot(received["user"], receiver_meshes)
+        assert_same(healed, receiver)
+        assert healed["model"]["rows"].device_mesh is receiver["model"]["rows"].device_mesh
+        healed["model"]["rows"].add_(1)  # the restored state is writable
         with pytest.raises(AssertionError):
-            assert_same(healed, newcomer)
+            assert_same(healed, receiver)
         transport.shutdown()
 
     run_ranks(2, heal)
 
 
 class Sheared(Shard):
-    """A placement of a user, of which a newcomer knows nothing."""
+    """A custom placement, which a receiver cannot rebuild."""
 
 
-def test_a_mesh_or_a_placement_that_the_newcomer_has_not_is_named(run_ranks):
+def test_an_unknown_mesh_or_placement_is_named(run_ranks):
     def heal() -> None:
-        snapshot = take(a_state("shard"))
-        message = r"Got model\.rows split over the mesh .*shard.*replicate.*same number of ranks"
+        snapshot = take_snapshot(a_state("shard"))
+        message = r"must have the same mesh, got model\.rows sharded over .*shard.*replicate.*same number of ranks"
         with pytest.raises(ValueError, match=message):
-            put_together(snapshot, meshes_of(a_state("replicate")))
+            restore_snapshot(snapshot, meshes_of(a_state("replicate")))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         sheared = DTensor.from_local(torch.ones(2, 2), mesh, [Sheared(0)])
-        with pytest.raises(
-            TypeError, match=r"model\.w of the state that heals replicas must be placed by one of Shard"
-        ):
+        with pytest.raises(TypeError, match=r"placements of model\.w in the registered state must be of Shard"):
             check_leaves({"model": {"w": sheared}})
         with pytest.raises(TypeError, match="A placement must be one of Shard, _StridedShard, Replicate, Partial, got"):
-            packed(take({"w": sheared}))
+            pack(take_snapshot({"w": sheared}))
 
     run_ranks(2, heal)
 
@@ -109,20 +107,22 @@ Betas = namedtuple("Betas", ["first", "second"])
 @pytest.mark.parametrize(
     "leaf", [object(), Decimal("0.5"), Color.RED, Betas(0.9, 0.95), type("Real", (float,), {})(0.5)]
 )
-def test_what_cannot_travel_is_named_before_the_first_step(leaf):
+def test_unsupported_values_are_named_before_the_first_step(leaf):
     check_leaves({"a": [1, {"b": torch.ones(1)}], "c": (None, True, "x"), 2: 0.5})
     name = type(leaf).__name__
-    with pytest.raises(TypeError, match=rf"a\.1\.b of the state .* must be a tensor or a JSON value, got {name}\."):
+    with pytest.raises(
+        TypeError, match=rf"a\.1\.b in the registered state must be a tensor or a JSON value, got {name}\."
+    ):
         check_leaves({"a": [1, {"b": leaf}]})
-    with pytest.raises(TypeError, match=f"must hold tensors and JSON values, got {name}"):
-        packed({"a": leaf})
-    with pytest.raises(TypeError, match=r"Keys of the state .* must be JSON values, got tuple in a"):
+    with pytest.raises(TypeError, match=f"must contain only tensors and JSON values, got {name}"):
+        pack({"a": leaf})
+    with pytest.raises(TypeError, match=r"Keys of the registered state must be JSON values, got tuple in a"):
         check_leaves({"a": {(1, 2): 3}})
 
 
-def test_a_snapshot_is_let_go_once_nobody_needs_it():
+def test_a_snapshot_is_freed_after_disallow_checkpoint():
     transport = SnapshotTransport("127.0.0.1", timedelta(seconds=600))
-    snapshot = take({"weights": torch.ones(3)})
+    snapshot = take_snapshot({"weights": torch.ones(3)})
     reference = weakref.ref(snapshot.values["weights"])
     transport.send_checkpoint([1], step=0, state_dict={"user": snapshot}, timeout=timedelta(seconds=600))
     del snapshot

@@ -1,4 +1,4 @@
-"""Replicas train one model together; one is killed in the middle of a step, comes back and heals."""
+"""Replicas train one model together; one is killed during a step, restarts and heals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def flat_loop(steps: int) -> list[Tensor]:
-    """The reference: one process, no groups, whole batches."""
+    """Train the reference: one process, no groups, whole batches."""
     model = build_model(seed=0)
     optimizer = build_optimizer(model)
     for step in range(steps):
@@ -49,7 +49,7 @@ def flat_loop(steps: int) -> list[Tensor]:
 
 
 def shard(model: nn.Module, hook: Callable[[Tensor], None]) -> None:
-    """FSDP over this replica's ranks; `hook` carries the sums over the replicas."""
+    """Apply FSDP over the ranks of this replica; `hook` sums over the replicas."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     for module in (model[0], model[2], model):
         fully_shard(module, mesh=mesh)
@@ -61,12 +61,12 @@ def shard(model: nn.Module, hook: Callable[[Tensor], None]) -> None:
 
 
 class Replica:
-    """A plain training loop over a replica group, on one rank or sharded over several."""
+    """A plain training loop in a replica group, on one rank or sharded over several."""
 
     def __init__(self, address: str, replica_id: int, life: int) -> None:
         self.rank, self.num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.group = TorchftReplicaGroup.Config(replica_id=replica_id, lighthouse_address=address).build()
-        self.model = build_model(seed=life)  # who comes back begins with other weights than it left with
+        self.model = build_model(seed=life)  # a restarted replica starts with other weights
         if self.num_ranks > 1:
             shard(self.model, self.group.reduce_)
         self.optimizer = build_optimizer(self.model)
@@ -82,11 +82,11 @@ class Replica:
         self.step = state["step"]
 
     def train_step(self, dies_with: int) -> dict[str, Any]:
-        """One step; `lives` in what it returns is the number of ranks that came back from the dead."""
+        """Train one step; `lives` in the result is the number of ranks that have been restarted."""
         index, num_replicas = self.group.begin_step()
         event = {"step": self.step, "index": index, "num_replicas": num_replicas}
         dp_rank, dp_size = index * self.num_ranks + self.rank, num_replicas * self.num_ranks
-        x, y = (rows[dp_rank::dp_size] for rows in global_batch(self.step))
+        x, y = (samples[dp_rank::dp_size] for samples in global_batch(self.step))
         totals = torch.tensor([len(x), self.life])
         if self.num_ranks > 1:
             dist.all_reduce(totals)
@@ -109,7 +109,7 @@ class Replica:
 
 
 def train(address: str, replica_id: int, life: int, dies_with: int, report: Callable[[Any], None]) -> dict[str, Any]:
-    """Train until four steps after the first that a replica in its second life took part in."""
+    """Train until four steps after the first committed step with a restarted replica."""
     replica = Replica(address, replica_id, life)
     events: list[dict[str, Any]] = []
     last_step: int | None = None
@@ -118,13 +118,13 @@ def train(address: str, replica_id: int, life: int, dies_with: int, report: Call
         report(events[-1])
         if last_step is None and events[-1]["committed"] and events[-1]["lives"]:
             last_step = replica.step + 4
-        time.sleep(0.02)  # the survivor shall not run thousands of steps ahead
+        time.sleep(0.02)  # keeps the survivor from running thousands of steps ahead
     replica.group.close()
     return {"events": events, "step": replica.step, "weights": replica.weights()}
 
 
 def train_together(address: str, replica_id: int, steps: int, report: Callable[[Any], None]) -> dict[str, Any]:
-    replica = Replica(address, replica_id, life=replica_id)  # other weights in each: all start with the first one's
+    replica = Replica(address, replica_id, life=replica_id)  # different weights: all heal from the first replica
     while replica.step < steps:
         replica.train_step(dies_with=-1)
     replica.group.close()
@@ -132,7 +132,7 @@ def train_together(address: str, replica_id: int, steps: int, report: Callable[[
 
 
 def assert_one_model(results: list[dict[str, Any]]) -> None:
-    """The same bits on every rank, and the weights of one process that saw the same batches."""
+    """Check that all ranks have the same bits, and the weights of one process that trained on the same batches."""
     for result in results:
         assert result["step"] == results[0]["step"]
         for mine, theirs in zip(result["weights"], results[0]["weights"], strict=True):
@@ -142,7 +142,7 @@ def assert_one_model(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_killed_replica_costs_a_step_and_heals_when_it_comes_back(start_replica, lighthouse, num_ranks):
+def test_a_killed_replica_costs_one_step_and_heals_after_a_restart(start_replica, lighthouse, num_ranks):
     address = lighthouse()
     survivor = start_replica(train, address, 0, 0, -1, num_ranks=num_ranks)
     victim = start_replica(train, address, 1, 0, 2, num_ranks=num_ranks)
@@ -156,29 +156,29 @@ def test_a_killed_replica_costs_a_step_and_heals_when_it_comes_back(start_replic
 
     events = first[0]["events"]
     committed = [event["step"] for event in events if event["committed"]]
-    assert committed == list(range(first[0]["step"]))  # each batch counted once
+    assert committed == list(range(first[0]["step"]))  # each batch is trained on once
     lost = next(event for event in events if not event["committed"] and event["num_replicas"] == 2)
     again = next(event for event in events if event["committed"] and event["step"] == lost["step"])
     assert again["num_replicas"] == 1  # the survivor took the whole batch of the lost step
     joined = next(event for event in second[0]["events"] if event["num_replicas"] == 2)
-    assert joined["step"] > lost["step"]  # it healed before it drew the batch
+    assert joined["step"] > lost["step"]  # healed before drawing the batch
 
 
-def without_matrices(group: TorchftReplicaGroup, tensor: Tensor) -> None:
+def reduce_only_vectors(group: TorchftReplicaGroup, tensor: Tensor) -> None:
     if tensor.ndim < 2:
-        whole_reduce_(group, tensor)
+        original_reduce_(group, tensor)
 
 
-whole_reduce_ = TorchftReplicaGroup.reduce_
+original_reduce_ = TorchftReplicaGroup.reduce_
 BREAKS = {
     "none": lambda monkeypatch: None,
-    "reduction": lambda monkeypatch: monkeypatch.setattr(TorchftReplicaGroup, "reduce_", without_matrices),
+    "reduction": lambda monkeypatch: monkeypatch.setattr(TorchftReplicaGroup, "reduce_", reduce_only_vectors),
     "healing": lambda monkeypatch: monkeypatch.setattr(Replica, "load_state_dict", lambda replica, state: None),
 }
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_the_check_sees_a_reduction_or_a_healing_that_was_left_out(start_replica, lighthouse, monkeypatch, broken):
+def test_the_check_detects_a_missing_reduction_or_healing(start_replica, lighthouse, monkeypatch, broken):
     BREAKS[broken](monkeypatch)
     address = lighthouse(min_replicas=2)
     replicas = [start_replica(train_together, address, i, 3) for i in range(2)]

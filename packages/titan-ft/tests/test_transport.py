@@ -1,4 +1,4 @@
-"""Healing carries JSON and tensors only, to those that know the secret, on one address."""
+"""Healing transfers only JSON and tensors, only to replicas that know the secret, on one address."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from titan_ft.snapshot import take
+from titan_ft.snapshot import take_snapshot
 from titan_ft.transport import SnapshotTransport, signature
-from titan_ft.wire import MAGIC, raw
+from titan_ft.wire import MAGIC, raw_bytes
 
 MINUTE = timedelta(seconds=60)
-STATE = {"user": {"default": take({"w": torch.arange(6.0), "step": 3})}, "torchft": {"step": 3}}
+STATE = {"user": {"default": take_snapshot({"w": torch.arange(6.0), "step": 3})}, "torchft": {"step": 3}}
 
 
 @pytest.fixture
 def transport():
-    """A live replica's transport that offers STATE for step 3."""
+    """The transport of a live replica that offers STATE for step 3."""
     transport = SnapshotTransport("127.0.0.1", timedelta(seconds=2), b"right")
     transport.send_checkpoint([1], 3, STATE, MINUTE)
     yield transport
     transport.shutdown()
 
 
-def newcomer(secret: bytes = b"right") -> SnapshotTransport:
+def receiver(secret: bytes = b"right") -> SnapshotTransport:
     return SnapshotTransport("127.0.0.1", timedelta(seconds=2), secret)
 
 
-def test_a_newcomer_that_knows_the_secret_gets_the_state(transport):
-    received = newcomer().recv_checkpoint(0, transport.metadata(), 3, MINUTE)
+def test_a_receiver_that_knows_the_secret_gets_the_state(transport):
+    received = receiver().recv_checkpoint(0, transport.metadata(), 3, MINUTE)
     assert received["torchft"] == {"step": 3}
     assert received["user"]["default"].values["step"] == 3
     assert torch.equal(received["user"]["default"].values["w"], torch.arange(6.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
-def test_every_dtype_and_shape_arrives_bit_by_bit(dtype):
+def test_every_dtype_and_shape_is_transferred_bit_for_bit(dtype):
     tensors = [torch.randn(shape).to(dtype) for shape in [(), (0,), (3, 0, 2), (5, 7)]] + [
         torch.randn(4, 6).to(dtype).t()
     ]
-    live = newcomer()
+    live = receiver()
     live.send_checkpoint([1], 0, {"tensors": tensors, "nested": [(1, None), {2: float("inf")}]}, MINUTE)
-    received = newcomer().recv_checkpoint(0, live.metadata(), 0, MINUTE)
+    received = receiver().recv_checkpoint(0, live.metadata(), 0, MINUTE)
     assert received["nested"] == [(1, None), {2: float("inf")}]
     for got, expected in zip(received["tensors"], tensors, strict=True):
         assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-        assert bytes(raw(got)) == bytes(raw(expected))
+        assert bytes(raw_bytes(got)) == bytes(raw_bytes(expected))
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Titan-Proof": "right"}, {"X-Titan-Nonce": "n", "X-Titan-Proof": "0" * 64}])
-def test_a_request_without_the_secret_is_refused(transport, headers):
+def test_a_request_without_the_secret_is_rejected(transport, headers):
     parts = urlsplit(transport.metadata())
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
     connection.request("GET", "/3", headers=headers)
@@ -68,24 +68,24 @@ def test_a_request_without_the_secret_is_refused(transport, headers):
     assert b"TITAN" not in response.read()
 
 
-def test_a_newcomer_with_another_secret_is_refused(transport):
-    with pytest.raises(ValueError, match="refused to heal this one: wrong or missing proof"):
-        newcomer(b"wrong").recv_checkpoint(0, transport.metadata(), 3, MINUTE)
+def test_a_receiver_with_another_secret_is_rejected(transport):
+    with pytest.raises(ValueError, match="rejected the request: wrong or missing proof"):
+        receiver(b"wrong").recv_checkpoint(0, transport.metadata(), 3, MINUTE)
 
 
-def test_a_step_that_is_not_offered_is_refused(transport):
+def test_a_step_that_is_not_offered_is_rejected(transport):
     with pytest.raises(ValueError, match="no state of that step"):
-        newcomer().recv_checkpoint(0, transport.metadata(), 4, MINUTE)
+        receiver().recv_checkpoint(0, transport.metadata(), 4, MINUTE)
 
 
-def test_it_listens_on_its_own_address_only(transport):
+def test_the_transport_listens_on_one_address_only(transport):
     port = urlsplit(transport.metadata()).port
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", port), timeout=2):
         pass
 
 
 class Runs:
-    """What pickle would execute."""
+    """An object whose unpickling has a side effect."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -95,7 +95,7 @@ class Runs:
 
 
 def answering(*parts: bytes, cut: int | None = None) -> SnapshotTransport:
-    """A replica that knows the secret and sends `parts`, signed, or only the first `cut` bytes of it all."""
+    """Return a replica that knows the secret and sends the signed `parts`, or only the first `cut` bytes of them."""
 
     class Bad(SnapshotTransport):
         def answer(self, request: Any) -> None:
@@ -113,7 +113,7 @@ def answering(*parts: bytes, cut: int | None = None) -> SnapshotTransport:
 
 
 class Wire(SnapshotTransport):
-    """A live replica whose bytes go through `write(place in the stream, bytes)` on their way."""
+    """A live replica whose bytes pass through `write(position in the stream, bytes)` in transit."""
 
     def __init__(self, write: Callable[[int, bytes], bytes]) -> None:
         super().__init__("127.0.0.1", MINUTE, b"right")
@@ -142,10 +142,10 @@ def with_header(header: Any) -> bytes:
     return MAGIC + struct.pack("<Q", len(content)) + content
 
 
-def test_a_malicious_payload_is_an_error_and_nothing_runs(tmp_path):
+def test_a_malicious_payload_is_an_error_and_executes_nothing(tmp_path):
     sign = tmp_path / "executed"
     pickle.loads(pickle.dumps(Runs(sign)))
-    assert sign.exists()  # else the test shows nothing
+    assert sign.exists()  # otherwise the test proves nothing
     sign.unlink()
     saved = tmp_path / "saved.pt"
     torch.save({"user": Runs(sign)}, saved)
@@ -164,27 +164,27 @@ def test_a_malicious_payload_is_an_error_and_nothing_runs(tmp_path):
     ]
     for payload in payloads:
         with pytest.raises(ValueError):
-            newcomer().recv_checkpoint(0, answering(payload).metadata(), 3, MINUTE)
+            receiver().recv_checkpoint(0, answering(payload).metadata(), 3, MINUTE)
     assert not sign.exists()
 
 
-def test_a_half_sent_stream_is_an_error():
+def test_a_truncated_stream_is_an_error():
     parts = with_header({"tree": {"tensor": 0}, "tensors": [["torch.float32", [1000]]]}), bytes(4000)
-    received = newcomer().recv_checkpoint(0, answering(*parts).metadata(), 3, MINUTE)
+    received = receiver().recv_checkpoint(0, answering(*parts).metadata(), 3, MINUTE)
     assert received.shape == (1000,)
     length = len(parts[0]) + 4000 + 64
     for cut in (0, 10, 40, len(parts[0]), len(parts[0]) + 40, length - 33, length - 1):
-        with pytest.raises(ValueError, match=r"ended early|must begin with a header"):
-            newcomer().recv_checkpoint(0, answering(*parts, cut=cut).metadata(), 3, MINUTE)
+        with pytest.raises(ValueError, match=r"ended early|must begin with a titan-ft header"):
+            receiver().recv_checkpoint(0, answering(*parts, cut=cut).metadata(), 3, MINUTE)
 
 
-def test_an_impostor_that_does_not_know_the_secret_is_refused():
-    impostor = answering(with_header({"tree": None, "tensors": []}))
+def test_a_source_that_does_not_know_the_secret_is_rejected():
+    source = answering(with_header({"tree": None, "tensors": []}))
     with pytest.raises(ValueError, match="must be signed with the shared secret, got a wrong signature of part 0"):
-        newcomer(b"another").recv_checkpoint(0, impostor.metadata(), 3, MINUTE)
+        receiver(b"another").recv_checkpoint(0, source.metadata(), 3, MINUTE)
 
 
-def test_a_byte_changed_on_the_way_is_noticed_wherever_it_is():
+def test_a_changed_byte_is_detected_anywhere_in_the_stream():
     seen: list[bytes] = []
 
     def unchanged(place: int, content: bytes) -> bytes:
@@ -194,7 +194,7 @@ def test_a_byte_changed_on_the_way_is_noticed_wherever_it_is():
     state = {"w": torch.arange(6.0), "b": torch.arange(6.0), "lr": 0.1}
     live = Wire(unchanged)
     live.send_checkpoint([1], 3, state, MINUTE)
-    received = newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+    received = receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
     assert torch.equal(received["w"], torch.arange(6.0))
     whole = b"".join(seen)
     places = [whole.index(b"0.1"), *range(len(whole) - 2 * (24 + 32) - 32, len(whole), 9)]  # from the first signature
@@ -207,50 +207,50 @@ def test_a_byte_changed_on_the_way_is_noticed_wherever_it_is():
 
         live.write_through = changed
         with pytest.raises(ValueError, match=r"must be signed with the shared secret, got a wrong signature of part"):
-            newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+            receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
 
 
-def test_an_answer_sent_before_or_in_another_order_is_refused():
+def test_a_replayed_or_reordered_answer_is_rejected():
     sent: list[bytes] = []
     live = Wire(lambda place, content: sent.append(content) or content)
     live.send_checkpoint([1], 3, {"w": torch.zeros(6), "b": torch.zeros(6)}, MINUTE)
-    newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+    receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
     first, sent = sent, []
     live.write_through = lambda place, content: first.pop(0)
     with pytest.raises(ValueError, match="wrong signature of part 0"):
-        newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+        receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
     signatures: list[bytes] = []
 
     def swapped(place: int, content: bytes) -> bytes:
-        """Give the second tensor, of the same bytes, the signature of the first."""
+        """Replace the signature of the second tensor, of equal bytes, by that of the first."""
         if len(content) == 32:
             signatures.append(content)
         return signatures[1] if len(signatures) == 3 else content
 
     live.write_through = swapped
     with pytest.raises(ValueError, match="wrong signature of part 2"):
-        newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+        receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
 
 
-def test_a_large_tensor_is_sent_in_slices_each_with_the_time_limit_of_a_slow_link():
+def test_a_large_tensor_is_sent_in_slices_each_with_its_own_timeout():
     sizes: list[int] = []
     live = Wire(lambda place, content: sizes.append(len(content)) or content)
     large = torch.arange(700_001.0)
     live.send_checkpoint([1], 3, {"w": large}, MINUTE)
-    assert torch.equal(newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)["w"], large)
+    assert torch.equal(receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)["w"], large)
     assert max(sizes) == 1 << 20
     assert sum(sizes) > 2_800_004
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the disk is on fire"), ConnectionResetError("gone")], ids=repr)
-def test_an_error_of_the_source_is_logged_there_unless_the_newcomer_is_gone(error, caplog):
+def test_an_error_of_the_source_is_logged_there_unless_the_receiver_disconnected(error, caplog):
     class Failing(SnapshotTransport):
         def answer(self, request: Any) -> None:
             raise error
 
     live = Failing("127.0.0.1", MINUTE, b"right")
     with pytest.raises(ConnectionError):
-        newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE)
+        receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE)
     live.shutdown()
     assert ("the disk is on fire" in caplog.text) == (type(error) is RuntimeError)
 
@@ -267,18 +267,18 @@ def test_a_state_is_offered_until_the_last_reader_is_done():
 
     live = Wire(held)
     live.send_checkpoint([1], 3, {"w": torch.zeros(8)}, MINUTE)
-    reader = threading.Thread(target=lambda: newcomer().recv_checkpoint(0, live.metadata(), 3, MINUTE))
+    reader = threading.Thread(target=lambda: receiver().recv_checkpoint(0, live.metadata(), 3, MINUTE))
     reader.start()
     reading.wait()
-    threading.Timer(0.2, may_end.set).start()  # one that does not wait would be done long before
+    threading.Timer(0.2, may_end.set).start()  # a transport that does not wait ends before this
     live.disallow_checkpoint()
     events.append("ended")
     reader.join()
     assert events == ["read"] * 4 + ["ended"]
 
 
-def test_other_machines_may_ask_only_with_a_secret(monkeypatch):
+def test_connections_from_other_machines_need_a_secret(monkeypatch):
     monkeypatch.delenv("TITAN_FT_SECRET", raising=False)
-    with pytest.raises(ValueError, match="TITAN_FT_SECRET must be set where replicas run on several machines"):
+    with pytest.raises(ValueError, match="TITAN_FT_SECRET must be set for replicas on several machines"):
         SnapshotTransport("10.0.0.1", MINUTE)
     SnapshotTransport("127.0.0.1", MINUTE).shutdown()

@@ -1,4 +1,4 @@
-"""Small models with every feature of the large ones."""
+"""Fixtures: small models with all features of the large ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def _shrunk(flavor: Callable[[], Decoder.Config]) -> Decoder.Config:
     config.rope.dim = 8
     if config.rope.scaling is not None:
         config.rope.scaling.original_max_seq_len = 32
-        if isinstance(config.rope.scaling, Yarn.Config):  # that some of so few pairs lie between fast and slow
+        if isinstance(config.rope.scaling, Yarn.Config):  # so that some of the few pairs lie between fast and slow
             config.rope.scaling.beta_fast, config.rope.scaling.beta_slow = 4.0, 0.01
     config.max_seq_len = 1024
     return config
 
 
 def _shrink_attention(attention: Attention.Config) -> None:
-    for limit in attention.mask_modifiers:
-        limit.size = 16
+    for modifier in attention.mask_modifiers:
+        modifier.size = 16
     if isinstance(attention, MultiHeadLatentAttention.Config):
         attention.num_heads, attention.kv_rank, attention.q_rank = 4, 20, attention.q_rank and 28
         attention.head_dim, attention.rotated_head_dim, attention.value_head_dim = 10, 8, 12
@@ -53,40 +53,40 @@ def _shrink_feed_forward(feed_forward: FeedForward.Config) -> None:
         shared.hidden_dim = 20 * shared.hidden_dim // feed_forward.experts.hidden_dim
     feed_forward.experts.hidden_dim = 20
     if isinstance(feed_forward.experts.gating, ClampedGating.Config):
-        feed_forward.experts.gating.limit = 0.5  # within reach of small weights
+        feed_forward.experts.gating.limit = 0.5  # reached with small weights
 
 
 @pytest.fixture(scope="session")
 def shrunk() -> Callable[[Callable[[], Decoder.Config]], Decoder.Config]:
-    """`shrunk(llama3_8b)`: the flavor with its ratios, tying, rope, 3 to 5 layers 48 wide, windows and chunks of 16."""
+    """`shrunk(llama3_8b)`: the flavor with 3 to 5 layers of width 48, and windows and chunks of 16."""
     return _shrunk
 
 
-def _made(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int = 1) -> Decoder:
+def _build_model(config: Decoder.Config, dtype: torch.dtype = torch.float32, seed: int = 1) -> Decoder:
     model = config.build()
     model.init_weights(seed=seed)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # gains of exactly 1 would hide mistakes
+            if "norm" in name:  # weights of exactly 1 would hide errors
                 parameter.uniform_(0.5, 1.5, generator=generator)
-            if name.endswith(("bias", "sinks")):  # and so would zeros
+            if name.endswith(("bias", "sinks")):  # as would zeros
                 parameter.normal_(std=0.5, generator=generator)
         for name, buffer in model.named_buffers():
-            if name.endswith("balancing.bias"):  # wide enough to change choices
+            if name.endswith("balancing.bias"):  # large enough to change the selection
                 buffer.uniform_(-0.02, 0.02, generator=generator)
     return model.to(dtype)
 
 
 @pytest.fixture(scope="session")
-def made() -> Callable[..., Decoder]:
-    """`made(config, dtype, seed)`: the model with weights: norms not all ones, biases and sinks not near zero."""
-    return _made
+def build_model() -> Callable[..., Decoder]:
+    """`build_model(config, dtype, seed)`: an initialized model, with random norms, biases and sinks."""
+    return _build_model
 
 
 @pytest.fixture
 def reference(tmp_path: Path, fp64_model: Any) -> Callable[..., Any]:
-    """`reference(model, dtype)`: what transformers makes of an exported folder, as it is; wholly fp64 if asked for."""
+    """`reference(model, dtype)`: the model that transformers loads from an export; entirely fp64 with that dtype."""
     import transformers
     from safetensors.torch import save_file
 
@@ -119,16 +119,16 @@ def _within_rounding(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
 
 @pytest.fixture(scope="session")
 def within_rounding() -> Callable[..., bool]:
-    """`within_rounding(got, plain, exact)`: `got` is as near to fp64 as another way to compute it, ten times over.
+    """`within_rounding(got, plain, exact)`: the error of `got` is at most ten times that of `plain`.
 
-    `plain` is that other way, in the dtype of `got`; distances are 2-norms.
+    `exact` is the fp64 result, `plain` another computation in the dtype of `got`. Errors are 2-norms.
     """
     return _within_rounding
 
 
 @pytest.fixture(scope="session")
 def packed() -> dict[str, torch.Tensor]:
-    """Two rows of 40 tokens below 97: documents of 11, 17, 12 and of 5, 35 tokens."""
+    """Two sequences of 40 tokens below 97, with documents of 11, 17, 12 and of 5, 35 tokens."""
     lengths = [[11, 17, 12], [5, 35]]
     generator = torch.Generator().manual_seed(3)
     return {

@@ -1,4 +1,4 @@
-"""Every core computes `softmax(scale q k^T, masked) v`, judged by a loop over queries in fp64."""
+"""Each core computes `softmax(scale q k^T, masked) v`, compared with a loop over queries in fp64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CORES = [Sdpa.Config(), Flex.Config(block_size=16)]
 
 
 class EverySecond(MaskModifier):
-    """A limit of somebody else's: a query sees itself, the key before the last, and so on."""
+    """A custom mask modifier: a query sees itself and every second key before it."""
 
     def __init__(self, config: MaskModifier.Config) -> None:
         pass
@@ -28,22 +28,22 @@ def mask_modifiers(*configs: MaskModifier.Config) -> tuple[MaskModifier, ...]:
 
 
 def sees(mask: Mask, row: int, query: int, key: int) -> bool:
-    """The rules of a mask in words: causal, same document, within the window, same chunk, an even distance."""
+    """Return whether a query sees a key, by all rules: causal, document, window, chunk, even distance."""
     q, k = int(mask.query_positions[row, query]), int(mask.key_positions[row, key])
     if k > q:
         return False
     if mask.query_documents is not None and mask.query_documents[row, query] != mask.key_documents[row, key]:
         return False
     rules = {
-        SlidingWindow: lambda limit: q - k < limit.size,
-        Chunks: lambda limit: q // limit.size == k // limit.size,
-        EverySecond: lambda limit: (q - k) % 2 == 0,
+        SlidingWindow: lambda modifier: q - k < modifier.size,
+        Chunks: lambda modifier: q // modifier.size == k // modifier.size,
+        EverySecond: lambda modifier: (q - k) % 2 == 0,
     }
-    return all(rules[type(limit)](limit) for limit in mask.mask_modifiers)
+    return all(rules[type(modifier)](modifier) for modifier in mask.mask_modifiers)
 
 
 FP32 = 2e-5
-"""Of outputs below 4: scores below 4 are sums of 16 products, and outputs of 40, in units of 6e-8."""
+"""Tolerance of outputs below 4: scores below 4 sum 16 products, outputs 40, with a rounding unit of 6e-8."""
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sinks: Tensor | None = None) -> Tensor:
@@ -74,7 +74,7 @@ def masks(packed: dict[str, Tensor]) -> dict[str, Mask]:
         "documents": Mask.causal(positions, documents),
         "window": Mask.causal(line, mask_modifiers=mask_modifiers(window)),
         "chunks": Mask.causal(line, mask_modifiers=mask_modifiers(chunks)),
-        "somebody else's": Mask.causal(line, mask_modifiers=mask_modifiers(every_second)),
+        "custom": Mask.causal(line, mask_modifiers=mask_modifiers(every_second)),
         "documents, window": Mask.causal(positions, documents, mask_modifiers(window)),
         "documents, chunks": Mask.causal(positions, documents, mask_modifiers(chunks)),
         "documents, all mask_modifiers": Mask.causal(
@@ -93,8 +93,8 @@ def test_a_core_equals_naive_attention_under_every_mask(core: Any, masks: dict[s
 
 
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
-def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tensor]) -> None:
-    """As under context parallelism: the first and the last quarter of the queries, and all keys."""
+def test_queries_may_be_a_shard_of_the_sequence(core: Any, packed: dict[str, Tensor]) -> None:
+    """As in context parallelism: the first and the last quarter of the queries, and all keys."""
     positions, documents = packed["positions"], packed["document_ids"]
     mine = torch.cat([torch.arange(10), torch.arange(30, 40)])
     attention, (q, k, v) = core.build(), tensors()
@@ -107,7 +107,9 @@ def test_queries_may_be_a_part_of_the_sequence(core: Any, packed: dict[str, Tens
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
-def test_key_value_heads_serve_groups_of_query_heads(core: Any, num_kv_heads: int, masks: dict[str, Mask]) -> None:
+def test_key_value_heads_are_shared_by_groups_of_query_heads(
+    core: Any, num_kv_heads: int, masks: dict[str, Mask]
+) -> None:
     attention, (q, k, v) = core.build(), tensors(num_kv_heads=num_kv_heads)
     mask = masks["documents"]
     output = attention(q, k, v, attention.build_mask(mask), 0.25)
@@ -124,10 +126,10 @@ def test_gradients_of_sdpa_equal_naive_attention(masks: dict[str, Mask]) -> None
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
 
 
-def test_documents_windows_and_chunks_are_sequences_of_varlen(masks: dict[str, Mask]) -> None:
+def test_varlen_equals_naive_attention_for_documents_windows_and_chunks(masks: dict[str, Mask]) -> None:
     attention = Varlen.Config().build()
     for name, mask in masks.items():
-        if not any(isinstance(limit, EverySecond) for limit in mask.mask_modifiers):
+        if not any(isinstance(modifier, EverySecond) for modifier in mask.mask_modifiers):
             ours, theirs = ([x.double().requires_grad_() for x in tensors()] for _ in range(2))
             outputs = attention(*ours, attention.build_mask(mask), 0.3), naive(*theirs, mask, 0.3)
             torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12, msg=name)
@@ -137,8 +139,8 @@ def test_documents_windows_and_chunks_are_sequences_of_varlen(masks: dict[str, M
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's kernel needs a GPU")
-def test_varlen_gives_the_same_by_its_kernel(masks: dict[str, Mask]) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
+def test_the_varlen_kernel_equals_naive_attention(masks: dict[str, Mask]) -> None:
     attention = Varlen.Config().build()
     for name in ("causal", "documents", "window", "documents, window", "documents, chunks"):
         q, k, v = (x.bfloat16().cuda() for x in (*tensors()[:2], tensors()[1]))
@@ -150,23 +152,23 @@ def test_varlen_gives_the_same_by_its_kernel(masks: dict[str, Mask]) -> None:
         torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=2e-2, msg=name)
 
 
-def test_what_varlen_cannot_do_is_refused(masks: dict[str, Mask]) -> None:
+def test_varlen_rejects_unsupported_masks_and_sinks(masks: dict[str, Mask]) -> None:
     attention, line = Varlen.Config().build(), torch.arange(40).expand(2, 40)
-    with pytest.raises(ValueError, match=r"queries that are not the keys\. .* Take Sdpa or Flex"):
+    with pytest.raises(ValueError, match=r"Varlen supports only self-attention.* Use Sdpa or Flex"):
         attention.build_mask(Mask(line[:, :10], line))
-    with pytest.raises(ValueError, match="Got the limit EverySecond"):
-        attention.build_mask(masks["somebody else's"])
-    with pytest.raises(ValueError, match="Got sinks"):
+    with pytest.raises(ValueError, match="SlidingWindow and Chunks, got EverySecond"):
+        attention.build_mask(masks["custom"])
+    with pytest.raises(ValueError, match="does not support attention sinks"):
         attention(*tensors(), attention.build_mask(masks["causal"]), 0.3, torch.zeros(4))
 
 
-def test_a_purely_causal_mask_is_not_realized_by_sdpa(masks: dict[str, Mask]) -> None:
+def test_sdpa_builds_no_mask_for_plain_causal_attention(masks: dict[str, Mask]) -> None:
     attention = Sdpa.Config().build()
     assert attention.build_mask(masks["causal"]) is None
     assert attention.build_mask(masks["documents"]).dtype == torch.bool
 
 
-def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_detect_a_missing_mask_rule(masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
     expected = {name: naive(q, k, v, mask, 0.3) for name, mask in masks.items() if name != "causal"}
     monkeypatch.setattr(Mask, "rule", lambda self, query, key, *documents: query >= key)
@@ -176,19 +178,19 @@ def test_a_dropped_rule_is_noticed(masks: dict[str, Mask], monkeypatch: pytest.M
         assert (attention(q, k, v, attention.build_mask(masks[name]), 0.3) - values).abs().max() > 1e-3, name
 
 
-def test_impossible_masks_are_refused() -> None:
+def test_invalid_masks_are_rejected() -> None:
     positions = torch.arange(4)[None]
-    with pytest.raises(ValueError, match="Got size 0"):
+    with pytest.raises(ValueError, match="SlidingWindow size must be at least 1, got 0"):
         SlidingWindow.Config(size=0).build()
-    with pytest.raises(ValueError, match="Got size -1"):
+    with pytest.raises(ValueError, match="Chunks size must be at least 1, got -1"):
         Chunks.Config(size=-1).build()
-    with pytest.raises(ValueError, match="both or neither"):
+    with pytest.raises(ValueError, match="must be given together, got query_documents alone"):
         Mask(positions, positions, query_documents=positions)
 
 
 @pytest.fixture
 def flex_trains_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch refuses flex attention's backward on a CPU, but can compute it: tests need no GPU."""
+    """Enable the backward of FlexAttention on CPUs, which PyTorch rejects but can compute."""
     import torch.nn.attention.flex_attention as module
 
     monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
@@ -206,7 +208,7 @@ def naive_lse(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
-def test_log_sum_exps_and_their_gradients_equal_naive_attention(
+def test_log_sum_exp_and_its_gradient_equal_naive_attention(
     core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
 ) -> None:
     attention, weights = core.build(), torch.rand(2, 40, 4, dtype=torch.float64)
@@ -222,7 +224,7 @@ def test_log_sum_exps_and_their_gradients_equal_naive_attention(
 
 
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
-def test_sinks_take_their_share_of_the_softmax_and_give_nothing(
+def test_attention_sinks_equal_an_additional_key_with_value_zero(
     core: Any, masks: dict[str, Mask], flex_trains_on_cpus: None
 ) -> None:
     attention, sinks = core.build(), torch.tensor([-2.0, 0.5, 3.0, 30.0], dtype=torch.float64)
@@ -238,8 +240,8 @@ def test_sinks_take_their_share_of_the_softmax_and_give_nothing(
 
 
 @pytest.mark.parametrize("core", CORES, ids=["sdpa", "flex"])
-def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(core: Any, flex_trains_on_cpus: None) -> None:
-    """As under a ring: the keys of another rank, the last ten of which lie after all queries but five."""
+def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient(core: Any, flex_trains_on_cpus: None) -> None:
+    """As in ring attention: the keys of another rank, of which 15 queries see none."""
     attention, line = core.build(), torch.arange(40).expand(2, 40)
     mask = Mask(line[:, :20], line[:, 15:35])
     q, k, v = (x.double().requires_grad_() for x in tensors(20, 20))
@@ -250,7 +252,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(core: Any, flex_tr
     assert (k.grad[:, 5:] == 0).all() and (v.grad[:, 5:] == 0).all() and v.grad.isfinite().all()
 
 
-def test_log_sum_exps_are_wide_in_half_precision(masks: dict[str, Mask]) -> None:
+def test_log_sum_exp_is_fp32_for_bf16_inputs(masks: dict[str, Mask]) -> None:
     attention = Sdpa.Config().build()
     output, lse = attention.with_lse(*(x.bfloat16() for x in tensors()), None, 0.3)
     assert (output.dtype, lse.dtype) == (torch.bfloat16, torch.float32)

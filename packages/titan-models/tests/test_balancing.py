@@ -1,4 +1,4 @@
-"""Balancing of experts: by a bias that moves against the load, and that no weight contains."""
+"""Load balancing of experts, by a selection bias and by auxiliary losses."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def router(**options: Any) -> TopKRouter:
     config = TopKRouter.Config(
         **{"num_experts": EXPERTS, "top_k": 3, "score": "sigmoid", "balancing": BalancingBias.Config(), **options}
     )
-    made = config.build(dim=DIM)
-    init_weights(made, seed=0)
+    module = config.build(dim=DIM)
+    init_weights(module, seed=0)
     with torch.no_grad():
-        made.weight.mul_(20)
-    return made
+        module.weight.mul_(20)
+    return module
 
 
-def stream(*shape: int) -> Tensor:
+def hidden_states(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int, fp64_model: Any, in_fp64: Any) -> None:
+def test_selection_with_a_bias_equals_deepseek_v3_in_transformers(seed: int, fp64_model: Any, in_fp64: Any) -> None:
     groups = ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two")
     ours = router(renormalize=True, scale=2.5, groups=groups)
     theirs = DeepseekV3TopkRouter(
@@ -48,7 +48,10 @@ def test_experts_chosen_by_a_bias_are_those_of_deepseek(seed: int, fp64_model: A
         )
     )
     ours, theirs = ours.double(), fp64_model(theirs)
-    x, bias = stream(200, DIM).double(), 0.3 * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed))
+    x, bias = (
+        hidden_states(200, DIM).double(),
+        0.3 * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(seed)),
+    )
     with torch.no_grad(), in_fp64():
         unbiased, _ = ours(x)
         ours.balancing.bias.copy_(bias)
@@ -72,45 +75,47 @@ def test_the_bias_moves_against_the_load() -> None:
 
 @pytest.mark.parametrize("rate", [-0.1, float("inf"), float("nan")])
 def test_a_rate_is_finite_and_not_negative(rate: float) -> None:
-    with pytest.raises(ValueError, match="Got rate"):
+    with pytest.raises(ValueError, match="rate must be finite and >= 0"):
         BalancingBias.Config(rate=rate).build(num_experts=4)
 
 
-def test_the_bias_is_state_in_fp32_whatever_the_dtype_and_the_device() -> None:
-    made = router()
-    made.balancing.bias.fill_(0.1234567)
-    made.to(torch.bfloat16)
-    assert made.weight.dtype is torch.bfloat16
-    assert made.state_dict()["balancing.bias"].dtype is torch.float32
-    assert torch.equal(made.balancing.bias, torch.full((EXPERTS,), 0.1234567))
-    made.to("meta").to(torch.float64).to_empty(device="cpu")
-    init_weights(made, seed=0)
-    assert made.balancing.bias.dtype is torch.float32
-    assert made.balancing.bias.tolist() == [0] * EXPERTS
+def test_the_bias_is_a_persistent_fp32_buffer_in_any_dtype_and_on_any_device() -> None:
+    module = router()
+    module.balancing.bias.fill_(0.1234567)
+    module.to(torch.bfloat16)
+    assert module.weight.dtype is torch.bfloat16
+    assert module.state_dict()["balancing.bias"].dtype is torch.float32
+    assert torch.equal(module.balancing.bias, torch.full((EXPERTS,), 0.1234567))
+    module.to("meta").to(torch.float64).to_empty(device="cpu")
+    init_weights(module, seed=0)
+    assert module.balancing.bias.dtype is torch.float32
+    assert module.balancing.bias.tolist() == [0] * EXPERTS
 
 
-def test_a_bias_in_the_weights_is_noticed(monkeypatch: pytest.MonkeyPatch, fp64_model: Any, in_fp64: Any) -> None:
+def test_the_tests_detect_a_bias_in_the_routing_weights(
+    monkeypatch: pytest.MonkeyPatch, fp64_model: Any, in_fp64: Any
+) -> None:
     monkeypatch.setattr(BalancingBias, "forward", lambda self, scores: scores.add_(self.bias))  # in place
     with pytest.raises(AssertionError):
-        test_experts_chosen_by_a_bias_are_those_of_deepseek(0, fp64_model, in_fp64)
+        test_selection_with_a_bias_equals_deepseek_v3_in_transformers(0, fp64_model, in_fp64)
 
 
-def small(shrunk: Any, made: Any, **router: Any) -> Decoder:
+def small(shrunk: Any, build_model: Any, **router: Any) -> Decoder:
     config = shrunk(qwen3_moe_debug)
     for name, value in router.items():
         setattr(config.block.feed_forward.router, name, value)
-    return made(config, torch.float64)
+    return build_model(config, torch.float64)
 
 
 def flat_loss(model: Decoder, batch: dict[str, Tensor], labels: Tensor, shares: list[Tensor], score: str) -> Tensor:
-    """The sums of cross-entropy, 0.3 times balance and 0.01 times z, by what goes into each router."""
-    streams: list[Tensor] = []
+    """Return the sum of cross-entropy, 0.3 x balancing loss and 0.01 x z-loss, from the inputs of each router."""
+    inputs_of: list[Tensor] = []
     routers = [layer.feed_forward.router for layer in model.layers]
-    hooks = [router.register_forward_hook(lambda _, inputs, __: streams.append(inputs[0])) for router in routers]
+    hooks = [router.register_forward_hook(lambda _, inputs, __: inputs_of.append(inputs[0])) for router in routers]
     total = functional.cross_entropy(model(**batch).flatten(0, 1), labels.flatten(), reduction="sum")
     for hook in hooks:
         hook.remove()
-    for router, x, share in zip(routers, streams, shares, strict=True):
+    for router, x, share in zip(routers, inputs_of, shares, strict=True):
         for logits in x @ router.weight.T:
             scores = logits.softmax(0) if score == "softmax" else logits.sigmoid()
             total = total + 0.3 * len(share) * (share * scores / scores.sum()).sum()
@@ -119,10 +124,13 @@ def flat_loss(model: Decoder, batch: dict[str, Tensor], labels: Tensor, shares: 
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_losses_of_routers_join_that_of_the_head(shrunk: Any, made: Any, packed: Any, score: str) -> None:
-    """Two steps, in micro-batches, against a loop over tokens: the second balances by the choices of the first."""
+def test_auxiliary_losses_add_to_the_loss_of_the_head(shrunk: Any, build_model: Any, packed: Any, score: str) -> None:
+    """Two steps in micro-batches, compared with a loop over tokens; the second uses the fractions of the first."""
     losses = [LoadBalancingLoss.Config(weight=0.3), ZLoss.Config(weight=0.01)]
-    model, flat = small(shrunk, made, losses=losses, score=score), small(shrunk, made, score=score)
+    model, flat = (
+        small(shrunk, build_model, auxiliary_losses=losses, score=score),
+        small(shrunk, build_model, score=score),
+    )
     labels = packed["tokens"].roll(-1, 1)
     shares = [torch.full((8,), 1 / 8, dtype=torch.float64)] * 3
     for _ in range(2):
@@ -134,14 +142,14 @@ def test_losses_of_routers_join_that_of_the_head(shrunk: Any, made: Any, packed:
         for (name, ours), theirs in zip(model.named_parameters(), flat.parameters(), strict=True):
             assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm(), name
         model.after_step()
-        shares = [layer.feed_forward.router.losses[0].shares.double() for layer in model.layers]
+        shares = [layer.feed_forward.router.auxiliary_losses[0].shares.double() for layer in model.layers]
         assert all(share.sum() == pytest.approx(1) and share.max() > 1 / 8 for share in shares)
         model.zero_grad()
         flat.zero_grad()
 
 
-def test_shares_are_those_of_all_choices(shrunk: Any, made: Any, packed: Any) -> None:
-    model = small(shrunk, made, losses=[LoadBalancingLoss.Config(weight=0.3)])
+def test_load_balancing_fractions_are_those_of_all_assignments(shrunk: Any, build_model: Any, packed: Any) -> None:
+    model = small(shrunk, build_model, auxiliary_losses=[LoadBalancingLoss.Config(weight=0.3)])
     model.scale_auxiliary_losses(1.0)
     router = model.layers[0].feed_forward.router
     chosen: list[Tensor] = []
@@ -149,18 +157,20 @@ def test_shares_are_those_of_all_choices(shrunk: Any, made: Any, packed: Any) ->
     model(**packed).sum().backward()
     assert list(model.after_step()) == ["expert_load"]
     expected = torch.bincount(chosen[0].flatten(), minlength=8) / chosen[0].numel()
-    torch.testing.assert_close(router.losses[0].shares, expected)
+    torch.testing.assert_close(router.auxiliary_losses[0].shares, expected)
 
 
-def test_losses_that_nothing_weighs_are_refused(shrunk: Any, made: Any, packed: Any) -> None:
-    model = small(shrunk, made, losses=[ZLoss.Config(weight=0.01)])
-    with pytest.raises(RuntimeError, match="Call model\\.scale_auxiliary_losses"):
+def test_auxiliary_losses_without_a_scale_are_an_error(shrunk: Any, build_model: Any, packed: Any) -> None:
+    model = small(shrunk, build_model, auxiliary_losses=[ZLoss.Config(weight=0.01)])
+    with pytest.raises(
+        RuntimeError, match=r"scale of auxiliary losses must be set.*Call model\.scale_auxiliary_losses"
+    ):
         model(**packed)
     with torch.no_grad():
         model(**packed)
 
 
-def test_the_load_is_the_most_in_multiples_of_the_mean() -> None:
+def test_expert_load_is_the_maximum_in_multiples_of_the_mean() -> None:
     layer = MoE.Config(
         router=TopKRouter.Config(num_experts=4, top_k=1), experts=qwen3_moe_debug().block.feed_forward.experts
     )

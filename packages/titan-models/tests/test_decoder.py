@@ -1,4 +1,4 @@
-"""The model itself: its documents, its head, its tied weights, its roles, its config."""
+"""The decoder: packed documents, head, tied weights, roles and config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import titan_config
 import torch
-from titan_models import Decoder, Flex, Llama3Scaling, Mask, Places, Rope, Sdpa, SlidingWindow, TruncatedNormal, Varlen
+from titan_models import (
+    Decoder,
+    Flex,
+    Llama3Scaling,
+    Mask,
+    Rope,
+    RotaryPositions,
+    Sdpa,
+    SlidingWindow,
+    TruncatedNormal,
+    Varlen,
+)
 from titan_models.attention.temperature import Temperature
 from titan_models.gpt_oss import gpt_oss_20b, gpt_oss_debug
 from titan_models.layers.rms_norm import RMSNorm
@@ -37,12 +48,12 @@ PACKED = (llama3_8b, qwen3_8b, qwen3_30b_a3b, llama4_debug)
     ],
 )
 def test_packed_documents_equal_the_documents_one_by_one(
-    core: Any, flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+    core: Any, flavor: Any, shrunk: Any, build_model: Any, packed: dict[str, Tensor]
 ) -> None:
     config = shrunk(flavor)
     for block in config.blocks():
         block.attention.core = core
-    model = made(config, torch.float64)
+    model = build_model(config, torch.float64)
     with torch.no_grad():
         logits = model(**packed)
         for row, ids in enumerate(packed["document_ids"]):
@@ -52,10 +63,10 @@ def test_packed_documents_equal_the_documents_one_by_one(
                 torch.testing.assert_close(logits[row, where], alone[0], rtol=0, atol=1e-10)
 
 
-def test_documents_that_see_each_other_are_noticed(
-    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_the_tests_detect_attention_across_documents(
+    shrunk: Any, build_model: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(shrunk(llama3_8b), torch.float64)
+    model = build_model(shrunk(llama3_8b), torch.float64)
     with torch.no_grad():
         logits = model(**packed)
         causal = Mask.causal
@@ -68,50 +79,50 @@ def test_documents_that_see_each_other_are_noticed(
     assert difference[~first].max() > 1e-4
 
 
-def test_positions_shifted_in_part_of_a_document_are_noticed(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
-    model = made(shrunk(llama3_8b))
+def test_the_tests_detect_shifted_positions(shrunk: Any, build_model: Any, packed: dict[str, Tensor]) -> None:
+    model = build_model(shrunk(llama3_8b))
     shifted = packed | {"positions": packed["positions"] + (packed["positions"] > 3)}
     with torch.no_grad():
         assert (model(**shifted) - model(**packed)).abs().max() > 1e-4
 
 
-def test_sdpa_and_flex_give_the_same_logits(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+def test_sdpa_and_flex_give_the_same_logits(shrunk: Any, build_model: Any, packed: dict[str, Tensor]) -> None:
     config = shrunk(llama3_8b)
     with torch.no_grad():
-        logits = made(config, torch.float64)(**packed)
+        logits = build_model(config, torch.float64)(**packed)
         config.block.attention.core = Flex.Config(block_size=16)
-        torch.testing.assert_close(made(config, torch.float64)(**packed), logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(build_model(config, torch.float64)(**packed), logits, rtol=0, atol=1e-10)
 
 
 def test_gradients_through_flex_equal_those_through_sdpa(
-    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    shrunk: Any, build_model: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch refuses flex's backward on CPUs; its eager path, forced, is exact."""
+    """PyTorch rejects the backward of FlexAttention on CPUs; its eager path is exact."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda query, key, value: None)
     gradients = []
     for core in (Sdpa.Config(), Flex.Config(block_size=16)):
         config = shrunk(llama3_8b)
         config.block.attention.core = core
-        model = made(config, torch.float64)
+        model = build_model(config, torch.float64)
         functional.cross_entropy(model(**packed).flatten(0, 1), packed["tokens"].flatten()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() <= 1e-10 * one.norm() + 1e-13
 
 
-def test_the_model_returns_what_its_head_returns(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
-    """So that an engine may compute the loss in the head's place."""
-    model, result = made(shrunk(llama3_8b)), object()
+def test_the_model_returns_what_its_head_returns(shrunk: Any, build_model: Any, packed: dict[str, Tensor]) -> None:
+    """So that a training engine may replace the head to compute the loss."""
+    model, result = build_model(shrunk(llama3_8b)), object()
     model.head.forward = lambda hidden: result
     assert model(**packed) is result
 
 
-def test_a_token_beyond_the_vocabulary_raises(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+def test_a_token_beyond_the_vocabulary_raises(shrunk: Any, build_model: Any, packed: dict[str, Tensor]) -> None:
     with pytest.raises(IndexError):
-        made(shrunk(llama3_8b))(packed["tokens"] + 97, packed["positions"])
+        build_model(shrunk(llama3_8b))(packed["tokens"] + 97, packed["positions"])
 
 
-def test_tied_weights_are_one_through_to_empty_copies_and_casts(shrunk: Any) -> None:
+def test_weights_stay_tied_through_to_empty_copies_and_casts(shrunk: Any) -> None:
     for model in (
         shrunk(llama3_1b).on_meta().to_empty(device="cpu"),
         shrunk(llama3_1b).build().to(torch.bfloat16),
@@ -124,8 +135,8 @@ def test_tied_weights_are_one_through_to_empty_copies_and_casts(shrunk: Any) -> 
         assert "head.weight" not in model.state_dict()
 
 
-def test_a_tied_state_loads_and_a_head_in_it_is_refused(shrunk: Any, made: Any) -> None:
-    model, other = made(shrunk(llama3_1b)), shrunk(llama3_1b).build()
+def test_a_tied_state_dict_loads_and_must_not_contain_the_head(shrunk: Any, build_model: Any) -> None:
+    model, other = build_model(shrunk(llama3_1b)), shrunk(llama3_1b).build()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.head.weight, model.embedding.weight)
     with pytest.raises(RuntimeError, match=r"head\.weight"):
@@ -134,11 +145,11 @@ def test_a_tied_state_loads_and_a_head_in_it_is_refused(shrunk: Any, made: Any) 
 
 @pytest.mark.parametrize("core", [Sdpa.Config(), Flex.Config(block_size=16)], ids=["sdpa", "flex"])
 def test_identical_blocks_compile_once_whatever_the_documents(
-    core: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+    core: Any, shrunk: Any, build_model: Any, packed: dict[str, Tensor]
 ) -> None:
     config = shrunk(llama3_8b)
     config.block.attention.core = core
-    model = made(config, torch.float64)
+    model = build_model(config, torch.float64)
     other = packed | {"document_ids": packed["document_ids"] // 10, "positions": torch.arange(40).repeat(2, 1)}
     compiled = []
 
@@ -158,11 +169,11 @@ def test_identical_blocks_compile_once_whatever_the_documents(
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, llama4_debug, gpt_oss_20b])
 def test_recomputed_blocks_give_the_same_gradients(
-    flavor: Any, shrunk: Any, made: Any, packed: dict[str, Tensor]
+    flavor: Any, shrunk: Any, build_model: Any, packed: dict[str, Tensor]
 ) -> None:
     gradients = []
     for recompute in (False, True):
-        model = made(shrunk(flavor))
+        model = build_model(shrunk(flavor))
         for layer in model.layers if recompute else []:
             forward = layer.forward
             layer.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
@@ -172,7 +183,7 @@ def test_recomputed_blocks_give_the_same_gradients(
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_every_module_with_weights_has_one_role_but_norms_of_heads_routers_and_experts(flavor: Any) -> None:
+def test_each_module_with_weights_has_one_role_except_qk_norms_routers_and_experts(flavor: Any) -> None:
     model = flavor().on_meta()
     roles = model.roles()
     for name, module in model.named_modules():
@@ -207,26 +218,26 @@ def test_roles_of_the_8b_model() -> None:
     }
 
 
-def test_an_exception_is_its_own_block(shrunk: Any, made: Any, packed: dict[str, Tensor]) -> None:
+def test_layer_overrides_replace_single_blocks(shrunk: Any, build_model: Any, packed: dict[str, Tensor]) -> None:
     config = shrunk(llama3_8b)
     config.layer_overrides = {"1": copy.deepcopy(config.block)}
     config.layer_overrides["1"].feed_forward.hidden_dim = 33
     config.layer_overrides["1"].attention.num_kv_heads = 1
-    model = made(titan_config.from_json(titan_config.to_json(config)))
+    model = build_model(titan_config.from_json(titan_config.to_json(config)))
     assert [layer.feed_forward.down_proj.in_features for layer in model.layers] == [80, 33, 80]
     assert model.roles()["layers.1.attention.k_proj"] == ("colwise", {"num_heads": 1})
     assert model.roles()["layers.2.attention.k_proj"] == ("colwise", {"num_heads": 2})
     assert model(**packed).shape == (2, 40, 97)
-    with pytest.raises(ValueError, match="different num_kv_heads"):
+    with pytest.raises(ValueError, match="must have the same num_kv_heads"):
         config.hf_adapter()
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_configs_go_to_json_and_back(flavor: Any) -> None:
+def test_configs_survive_a_json_round_trip(flavor: Any) -> None:
     assert titan_config.from_json(titan_config.to_json(flavor())) == flavor()
 
 
-def test_each_call_of_a_flavor_gives_a_config_of_its_own() -> None:
+def test_each_call_of_a_flavor_returns_a_new_config() -> None:
     changed = llama3_8b()
     changed.block.attention.output.weight_init = TruncatedNormal.Config(std=1.0)
     changed.block.feed_forward.hidden_dim = 1
@@ -234,7 +245,7 @@ def test_each_call_of_a_flavor_gives_a_config_of_its_own() -> None:
     assert llama3_8b().block.feed_forward.hidden_dim == 14336
 
 
-def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
+def test_invalid_configs_are_rejected_with_a_reason(shrunk: Any) -> None:
     def build(path: str, value: Any) -> None:
         config = shrunk(llama3_8b)
         *parents, name = path.split(".")
@@ -245,30 +256,42 @@ def test_configs_that_cannot_be_built_say_why(shrunk: Any) -> None:
         config.build()
 
     for path, value, message in [
-        ("rope.dim", 6, r"rope.dim 6, and heads of which 8 features.*Set rope.dim to 8"),
-        ("rope.dim", 7, "dim 7.*pairs"),
-        ("rope.theta", 0.5, "theta 0.5"),
-        ("rope.scaling.factor", 0.5, "factor 0.5"),
-        ("rope.scaling.high_freq_factor", 0.5, "low_freq_factor 1.0 and high_freq_factor 0.5"),
-        ("rope.scaling.original_max_seq_len", 0, "original_max_seq_len 0"),
-        ("block.attention.num_kv_heads", 3, "8 heads, 3 key-value heads"),
-        ("block.attention.num_heads", 0, "0 heads"),
-        ("block.feed_forward.hidden_dim", 0, "hidden_dim 0"),
-        ("block.norm.eps", 0.0, "eps 0.0"),
-        ("num_layers", 0, "num_layers 0"),
-        ("vocab_size", -1, "vocab_size -1"),
-        ("dim", 0, "dim 0"),
-        ("max_seq_len", 0, "max_seq_len 0"),
-        ("layer_overrides", {"3": shrunk(llama3_8b).block}, "layer_overrides for the blocks '3'.*There are 3"),
-        ("layer_overrides", {"-1": shrunk(llama3_8b).block}, "layer_overrides for the blocks '-1'.*as in a slice"),
-        ("layer_overrides", dict.fromkeys(["0::2", "2"], shrunk(llama3_8b).block), r"name the blocks \[2\] twice"),
-        ("block.attention.core", Flex.Config(block_size=100), "block_size 100"),
+        ("rope.dim", 6, r"rope.dim must be 8, .* got 6"),
+        ("rope.dim", 7, "dim must be even .* got 7"),
+        ("rope.theta", 0.5, "theta must be > 1, got 0.5"),
+        ("rope.scaling.factor", 0.5, "factor must be >= 1, got 0.5"),
+        ("rope.scaling.high_freq_factor", 0.5, r"low_freq_factor must be .* at most high_freq_factor \(0.5\), got 1.0"),
+        ("rope.scaling.original_max_seq_len", 0, "original_max_seq_len must be at least 1, got 0"),
+        (
+            "block.attention.num_kv_heads",
+            3,
+            "num_heads must be a multiple of num_kv_heads.*num_heads 8, num_kv_heads 3",
+        ),
+        ("block.attention.num_heads", 0, "num_heads 0,"),
+        ("block.feed_forward.hidden_dim", 0, "hidden_dim must be at least 1, got 0"),
+        ("block.norm.eps", 0.0, "eps must be > 0, got 0.0"),
+        ("num_layers", 0, "num_layers must be at least 1, got 0"),
+        ("vocab_size", -1, "vocab_size must be at least 1, got -1"),
+        ("dim", 0, "dim must be at least 1, got 0"),
+        ("max_seq_len", 0, "max_seq_len must be at least 1, got 0"),
+        (
+            "layer_overrides",
+            {"3": shrunk(llama3_8b).block},
+            "layer_overrides must select at least one of the 3 blocks .* got '3'",
+        ),
+        ("layer_overrides", {"-1": shrunk(llama3_8b).block}, "block numbers or slices .* got '-1'"),
+        (
+            "layer_overrides",
+            dict.fromkeys(["0::2", "2"], shrunk(llama3_8b).block),
+            r"at most one key of layer_overrides, got several for blocks \[2\]",
+        ),
+        ("block.attention.core", Flex.Config(block_size=100), "block_size must be a multiple of 16 above 0, got 100"),
     ]:
         with pytest.raises(ValueError, match=message):
             build(path, value)
 
 
-def test_exceptions_are_numbered_as_in_slices(shrunk: Any) -> None:
+def test_layer_overrides_select_blocks_as_slices_do(shrunk: Any) -> None:
     config = shrunk(llama3_8b)
     config.num_layers = 8
     other = copy.deepcopy(config.block)
@@ -277,39 +300,47 @@ def test_exceptions_are_numbered_as_in_slices(shrunk: Any) -> None:
         assert [layer for layer, block in enumerate(config.blocks()) if block is other] == layers
 
 
-def test_layers_that_see_alike_share_a_realized_mask_and_others_do_not(
-    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_layers_with_equal_masks_share_one_built_mask(
+    shrunk: Any, build_model: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks 0 and 2 have a window; the core of block 1 is another as well."""
+    """Blocks 0 and 2 have a sliding window; block 1 has another core as well."""
     config = shrunk(llama3_8b)
     config.layer_overrides = {"1": copy.deepcopy(config.block)}
     config.block.attention.mask_modifiers = [SlidingWindow.Config(size=3)]
     config.layer_overrides["1"].attention.core = Flex.Config(block_size=16)
-    built_mask = []
+    built = []
     for core in (Sdpa, Flex):
         build_mask = core.build_mask
         monkeypatch.setattr(
             core,
             "build_mask",
-            lambda self, mask, build_mask=build_mask: built_mask.append(mask.mask_modifiers) or build_mask(self, mask),
+            lambda self, mask, build_mask=build_mask: built.append(mask.mask_modifiers) or build_mask(self, mask),
         )
-    model = made(config)
+    model = build_model(config)
     with torch.no_grad():
         logits = model(**packed)
-        assert [len(mask_modifiers) for mask_modifiers in built_mask] == [1, 0]
+        assert [len(mask_modifiers) for mask_modifiers in built] == [1, 0]
         tokens = packed["tokens"].clone()
-        tokens[1, 5] += 1  # the first of a document of 35 tokens, which all of it sees through block 1
+        tokens[1, 5] += 1  # the first of a document of 35 tokens, all of which see it in block 1
         reached = (model(**packed | {"tokens": tokens}) - logits)[1].abs().amax(-1) > 0
         assert reached[5:].all()
         config.layer_overrides = {}
-        model = made(config)
+        model = build_model(config)
         reached = (model(**packed | {"tokens": tokens}) - model(**packed))[1].abs().amax(-1) > 0
-    assert reached.nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10, 11]  # two more through each window
+    assert reached.nonzero().flatten().tolist() == [
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+    ]  # each of the three windows reaches 2 tokens further
 
 
 @pytest.mark.parametrize("rotation", [rotate, rotate_neighbors])
 def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
-    """However far the position, and so the error of q k is that of rounding q and k, not systematic in the distance."""
+    """At any position, so that the error of q k is that of rounding q and k, not systematic in the distance."""
     generator = torch.Generator().manual_seed(0)
     rope = Rope.Config(dim=128, scaling=Llama3Scaling.Config(factor=8)).build()
     positions = torch.cat((torch.arange(512), torch.arange(8192 - 512, 8192), torch.arange(130_560, 131_072)))[None]
@@ -317,7 +348,7 @@ def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == (1, 1536, 1, 64)
     angles = positions.double()[..., None] * rope.frequencies.double()
-    assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-6  # fp32 knows an angle of 131,071 to 0.008
+    assert (cos[:, :, 0].double() - angles.cos()).abs().max() < 2**-6  # fp32 numbers near 131,071 are 0.008 apart
     assert (sin[:, :, 0].double() - angles.sin()).abs().max() < 2**-6
     rotated, exact = [], []
     for _ in range(2):
@@ -336,7 +367,7 @@ def test_rotation_in_bf16_rounds_once(rotation: Any) -> None:
         assert part.mean().abs() <= 4 * part.std() / part.numel() ** 0.5
 
 
-def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str, Tensor]) -> None:
+def test_a_model_initialized_from_the_meta_device_is_the_same(shrunk: Any, packed: dict[str, Tensor]) -> None:
     models = [shrunk(llama3_1b).build(), shrunk(llama3_1b).on_meta().to_empty(device="cpu")]
     for model in models:
         model.init_weights(seed=5)
@@ -345,20 +376,24 @@ def test_a_model_from_the_meta_device_is_the_model(shrunk: Any, packed: dict[str
 
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_8b, gpt_oss_20b])
-def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, made: Any) -> None:
-    """Half of the heads each, by weights alone: the two outputs add up to the whole, as under tensor parallelism."""
-    model = made(shrunk(flavor), torch.float64)
+def test_attention_works_on_a_subset_of_heads(flavor: Any, shrunk: Any, build_model: Any) -> None:
+    """The outputs of two halves of the heads add up to the whole output, as in tensor parallelism."""
+    model = build_model(shrunk(flavor), torch.float64)
     x = torch.randn(2, 10, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     positions = torch.arange(10).expand(2, 10)
     whole = model.layers[0].attention
-    inputs = (x, Places(positions, *model.rope(positions, x.dtype)), whole.core.build_mask(Mask.causal(positions)))
+    inputs = (
+        x,
+        RotaryPositions(positions, *model.rope(positions, x.dtype)),
+        whole.core.build_mask(Mask.causal(positions)),
+    )
     halves = []
     for half in (0, 1):
         part = copy.deepcopy(whole)
         for projection, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
             linear = getattr(part, projection)
             linear.weight = nn.Parameter(linear.weight.chunk(2, dim)[half])
-            if linear.bias is not None:  # that of the output is added once
+            if linear.bias is not None:  # the output bias is added once
                 linear.bias = nn.Parameter(linear.bias.chunk(2)[half] if dim == 0 else linear.bias * (1 - half))
         if part.sinks is not None:
             part.sinks = nn.Parameter(part.sinks.chunk(2)[half])
@@ -366,16 +401,16 @@ def test_heads_can_be_split_without_telling_the_model(flavor: Any, shrunk: Any, 
     torch.testing.assert_close(halves[0] + halves[1], whole(*inputs), rtol=0, atol=1e-10)
 
 
-def test_positions_come_with_the_batch_and_are_made_nowhere(
-    shrunk: Any, made: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_the_forward_creates_no_positions(
+    shrunk: Any, build_model: Any, packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = made(shrunk(llama3_8b))
+    model = build_model(shrunk(llama3_8b))
     monkeypatch.setattr(torch, "arange", None)
     assert model(**packed).shape == (2, 40, 97)
 
 
-def test_a_decoder_without_a_family_is_a_model(shrunk: Any, packed: dict[str, Tensor]) -> None:
-    """Llama 3 is a config of the shared decoder: the same names, weights and logits without the family's class."""
+def test_a_plain_decoder_equals_llama3_with_the_same_config(shrunk: Any, packed: dict[str, Tensor]) -> None:
+    """Llama 3 is a config of the shared decoder: the same names, weights and logits without the family class."""
     family = shrunk(llama3_8b)
     config = Decoder.Config(**{name: copy.deepcopy(value) for name, value in vars(family).items()})
     models = [family.build(), config.build()]
@@ -386,14 +421,14 @@ def test_a_decoder_without_a_family_is_a_model(shrunk: Any, packed: dict[str, Te
         assert torch.equal(models[0](**packed), models[1](**packed))
 
 
-def test_a_config_saved_before_heads_had_norms_is_read(shrunk: Any) -> None:
+def test_a_config_without_qk_norm_loads_with_the_default(shrunk: Any) -> None:
     data = titan_config.to_dict(shrunk(llama3_8b))
     del data["block"]["attention"]["qk_norm"]
     assert titan_config.from_dict(data) == shrunk(llama3_8b)
 
 
 @pytest.mark.parametrize(
-    ("part", "name"),
+    ("module", "name"),
     [
         (RMSNorm, "eps"),
         (Rope, "theta"),
@@ -405,9 +440,9 @@ def test_a_config_saved_before_heads_had_norms_is_read(shrunk: Any) -> None:
         (TopKRouter, "scale"),
     ],
 )
-def test_nan_is_no_setting(part: Any, name: str) -> None:
+def test_nan_is_rejected_in_configs(module: Any, name: str) -> None:
     needed = {Rope: {"dim": 8, "theta": 1e4}, Llama3Scaling: {"factor": 8.0}, Yarn: {"factor": 8.0}}
-    settings = needed.get(part, {"num_experts": 4, "top_k": 1} if part is TopKRouter else {})
-    part.Config(**settings).validate()
-    with pytest.raises(ValueError, match=f"Got {name} nan|nan"):
-        part.Config(**settings | {name: float("nan")}).validate()
+    settings = needed.get(module, {"num_experts": 4, "top_k": 1} if module is TopKRouter else {})
+    module.Config(**settings).validate()
+    with pytest.raises(ValueError, match=f"{name}.* got nan"):
+        module.Config(**settings | {name: float("nan")}).validate()

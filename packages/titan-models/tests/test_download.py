@@ -1,4 +1,4 @@
-"""Public models come by their name from a hub: a small one, on this machine, that speaks as the real one does."""
+"""Download of models, from a small local server with the API of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("huggingface_hub", reason="it speaks to the hub")
+pytest.importorskip("huggingface_hub", reason="the client of the hub")
 save = pytest.importorskip("safetensors.torch").save
 
 SHA = "5" * 40
@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, bytes]] = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What `huggingface_hub` asks of https://huggingface.co: what a model is, its files, and each of them."""
+    """The requests of `huggingface_hub`: model information, the list of files, and single files."""
 
     protocol_version = "HTTP/1.1"
     asked_about: list[str] = []
@@ -71,12 +71,12 @@ class Hub(BaseHTTPRequestHandler):
         elif found := re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{SHA}/(.+)", path):
             self.send_file(found[1], found[2])
         else:
-            self.refuse(404, "EntryNotFound")
+            self.send_error_code(404, "EntryNotFound")
 
     def answer_about(self, model: str) -> None:
         self.asked_about.append(model)
         if model not in MODELS:
-            self.refuse(401, "RepoNotFound")  # the hub does not tell private models from those that are not there
+            self.send_error_code(401, "RepoNotFound")  # the hub answers alike for private and for unknown models
         else:
             siblings = [{"rfilename": name} for name, _ in files(model)]
             self.send_json({"id": model, "sha": SHA, "siblings": siblings, "private": False, "tags": []})
@@ -84,16 +84,16 @@ class Hub(BaseHTTPRequestHandler):
     def send_file(self, model: str, name: str) -> None:
         data = MODELS[model][name]
         if model == "meta-llama/Gated" and self.headers.get("Authorization") != "Bearer accepted":
-            self.refuse(401, "GatedRepo")
+            self.send_error_code(401, "GatedRepo")
         elif model == "shaky/Breaks" and "00002-of" in name and self.asked_about.count(model) == 1:
-            self.refuse(403, "Overloaded")
+            self.send_error_code(403, "Overloaded")
         else:
             self.send(200, data, {"ETag": f'"{oid(data)}"', "X-Repo-Commit": SHA})
 
     def send_json(self, value: Any) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def refuse(self, status: int, code: str) -> None:
+    def send_error_code(self, status: int, code: str) -> None:
         self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
@@ -137,7 +137,7 @@ for name, folder, token in json.loads(sys.argv[1]):
 
 
 def download(endpoint: str, folder: Path, *wanted: tuple[str, str, str]) -> list[tuple[int, str]]:
-    """Exit status and error of each command, by name, folder and token, all in a process of their own."""
+    """Return exit code and stderr of each command `(name, folder, token)`, all run in one subprocess."""
     arguments = json.dumps([(name, str(folder / to), token) for name, to, token in wanted])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
@@ -148,24 +148,34 @@ def download(endpoint: str, folder: Path, *wanted: tuple[str, str, str]) -> list
     return list(zip(codes, done.stderr.split("\n\n"), strict=False))
 
 
-def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint: str, tmp_path: Path) -> None:
+def test_download_fetches_weights_and_tokenizers_or_explains_the_failure(endpoint: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     wanted = [
         ("Qwen/Qwen3-tiny", "qwen", "", None),
-        ("Qwen/Qwen33", "a", "", "Got Qwen/Qwen33, which the hub does not have"),
-        ("meta-llama/Gated", "b", "", "accepted the terms. Open https://huggingface.co/meta-llama/Gated"),
+        ("Qwen/Qwen33", "a", "", "Qwen/Qwen33 was not found on the hub"),
+        (
+            "meta-llama/Gated",
+            "b",
+            "",
+            "must be accepted before the download. Accept them on https://huggingface.co/meta-llama/Gated",
+        ),
         ("meta-llama/Gated", "gated", "accepted", None),
-        ("old/OnlyPickles", "c", "", "Got old/OnlyPickles, which has no model.safetensors"),
-        ("half/Missing", "d", "", "Got half/Missing without model-00002-of-00002.safetensors"),
-        ("a/b/c", "e", "", "Got 'a/b/c' for a model. The hub names them OWNER/MODEL"),
-        ("Qwen/Qwen3-tiny", "full", "", "which is there already"),
-        ("Qwen/Qwen3-tiny", "qwen", "", "which is there already"),
+        (
+            "old/OnlyPickles",
+            "c",
+            "",
+            "must have weights in model.safetensors or model-*-of-*.safetensors, got old/OnlyPickles",
+        ),
+        ("half/Missing", "d", "", "got half/Missing without model-00002-of-00002.safetensors"),
+        ("a/b/c", "e", "", "must be OWNER/MODEL, such as Qwen/Qwen3-0.6B, got 'a/b/c'"),
+        ("Qwen/Qwen3-tiny", "full", "", "must be new, empty, or that of an interrupted download"),
+        ("Qwen/Qwen3-tiny", "qwen", "", "must be new, empty, or that of an interrupted download"),
         ("two/Sets", "two", "", None),
         ("odd/Escapes", "f", "", "index.json must name files such as model-00001-of-00002.safetensors, got '../../x."),
         ("odd/Numbers", "g", "", "index.json must be JSON whose weight_map names files, got TypeError"),
         ("odd/Deep", "h", "", "index.json must be JSON whose weight_map names files, got RecursionError"),
-        ("shaky/Breaks", "shaky", "", "Got no answer from the hub about shaky/Breaks, or not all of it"),
+        ("shaky/Breaks", "shaky", "", "Downloading shaky/Breaks failed"),
         ("shaky/Breaks", "shaky", "", None),
     ]
     results = download(endpoint, tmp_path, *(each[:3] for each in wanted))
@@ -180,13 +190,13 @@ def test_weights_and_tokenizers_come_by_name_and_what_does_not_says_why(endpoint
     assert not any((tmp_path / folder).exists() for folder in "ace")
 
 
-def test_without_a_network_it_says_so(tmp_path: Path) -> None:
+def test_download_without_network_is_an_error(tmp_path: Path) -> None:
     ((code, error),) = download("http://127.0.0.1:9", tmp_path, ("Qwen/Qwen3-tiny", "qwen", ""))
-    assert (code, "Got no answer from the hub about Qwen/Qwen3-tiny" in error) == (1, True)
+    assert (code, "Downloading Qwen/Qwen3-tiny failed" in error) == (1, True)
 
 
 @pytest.mark.parametrize("folder", ["s3://bucket/qwen", "gs://b", "hf://Qwen/x", "file:///tmp/x", "S3:/bucket"])
-def test_a_remote_folder_is_refused_and_nothing_is_made(
+def test_download_to_a_remote_folder_is_rejected_and_creates_nothing(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from titan_models.__main__ import main
@@ -197,7 +207,7 @@ def test_a_remote_folder_is_refused_and_nothing_is_made(
     assert not any(tmp_path.iterdir())
 
 
-def test_without_its_extra_the_command_says_what_to_install(
+def test_download_without_huggingface_hub_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from titan_models.__main__ import main

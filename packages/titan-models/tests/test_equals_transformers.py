@@ -1,4 +1,4 @@
-"""Logits and gradients of each family equal those of transformers' model with the same weights, through the adapter."""
+"""Logits and gradients of each family equal those of transformers with the same weights, through the adapter."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def batch() -> dict[str, Tensor]:
 
 
 def logits_and_gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of all that the model's files hold; buffers stand in for gradients of their own."""
+    """Return logits and gradients; for buffers in the state dict the values instead of gradients."""
     functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     return logits, {name: parameter.grad for name, parameter in model.named_parameters()} | buffers
 
 
 def as_released(state: dict[str, Tensor], files: Collection[str]) -> dict[str, Tensor]:
-    """What transformers stacks in memory, as its `files` hold it: some a tensor for each matrix of each expert."""
+    """Split the experts that transformers stacks in memory into the tensors of `files`, one per matrix and expert."""
     released = {name: tensor for name, tensor in state.items() if name in files}
     for name, tensor in state.items():
         if name in files:
@@ -62,7 +62,7 @@ def as_released(state: dict[str, Tensor], files: Collection[str]) -> dict[str, T
 
 
 def of_ours(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and gradients by the names of the files."""
+    """Return logits, and gradients by their names in checkpoints."""
     logits, gradients = logits_and_gradients(model, model(**batch), batch["tokens"])
     return logits, model.config.hf_adapter().to_hf(gradients)
 
@@ -76,9 +76,9 @@ def of_theirs(model: nn.Module, batch: dict[str, Tensor], context: Any) -> tuple
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_logits_and_gradients_are_equal(
-    flavor: Any, seed: int, shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], in_fp64: Any
+    flavor: Any, seed: int, shrunk: Any, build_model: Any, reference: Any, batch: dict[str, Tensor], in_fp64: Any
 ) -> None:
-    model = made(shrunk(flavor), torch.float64, seed)
+    model = build_model(shrunk(flavor), torch.float64, seed)
     expected_logits, expected = of_theirs(reference(model, torch.float64), batch, in_fp64())
     logits, gradients = of_ours(model, batch)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-9)
@@ -91,17 +91,17 @@ def test_logits_and_gradients_are_equal(
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
+def test_fp32_results_are_as_accurate_as_those_of_transformers(
     flavor: Any,
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     fp64_model: Any,
     batch: dict[str, Tensor],
     in_fp64: Any,
     within_rounding: Any,
 ) -> None:
-    model = made(shrunk(flavor))
+    model = build_model(shrunk(flavor))
     theirs = reference(model)
     plain_logits, plain = of_theirs(theirs, batch, nullcontext())
     theirs.zero_grad()
@@ -151,18 +151,18 @@ def test_in_fp32_they_are_as_near_to_fp64_as_those_of_transformers(
         (llama4_scout, "rope.scaling"),
     ],
 )
-def test_a_model_without_a_part_is_noticed(
+def test_the_tests_detect_a_changed_setting(
     flavor: Any,
     part: str,
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     batch: dict[str, Tensor],
     in_fp64: Any,
 ) -> None:
-    """The reference is loaded with what our model then lacks, or has another value of."""
+    """The reference has the original setting; the model is built without it or with another value."""
     config = shrunk(flavor)
-    model = made(config, torch.float64)
+    model = build_model(config, torch.float64)
     their_model = reference(model, torch.float64)
     with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
@@ -183,14 +183,14 @@ def test_a_model_without_a_part_is_noticed(
 def test_logits_equal_without_scaling_and_with_other_theta(
     flavor: Any,
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     batch: dict[str, Tensor],
     in_fp64: Any,
 ) -> None:
     config = shrunk(flavor)
     config.rope = Rope.Config(dim=8, theta=20_000.0)
-    model = made(config, torch.float64)
+    model = build_model(config, torch.float64)
     their_model = reference(model, torch.float64)
     with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
@@ -201,12 +201,12 @@ def test_logits_equal_without_scaling_and_with_other_theta(
 def test_logits_equal_far_from_the_start(
     flavor: Any,
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     batch: dict[str, Tensor],
     in_fp64: Any,
 ) -> None:
-    model = made(shrunk(flavor), torch.float64)
+    model = build_model(shrunk(flavor), torch.float64)
     batch["positions"] = batch["positions"] + 900
     their_model = reference(model, torch.float64)
     with torch.no_grad(), in_fp64():
@@ -215,15 +215,15 @@ def test_logits_equal_far_from_the_start(
 
 
 @pytest.mark.parametrize("flavor", [llama3_8b, qwen3_30b_a3b, gpt_oss_20b])
-def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
+def test_packed_documents_equal_transformers_on_each_document_alone(
     flavor: Any,
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     packed: dict[str, Tensor],
     in_fp64: Any,
 ) -> None:
-    model = made(shrunk(flavor), torch.float64)
+    model = build_model(shrunk(flavor), torch.float64)
     their_model = reference(model, torch.float64)
     with torch.no_grad():
         logits = model(**packed)
@@ -234,16 +234,16 @@ def test_packed_documents_give_the_logits_that_transformers_gives_each_alone(
                 torch.testing.assert_close(logits[row, where], alone, rtol=0, atol=1e-9)
 
 
-def test_positions_shifted_for_keys_alone_are_noticed(
+def test_the_tests_detect_scaled_positions_but_no_common_shift(
     shrunk: Any,
-    made: Any,
+    build_model: Any,
     reference: Any,
     batch: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
     in_fp64: Any,
 ) -> None:
-    """Rope is relative: shifting queries and keys changes nothing, shifting one of them must."""
-    model = made(shrunk(llama3_8b), torch.float64)
+    """RoPE is relative: a common shift of positions changes nothing, scaling them must."""
+    model = build_model(shrunk(llama3_8b), torch.float64)
     their_model = reference(model, torch.float64)
     with torch.no_grad(), in_fp64():
         theirs = their_model(batch["tokens"]).logits
@@ -254,11 +254,11 @@ def test_positions_shifted_for_keys_alone_are_noticed(
     assert (model(**batch) - theirs).abs().max() > 1e-4
 
 
-def test_a_swapped_rotation_is_noticed(
-    shrunk: Any, made: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_the_tests_detect_a_rotation_of_neighbors(
+    shrunk: Any, build_model: Any, reference: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pairs of features are halves of a head, not neighbors."""
-    model = made(shrunk(llama3_8b))
+    """Features are paired across the halves of a head, not as neighbors."""
+    model = build_model(shrunk(llama3_8b))
     theirs = reference(model, torch.float32)(batch["tokens"]).logits
 
     def neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -270,10 +270,10 @@ def test_a_swapped_rotation_is_noticed(
 
 
 @pytest.mark.parametrize("flavor", TIED_AND_NOT)
-def test_weights_come_in_from_transformers(
+def test_checkpoints_written_by_transformers_load(
     flavor: Any, shrunk: Any, batch: dict[str, Tensor], tmp_path: Path, fp64_model: Any, in_fp64: Any
 ) -> None:
-    """From the files that transformers writes."""
+    """Loaded from files that transformers wrote."""
     from safetensors.torch import load_file
 
     config = shrunk(flavor)
@@ -291,7 +291,7 @@ def test_weights_come_in_from_transformers(
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_rope_frequencies_have_the_bits_of_transformers(flavor: Any) -> None:
+def test_rope_frequencies_are_bitwise_those_of_transformers(flavor: Any) -> None:
     config = flavor()
     hf_config = transformers.LlamaConfig.from_dict(config.hf_adapter().hf_config() | {"head_dim": config.rope.dim})
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf_config).inv_freq

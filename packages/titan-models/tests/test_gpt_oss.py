@@ -1,4 +1,4 @@
-"""What GPT-OSS alone has: windows in every second block, its own layout of experts, weights in MXFP4."""
+"""Features of GPT-OSS alone: sliding windows in every second block, its layout of experts, weights in MXFP4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_models.moe import BalancingBias, SiluGating
 
 
 @pytest.mark.parametrize("flavor", [gpt_oss_debug, gpt_oss_20b, gpt_oss_120b])
-def test_even_layers_slide_over_128_tokens_as_in_transformers(flavor: Callable[[], GptOss.Config]) -> None:
+def test_even_layers_have_a_sliding_window_of_128_as_in_transformers(flavor: Callable[[], GptOss.Config]) -> None:
     config = flavor()
     for number, block in enumerate(config.blocks()):
         assert block.attention.mask_modifiers == ([] if number % 2 else [SlidingWindow.Config(size=128)])
@@ -27,8 +27,8 @@ def test_even_layers_slide_over_128_tokens_as_in_transformers(flavor: Callable[[
     assert hf_config["rope_parameters"].items() >= theirs.rope_parameters.items()
 
 
-def test_weights_go_there_and_back(shrunk: Any, made: Any) -> None:
-    state, adapter = made(shrunk(gpt_oss_20b)).state_dict(), shrunk(gpt_oss_20b).hf_adapter()
+def test_weights_survive_a_round_trip_through_hf_format(shrunk: Any, build_model: Any) -> None:
+    state, adapter = build_model(shrunk(gpt_oss_20b)).state_dict(), shrunk(gpt_oss_20b).hf_adapter()
     theirs = adapter.to_hf(state)
     stem = "layers.1.feed_forward.experts"
     gate_up = theirs["model.layers.1.mlp.experts.gate_up_proj"]
@@ -42,15 +42,15 @@ def test_weights_go_there_and_back(shrunk: Any, made: Any) -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_reading(
-    shrunk: Any, made: Any, fp64_model: Any, in_fp64: Any
+def test_mxfp4_experts_give_the_logits_of_transformers(
+    shrunk: Any, build_model: Any, fp64_model: Any, in_fp64: Any
 ) -> None:
     config = shrunk(gpt_oss_20b)
     config.dim = 64
     for block in (config.block, *config.layer_overrides.values()):
         block.feed_forward.experts.hidden_dim = 32
     adapter, generator = config.hf_adapter(), torch.Generator().manual_seed(0)
-    released = adapter.to_hf(made(config).state_dict())
+    released = adapter.to_hf(build_model(config).state_dict())
     widened = dict(released)
     for name in [name for name in released if name.endswith("experts.gate_up_proj") or name.endswith(".down_proj")]:
         num_experts, columns, rows = released.pop(name).shape
@@ -73,8 +73,8 @@ def test_experts_in_mxfp4_give_the_logits_that_transformers_gives_with_its_own_r
         torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-9)
 
 
-def test_in_bf16_our_router_chooses_as_in_fp32_and_that_of_transformers_does_not(shrunk: Any, made: Any) -> None:
-    router = made(shrunk(gpt_oss_20b), torch.bfloat16).layers[0].feed_forward.router
+def test_a_bf16_router_selects_as_in_fp32_unlike_that_of_transformers(shrunk: Any, build_model: Any) -> None:
+    router = build_model(shrunk(gpt_oss_20b), torch.bfloat16).layers[0].feed_forward.router
     theirs = transformers.models.gpt_oss.modeling_gpt_oss.GptOssTopKRouter(
         transformers.GptOssConfig(**shrunk(gpt_oss_20b).hf_adapter().hf_config())
     )
@@ -114,7 +114,7 @@ def other_experts(config: GptOss.Config) -> None:
     config.block.feed_forward.router.top_k = 2
 
 
-def in_every_mixture(path: str, value: Any) -> Callable[[GptOss.Config], None]:
+def in_every_moe(path: str, value: Any) -> Callable[[GptOss.Config], None]:
     def change(config: GptOss.Config) -> None:
         for block in (config.block, *config.layer_overrides.values()):
             part, _, name = path.partition(".")
@@ -126,19 +126,22 @@ def in_every_mixture(path: str, value: Any) -> Callable[[GptOss.Config], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (no_sinks, "GptOssForCausalLM has sinks, biases"),
-        (no_bias, "GptOssForCausalLM has sinks, biases"),
-        (a_norm, "GptOssForCausalLM has sinks, biases"),
-        (two_modifiers, "GptOssForCausalLM has sinks, biases"),
-        (other_windows, "different windows"),
-        (other_experts, "different mixtures of experts"),
-        (in_every_mixture("experts.gating", SiluGating.Config()), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
-        (in_every_mixture("experts.bias_init", None), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
-        (in_every_mixture("router.renormalize", False), "GptOssForCausalLM has SwiGLUExperts with Clamped"),
-        (in_every_mixture("router.balancing", BalancingBias.Config()), "GptOssForCausalLM has SwiGLUExperts with Cl"),
+        (no_sinks, "attention of GptOssForCausalLM must have sinks"),
+        (no_bias, "attention of GptOssForCausalLM must have sinks"),
+        (a_norm, "attention of GptOssForCausalLM must have sinks"),
+        (two_modifiers, "attention of GptOssForCausalLM must have sinks"),
+        (other_windows, "must have the same sliding windows"),
+        (other_experts, "must have the same MoE settings"),
+        (in_every_moe("experts.gating", SiluGating.Config()), "MoE layer of GptOssForCausalLM must have SwiGLUExperts"),
+        (in_every_moe("experts.bias_init", None), "MoE layer of GptOssForCausalLM must have SwiGLUExperts"),
+        (in_every_moe("router.renormalize", False), "MoE layer of GptOssForCausalLM must have SwiGLUExperts"),
+        (
+            in_every_moe("router.balancing", BalancingBias.Config()),
+            "MoE layer of GptOssForCausalLM must have SwiGLUExperts",
+        ),
     ],
 )
-def test_a_model_that_gpt_oss_cannot_be_is_refused(change: Any, message: str, shrunk: Any) -> None:
+def test_configs_that_gpt_oss_does_not_support_are_rejected(change: Any, message: str, shrunk: Any) -> None:
     config = shrunk(gpt_oss_20b)
     change(config)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json is that of the model, or an error says what differs."""
+"""The config.json of a checkpoint must describe the model; errors state the differences."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ def adapter_and_checkpoint(flavor: Any) -> Any:
 
 
 def found(flavor: Any, config: dict[str, Any]) -> Any:
-    """What the adapter makes of a checkpoint that has the model's very tensors, and this config.json."""
+    """Return the mappings for a checkpoint with the tensors of the model and this config.json."""
     adapter, checkpoint = adapter_and_checkpoint(flavor)
     return adapter.find(checkpoint, config)
 
 
 @pytest.mark.parametrize(("flavor", "config"), RELEASED)
-def test_the_released_config_is_that_of_the_flavor(flavor: Any, config: dict[str, Any]) -> None:
+def test_the_released_config_json_matches_the_flavor(flavor: Any, config: dict[str, Any]) -> None:
     assert found(flavor, config)
 
 
@@ -132,7 +132,7 @@ def test_the_released_config_is_that_of_the_flavor(flavor: Any, config: dict[str
         *(deepseek_debug, deepseek_v3_debug, gpt_oss_debug, llama3_debug, llama4_debug, qwen3_debug, qwen3_moe_debug),
     ],
 )
-def test_the_config_that_transformers_writes_is_that_of_the_flavor(flavor: Any) -> None:
+def test_the_config_json_that_transformers_writes_matches_the_flavor(flavor: Any) -> None:
     transformers = pytest.importorskip("transformers", reason="the judge of this test")
     own = flavor().hf_adapter().hf_config()
     assert found(flavor, own)
@@ -154,20 +154,23 @@ def test_the_config_that_transformers_writes_is_that_of_the_flavor(flavor: Any) 
         ({"rope_scaling": None}, "rope_type 'default' instead of 'llama3'"),
         (
             {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
-            "rope type 'spiral'. Models here know default, llam",
+            "rope_type of config.json must be one of default, llama3, yarn, got 'spiral'",
         ),
         ({"rope_scaling": LLAMA3_8B["rope_scaling"] | {"factor": 32.0}}, "factor 32.0 instead of 8"),
         ({"rope_scaling": LLAMA3_8B["rope_scaling"] | {"mscale": 2.0}}, "mscale 2.0 instead of None"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, r"weight_block_size \[128\]"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method of config.json must be fp8 .* got 'awq'"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            r"weight_block_size of config.json .* got \[128\]",
+        ),
     ],
 )
-def test_a_config_of_another_model_says_what_differs(changes: dict[str, Any], message: str) -> None:
+def test_the_config_of_another_model_is_rejected_with_the_differences(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         found(llama3_8b, copy.deepcopy(LLAMA3_8B) | changes)
 
 
-def test_a_rope_of_transformers_5_is_read_alike() -> None:
+def test_rope_settings_of_transformers_5_are_read() -> None:
     config = {key: value for key, value in LLAMA3_8B.items() if not key.startswith("rope")}
     rope = {**LLAMA3_8B["rope_scaling"], "rope_theta": 500000.0}
     assert found(llama3_8b, config | {"rope_parameters": rope})
@@ -175,14 +178,14 @@ def test_a_rope_of_transformers_5_is_read_alike() -> None:
         found(llama3_8b, config | {"rope_parameters": rope | {"rope_theta": 1e4}})
 
 
-def test_yarn_without_its_scales_is_another_rope() -> None:
+def test_yarn_without_mscale_is_another_rope() -> None:
     config = copy.deepcopy(DEEPSEEK_V3)
     del config["rope_scaling"]["mscale"]
     with pytest.raises(ValueError, match=r"mscale None instead of 1\.0"):
         found(deepseek_v3_671b, config)
 
 
-def test_the_config_of_a_larger_model_holds_that_of_the_text() -> None:
+def test_the_text_config_of_a_vision_language_model_is_checked() -> None:
     config = copy.deepcopy(LLAMA4_SCOUT)
     config["text_config"]["num_local_experts"] = 128
     with pytest.raises(ValueError, match="num_local_experts 128 instead of 16"):

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from titan_models import Decoder
-from titan_models.initialization import counter_based_rng as keyed
+from titan_models.initialization import counter_based_rng as rng
 from titan_models.llama3 import llama3_1b, llama3_8b
 
 
 def uneven(shrunk: Any, flavor: Any) -> Decoder.Config:
-    """Several tiles, and sizes that no number of ranks divides."""
+    """Return a config with several tiles, and sizes that no number of ranks divides."""
     config = shrunk(flavor)
     config.vocab_size, config.dim, config.num_layers = 391, 151, 2
     config.block.feed_forward.hidden_dim = 277
@@ -30,7 +30,7 @@ def weights(model: Decoder) -> dict[str, torch.Tensor]:
 
 
 def sharded(config: Decoder.Config, case: str) -> Decoder:
-    """The model on a mesh of all ranks, initialized."""
+    """Return the initialized model on a mesh of all ranks."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -81,7 +81,7 @@ def test_the_bits_are_the_same_on_any_mesh(ranks: int, run_ranks: Callable[..., 
         for case in CASES[ranks]:
             for kind, config in configs.items():
                 if kind == "tied" and "tp" in case:
-                    continue  # whoever splits the two modules ties them again; that is not ours
+                    continue  # distribute_module unties the weights; ties are restored by titan-parallel
                 ours = weights(sharded(config, case))
                 assert ours.keys() == expected[kind].keys()
                 different += [f"{case}: {name}" for name in ours if not torch.equal(ours[name], expected[kind][name])]
@@ -90,13 +90,13 @@ def test_the_bits_are_the_same_on_any_mesh(ranks: int, run_ranks: Callable[..., 
     assert run_ranks(ranks, compare) == [[]] * ranks
 
 
-def test_a_rank_that_draws_from_a_wrong_place_is_noticed(
+def test_the_tests_detect_a_rank_with_wrong_offsets(
     run_ranks: Callable[..., list[Any]], shrunk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = uneven(shrunk, llama3_8b)
     model = config.build()
     model.init_weights(seed=11)
-    monkeypatch.setattr("titan_models.weights.local_part", lambda p: (p.to_local(), (0,) * p.dim()))
+    monkeypatch.setattr("titan_models.weights.local_shard", lambda p: (p.to_local(), (0,) * p.dim()))
 
     def differs() -> list[bool]:
         ours = weights(sharded(config, "fsdp"))
@@ -105,16 +105,16 @@ def test_a_rank_that_draws_from_a_wrong_place_is_noticed(
     assert all(any(result) for result in run_ranks(2, differs))
 
 
-def test_a_rank_draws_only_the_tiles_it_keeps(
+def test_a_rank_generates_only_the_tiles_of_its_shard(
     run_ranks: Callable[..., list[Any]], shrunk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = shrunk(llama3_8b)
     config.vocab_size, config.dim, config.num_layers = 2048, 256, 1
-    original = keyed.uniform
+    original = rng.uniform
 
     def count(ranks: int) -> int:
         drawn = []
-        monkeypatch.setattr(keyed, "uniform", lambda key, first, n: drawn.append(n) or original(key, first, n))
+        monkeypatch.setattr(rng, "uniform", lambda key, first, n: drawn.append(n) or original(key, first, n))
         model = sharded(config, "fsdp") if ranks > 1 else config.build()
         drawn.clear()
         model.init_weights(seed=0)

@@ -1,4 +1,4 @@
-"""What Llama 4 has besides: files of text and images, and where transformers counts positions otherwise."""
+"""Features of Llama 4 alone: vision-language checkpoints, and positions that transformers counts differently."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def theirs_like(model: Llama4, **changes: Any) -> Any:
     return theirs
 
 
-def test_blocks_are_of_the_kinds_published() -> None:
-    """Every fourth does not rotate; the others attend in chunks; scout has experts in all, maverick in every second."""
+def test_block_types_are_those_of_the_released_models() -> None:
+    """Every 4th block has no RoPE, the others are chunked; Scout has experts in all blocks, Maverick in every 2nd."""
     for flavor, with_experts in [(llama4_scout, [1, 1, 1, 1]), (llama4_maverick, [0, 1, 0, 1])]:
         hf_config = flavor().hf_adapter().hf_config()
         theirs = transformers.Llama4TextConfig(interleave_moe_layer_step=1 if all(with_experts) else 2)
@@ -48,9 +48,9 @@ def test_blocks_are_of_the_kinds_published() -> None:
         assert [bool(block.attention.mask_modifiers) for block in blocks] == [True, True, True, False] * 12
 
 
-def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -> None:
-    """Those have a prefix, and weights of vision besides; experts' gate and up are one, [expert, in, out]."""
-    model = made(shrunk(llama4_scout))
+def test_vision_language_checkpoints_load(shrunk: Any, build_model: Any) -> None:
+    """Names have a prefix, there are vision weights, and gate and up of experts are one tensor, [expert, in, out]."""
+    model = build_model(shrunk(llama4_scout))
     state, adapter = model.state_dict(), model.config.hf_adapter()
     text = adapter.to_hf(state)
     gate_up = text["model.layers.2.feed_forward.experts.gate_up_proj"]
@@ -62,33 +62,41 @@ def test_weights_come_in_from_files_of_text_and_images(shrunk: Any, made: Any) -
         back = adapter.from_hf(files)
         assert back.keys() == state.keys()
         assert all(torch.equal(back[name], state[name]) for name in state)
-    with pytest.raises(ValueError, match=r"has audio_model\.weight besides"):
+    with pytest.raises(ValueError, match=r"unexpected: audio_model\.weight"):
         adapter.from_hf(released | {"audio_model.weight": torch.zeros(3)})
 
 
-def test_models_that_transformers_cannot_have_are_refused(shrunk: Any) -> None:
+def test_configs_that_llama4_does_not_support_are_rejected(shrunk: Any) -> None:
     for path, value, message in [
-        ("attention.rotation", "halves", "rotates neighbors"),
-        ("attention.qk_norm", RMSNorm.Config(), "norm without a gain"),
-        ("attention.mask_modifiers", [SlidingWindow.Config(size=8)], "or its chunk"),
-        ("feed_forward.weighted", "output", "weighs their input"),
-        ("feed_forward.router.score", "softmax", "by their sigmoid"),
+        (
+            "attention.rotation",
+            "halves",
+            "must have no mask modifier besides one Chunks, and either rotation 'neighbors'",
+        ),
+        ("attention.qk_norm", RMSNorm.Config(), "no qk_norm with a weight"),
+        ("attention.mask_modifiers", [SlidingWindow.Config(size=8)], "besides one Chunks"),
+        ("feed_forward.weighted", "output", "weighted input"),
+        ("feed_forward.router.score", "softmax", "score sigmoid"),
         ("feed_forward.experts.gating", ClampedGating.Config(), "SwiGLUExperts"),
-        ("feed_forward.shared", SwiGLU.Config(hidden_dim=21), "of the same width"),
-        ("feed_forward.router.top_k", 2, "different mixtures of experts"),
-        ("attention.num_kv_heads", 1, "different num_kv_heads"),
+        ("feed_forward.shared", SwiGLU.Config(hidden_dim=21), "shared expert of the same width"),
+        ("feed_forward.router.top_k", 2, "must have the same MoE settings"),
+        ("attention.num_kv_heads", 1, "must have the same num_kv_heads"),
     ]:
         config = shrunk(llama4_scout)
         *parents, name = path.split(".")
-        for block in [config.block] if "different" in message else [config.block, *config.layer_overrides.values()]:
+        for block in (
+            [config.block] if "must have the same" in message else [config.block, *config.layer_overrides.values()]
+        ):
             setattr(functools.reduce(getattr, parents, block), name, value)
         with pytest.raises(ValueError, match=message):
             config.hf_adapter()
 
 
 @pytest.mark.parametrize("flavor", [llama4_debug, llama4_maverick])
-def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, made: Any, in_fp64: Any) -> None:
-    """Rotating blocks that see everything, still ones in chunks, several experts for each token, no temperature."""
+def test_other_combinations_of_block_types_equal_transformers(
+    flavor: Any, shrunk: Any, build_model: Any, in_fp64: Any
+) -> None:
+    """RoPE blocks with full attention, NoPE blocks in chunks, several experts per token, no temperature."""
     config = shrunk(flavor)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(0))
     for block in (config.block, *config.layer_overrides.values()):
@@ -99,20 +107,20 @@ def test_models_of_other_patterns_equal_transformers(flavor: Any, shrunk: Any, m
         config.block.attention.mask_modifiers,
         [],
     )
-    model = made(config, torch.float64)
+    model = build_model(config, torch.float64)
     with torch.no_grad(), in_fp64():
         logits = model(tokens, torch.arange(50).expand(2, 50))
         torch.testing.assert_close(logits, theirs_like(model)(tokens).logits, rtol=0, atol=1e-9)
 
 
-def test_positions_count_where_transformers_counts_places(
-    shrunk: Any, made: Any, packed: dict[str, Tensor], in_fp64: Any
+def test_temperature_uses_positions_in_the_document_unlike_transformers(
+    shrunk: Any, build_model: Any, packed: dict[str, Tensor], in_fp64: Any
 ) -> None:
-    """In rows of several documents, and far from the start, transformers takes the temperature of a place in the row.
+    """transformers computes the temperature from the index in the sequence, not from `position_ids`.
 
-    Here it goes by the position in a document, as rotation and chunks do: a document is the same wherever it stands.
+    Here it follows the position in the document, as rotation and chunks do, so that packing does not change a document.
     """
-    model = made(shrunk(llama4_debug), torch.float64)
+    model = build_model(shrunk(llama4_debug), torch.float64)
     row = {name: tensor[:1] for name, tensor in packed.items()}  # transformers takes no more
 
     def difference(theirs: Any) -> Tensor:

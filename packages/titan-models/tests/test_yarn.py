@@ -1,4 +1,4 @@
-"""YaRN has the frequencies and the factors of transformers, to the bit."""
+"""YaRN frequencies and factors are bitwise those of transformers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ KIMI_K2: dict[str, Any] = {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "m
         (64, 10_000.0, DEEPSEEK_V2_LITE),
         (64, 150_000.0, GPT_OSS | {"truncate": True}),
         (128, 1e6, {"factor": 4.0, "original_max_seq_len": 32_768}),
-        (128, 1e6, {"factor": 4.0, "mscale": 0.5}),  # alone it does nothing
+        (128, 1e6, {"factor": 4.0, "mscale": 0.5}),  # no effect without mscale_all_dim
         (128, 1e6, {"factor": 4.0, "mscale": 0.5, "mscale_all_dim": 1.5}),
         (128, 1e6, {"factor": 4.0, "mscale_all_dim": 0.5}),
         (32, 500.0, {"factor": 7.0, "beta_fast": 4.0, "beta_slow": 2.5, "attention_factor": 0.25}),
         (8, 1e4, {"factor": 8.0, "original_max_seq_len": 32}),
-        (8, 1e4, {"factor": 8.0, "original_max_seq_len": 4}),  # no pair turns once: a step in front of the first
-        (8, 20.0, {"factor": 8.0, "original_max_seq_len": 10**9}),  # all turn often: the ramp ends behind the last
+        (8, 1e4, {"factor": 8.0, "original_max_seq_len": 4}),  # no pair makes a rotation: a step before the first pair
+        (
+            8,
+            20.0,
+            {"factor": 8.0, "original_max_seq_len": 10**9},
+        ),  # all pairs make many rotations: the ramp ends after the last pair
         (16, 1e4, {"factor": 1.0}),
         (64, 50_000.0, KIMI_K2 | {"factor": 32.0}),
         (64, 50_000.0, KIMI_K2 | {"factor": 64.0}),
@@ -43,7 +47,7 @@ KIMI_K2: dict[str, Any] = {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "m
         ),  # a step on a pair
     ],
 )
-def test_frequencies_and_factor_are_those_of_transformers(dim: int, theta: float, fields: dict[str, Any]) -> None:
+def test_frequencies_and_attention_factor_equal_transformers(dim: int, theta: float, fields: dict[str, Any]) -> None:
     scaling = Yarn.Config(**fields)
     rope = Rope.Config(dim=dim, theta=theta, scaling=scaling).build()
     hf = LlamaConfig(head_dim=dim, rope_parameters={"rope_theta": theta, **scaling.build().hf_parameters()})
@@ -60,7 +64,7 @@ def test_cosines_and_sines_are_multiplied_by_the_attention_factor() -> None:
         assert torch.equal(changed, unchanged * 1.25)
 
 
-def test_the_softmax_factor_is_deepseeks() -> None:
+def test_the_softmax_factor_is_that_of_deepseek() -> None:
     """m = 0.1 mscale_all_dim ln(factor) + 1, squared."""
     assert Yarn.Config(**DEEPSEEK_V3).build().softmax_factor() == pytest.approx(1.3688879454113937**2)
     assert Yarn.Config(**DEEPSEEK_V2_LITE).build().softmax_factor() == pytest.approx(1.2608037774058553**2)
@@ -70,17 +74,17 @@ def test_the_softmax_factor_is_deepseeks() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("factor", 0.5, "factor 0.5"),
+        ("factor", 0.5, "factor must be >= 1, got 0.5"),
         ("beta_fast", 0.5, r"at most beta_fast \(0.5\), got 1.0"),
         ("beta_slow", 0.0, r"beta_slow must be above 0 and at most beta_fast \(32.0\), got 0.0"),
         ("beta_slow", float("nan"), "got nan"),
-        ("original_max_seq_len", 0, "original_max_seq_len 0"),
-        ("mscale", 0.0, "mscale 0.0"),
-        ("mscale_all_dim", -1.0, "mscale_all_dim -1.0"),
-        ("attention_factor", 0.0, "attention_factor 0.0"),
+        ("original_max_seq_len", 0, "original_max_seq_len must be at least 1, got 0"),
+        ("mscale", 0.0, "mscale must be > 0 or None, got 0.0"),
+        ("mscale_all_dim", -1.0, "mscale_all_dim must be > 0 or None, got -1.0"),
+        ("attention_factor", 0.0, "attention_factor must be > 0 or None, got 0.0"),
     ],
 )
-def test_scaling_that_cannot_be_says_why(field: str, value: Any, message: str) -> None:
+def test_invalid_scalings_are_rejected_with_a_reason(field: str, value: Any, message: str) -> None:
     config = Yarn.Config(factor=40.0)
     setattr(config, field, value)
     with pytest.raises(ValueError, match=message):

@@ -85,7 +85,7 @@ def test_recomputation_of_ones_own_is_a_subclass(on_one_rank, small):
 
 
 def test_every_0th_block_is_refused():
-    with pytest.raises(ConfigError, match="Got n 0"):
+    with pytest.raises(ConfigError, match="n must be at least 1"):
         PeriodicActivationCheckpoint.Config(n=0).build()
 
 

@@ -1,4 +1,4 @@
-"""The check sees what could be wrong: each test breaks the engine, or a table, and reads what the check says."""
+"""`check_parallel` finds errors: each test breaks the parallelism, or a table of roles, and reads the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def first_finding(small, mesh, steps=1, **options):
-    """What the check names first, of the small transformer on a mesh."""
+    """Return the first finding of the check of the small transformer on a mesh."""
     options = {"roles": small.ROLES, "steps": steps, "num_microbatches": 3, **options}
     report = check_parallel(small.make_model, meshes(mesh), **options)
     assert not report.ok
@@ -32,11 +32,11 @@ def drop_partial_gradient_sum(patch):
     patch.setattr(partial_gradients.PartialGradients, "_sum", lambda self, model: None)
 
 
-def sum_gradients_that_are_whole(patch):
-    def all_that_are_not_split(self, split):
+def sum_full_gradients_too(patch):
+    def all_that_are_not_sharded(self, split):
         return [name for name, parameter in self._model.named_parameters() if parameter not in split]
 
-    patch.setattr(tensor_parallel.TensorParallel, "_find_partial", all_that_are_not_split)
+    patch.setattr(tensor_parallel.TensorParallel, "_find_partial", all_that_are_not_sharded)
 
 
 def drop_sum_on_exit(patch):
@@ -52,7 +52,7 @@ def take_own_tokens_without_sum(patch):
 
 
 def add_biases_on_every_rank(patch):
-    patch.setattr(tensor_parallel.TensorParallel, "_find_parts", lambda self: {})
+    patch.setattr(tensor_parallel.TensorParallel, "_find_slices", lambda self: {})
 
 
 def average_over_data_ranks(patch):
@@ -64,23 +64,25 @@ def never_synchronize(patch):
     patch.setattr(FSDPModule, "set_requires_gradient_sync", lambda self, *_, **__: set_sync(self, False))
 
 
-def divide_by_own_count(patch):
-    right = accumulation.Accumulation.forward_backward
+def divide_by_local_count(patch):
+    right = accumulation.GradientAccumulation.forward_backward
 
     def wrong(self, batches, loss, denominator):
         return right(self, batches, loss, sum(int((batch.targets["labels"] != -100).sum()) for batch in batches))
 
-    patch.setattr(accumulation.Accumulation, "forward_backward", wrong)
+    patch.setattr(accumulation.GradientAccumulation, "forward_backward", wrong)
 
 
 def skip_a_micro_batch(patch):
-    right = accumulation.Accumulation.forward_backward
+    right = accumulation.GradientAccumulation.forward_backward
     patch.setattr(
-        accumulation.Accumulation, "forward_backward", lambda self, batches, *rest: right(self, batches[1:], *rest)
+        accumulation.GradientAccumulation,
+        "forward_backward",
+        lambda self, batches, *rest: right(self, batches[1:], *rest),
     )
 
 
-def keep_losses_to_oneself(patch):
+def do_not_sum_losses(patch):
     patch.setattr(parallel_model.ParallelModel, "_sum_over_mesh", lambda self, totals: totals)
 
 
@@ -99,23 +101,23 @@ def full(*cell):
 @pytest.mark.parametrize(
     ("mesh", "sabotage", "kind", "name", "words"),
     [
-        ("tp2", sum_gradients_that_are_whole, "gradients", "layers.0.attention_norm.weight", "x2.0: the tensor degree"),
-        ("tp2", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: nothing arrives"),
+        ("tp2", sum_full_gradients_too, "gradients", "layers.0.attention_norm.weight", "x2.0: tp_size"),
+        ("tp2", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: the value is zero"),
         ("tp2", drop_sum_on_exit, "gradients", "embedding.weight", "no simple factor"),
         full("tp2", drop_gradient_sum_on_entry, "gradients", "embedding.weight", "no simple factor"),
-        ("tp2_sp", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: nothing arrives"),
+        ("tp2_sp", drop_partial_gradient_sum, "gradients", "layers.0.attention.out.bias", "x0: the value is zero"),
         ("tp2_sp", take_own_tokens_without_sum, "gradients", "embedding.weight", "no simple factor"),
         full("tp2_sp", add_biases_on_every_rank, "gradients", "embedding.weight", "no simple factor"),
-        ("fsdp2", average_over_data_ranks, "gradients", "embedding.weight", "x0.5: 1 / the data degree"),
+        ("fsdp2", average_over_data_ranks, "gradients", "embedding.weight", "x0.5: 1 / dp_size"),
         ("fsdp2", never_synchronize, "gradients", "embedding.weight", "no gradient on the mesh"),
-        full("fsdp2", divide_by_own_count, "gradients", "embedding.weight", "no simple factor"),
+        full("fsdp2", divide_by_local_count, "gradients", "embedding.weight", "no simple factor"),
         full("fsdp2", skip_a_micro_batch, "gradients", "embedding.weight", "no simple factor"),
-        ("fsdp2", keep_losses_to_oneself, "losses", "loss of step 1", "x"),
-        ("ddp2", count_replicas_in_the_norm, "norms", "gradient norm of step 1", "x1.414: the square root of the data"),
+        ("fsdp2", do_not_sum_losses, "losses", "loss of step 1", "x"),
+        ("ddp2", count_replicas_in_the_norm, "norms", "gradient norm of step 1", "x1.414: sqrt(dp_size)"),
         full("fsdp2", do_not_clip, "losses", "loss of the evaluation", "x"),
     ],
 )
-def test_a_broken_engine_is_noticed_and_what_differs_is_named(small, monkeypatch, mesh, sabotage, kind, name, words):
+def test_broken_parallelism_is_found_and_the_parameter_is_named(small, monkeypatch, mesh, sabotage, kind, name, words):
     sabotage(monkeypatch)
     finding = first_finding(small, mesh)
     assert (finding.kind, finding.name) == (kind, name)
@@ -127,11 +129,11 @@ def test_a_broken_engine_is_noticed_and_what_differs_is_named(small, monkeypatch
 @pytest.mark.parametrize(
     ("mesh", "sabotage", "name", "words"),
     [
-        ("tp2_sp", drop_partial_gradient_sum, "layers.0.attention.out.bias", "x0: nothing arrives"),
-        ("fsdp2", average_over_data_ranks, "embedding.weight", "x0.5: 1 / the data degree"),
+        ("tp2_sp", drop_partial_gradient_sum, "layers.0.attention.out.bias", "x0: the value is zero"),
+        ("fsdp2", average_over_data_ranks, "embedding.weight", "x0.5: 1 / dp_size"),
     ],
 )
-def test_it_is_noticed_in_fp32_too(small, monkeypatch, mesh, sabotage, name, words):
+def test_broken_parallelism_is_found_in_fp32(small, monkeypatch, mesh, sabotage, name, words):
     sabotage(monkeypatch)
     finding = first_finding(small, mesh, dtype=torch.float32)
     assert (finding.kind, finding.name) == ("gradients", name)
@@ -139,22 +141,22 @@ def test_it_is_noticed_in_fp32_too(small, monkeypatch, mesh, sabotage, name, wor
     assert finding.ratio > 100
 
 
-def test_only_the_rank_that_is_wrong_is_named(small, monkeypatch):
+def test_only_the_wrong_rank_is_named(small, monkeypatch):
     right = parallel_model.ParallelModel.clip_grad_norm_
     wrong_on_1 = lambda self, max_norm: right(self, max_norm) * (1 + self.dims.dp_rank)  # noqa: E731
     monkeypatch.setattr(parallel_model.ParallelModel, "clip_grad_norm_", wrong_on_1)
     finding = first_finding(small, "fsdp2")
     assert finding.name == "gradient norm of step 1" and finding.ranks == (1,)
-    assert "x2.0: the data degree" in finding.words
+    assert "x2.0: dp_size" in finding.words
 
 
 class Layer(nn.Module):
-    """Somebody's own: the bias of its region is no part of a projection."""
+    """A third-party layer: the bias of its region does not belong to a projection."""
 
-    def __init__(self, own_bias):
+    def __init__(self, has_region_bias):
         super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=not own_bias)
-        self.bias = nn.Parameter(torch.zeros(16)) if own_bias else None
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16, bias=not has_region_bias)
+        self.bias = nn.Parameter(torch.zeros(16)) if has_region_bias else None
 
     def forward(self, x):
         x = self.down(torch.tanh(self.up(x)))
@@ -162,10 +164,10 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, own_bias):
+    def __init__(self, has_region_bias):
         super().__init__()
         self.words, self.norm, self.head = nn.Embedding(20, 16), nn.LayerNorm(16), nn.Linear(16, 20)
-        self.layers = nn.ModuleList(Layer(own_bias) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(has_region_bias) for _ in range(2))
 
     def forward(self, ids):
         x = self.words(ids)
@@ -183,14 +185,14 @@ TABLE = {
 }
 
 
-def test_a_wrong_table_of_ones_own_is_caught_and_the_place_is_named():
+def test_a_wrong_role_is_found_and_the_module_is_named():
     swapped = {**TABLE, "layers.*.up": "rowwise", "layers.*.down": "colwise"}
     in_no_region = {name: role for name, role in TABLE.items() if name != "layers.*"}
     assert check_parallel(lambda: Model(False), meshes("fsdp2", "tp2"), roles=TABLE).ok
 
     report = check_parallel(lambda: Model(False), meshes("fsdp2", "tp2"), roles=swapped)
     assert report.meshes["fsdp2"].ok and "(in layers.0.up)" in report.meshes["tp2"].failure
-    with pytest.raises(ValueError, match="in no region"):
+    with pytest.raises(ValueError, match="must be used inside a region"):
         check_parallel(lambda: Model(False), meshes("tp2"), roles=in_no_region)
 
     report = check_parallel(lambda: Model(True), meshes("fsdp2", "tp2"), roles=TABLE)
@@ -199,25 +201,25 @@ def test_a_wrong_table_of_ones_own_is_caught_and_the_place_is_named():
     assert differing[0] == "words.weight" and "layers.0.bias" in differing
 
 
-def test_factors_are_told_by_what_they_mean():
+def test_factors_are_explained_by_sizes_of_the_mesh():
     sizes = sizes_of(meshes("ddp3_fsdp5_tp2")["ddp3_fsdp5_tp2"], 30, 7)
     expected = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def said(got) -> str:
+    def explained(got) -> str:
         return explain(compare(got, expected, norm(expected)), sizes)
 
-    assert said(2 * expected) == "x2.0: the tensor degree"
-    assert said(expected / 2) == "x0.5: 1 / the tensor degree"
-    assert said(-expected) == "x-1.0: the sign is turned"
-    assert said(0 * expected) == "x0: nothing arrives"
-    assert said(15 * expected) == "x15.0: the replicate degree x the shard degree"
-    assert said(-7 * expected) == "x-7.0: minus the number of micro-batches"
-    assert said(11 * expected) == "x11.0: no degree of this mesh"
-    assert said(expected.flip(0)) == "no simple factor"
-    assert said(expected * 5**0.5) == "x2.236: the square root of the shard degree"
+    assert explained(2 * expected) == "x2.0: tp_size"
+    assert explained(expected / 2) == "x0.5: 1 / tp_size"
+    assert explained(-expected) == "x-1.0: the sign is flipped"
+    assert explained(0 * expected) == "x0: the value is zero"
+    assert explained(15 * expected) == "x15.0: dp_replicate_size x dp_shard_size"
+    assert explained(-7 * expected) == "x-7.0: minus num_microbatches"
+    assert explained(11 * expected) == "x11.0: matches no size of this mesh"
+    assert explained(expected.flip(0)) == "no simple factor"
+    assert explained(expected * 5**0.5) == "x2.236: sqrt(dp_shard_size)"
 
 
-def test_the_rule_names_the_parameter_and_the_factor():
+def test_the_message_names_the_parameter_and_the_factor():
     expected = {"a": torch.ones(3), "b": torch.ones(3), "zero": torch.zeros(3)}
     expected = {name: tensor.double() for name, tensor in expected.items()}
     check_same_gradients({**expected, "zero": torch.full((3,), 1e-13, dtype=torch.float64)}, expected)
@@ -229,7 +231,7 @@ def test_the_rule_names_the_parameter_and_the_factor():
         check_same_gradients({"a": expected["a"], "zero": expected["zero"]}, expected)
 
 
-def test_in_fp32_the_rule_is_ten_times_the_rounding_of_the_plain_process():
+def test_in_fp32_the_tolerance_is_ten_times_the_rounding_of_the_single_process():
     expected = {"a": torch.ones(4, dtype=torch.float64), "zero": torch.zeros(4, dtype=torch.float64)}
     plain = [
         {"a": torch.ones(4), "zero": torch.full((4,), 3e-8)},
@@ -237,7 +239,7 @@ def test_in_fp32_the_rule_is_ten_times_the_rounding_of_the_plain_process():
     ]
     check_same_gradients({"a": torch.ones(4) + 9e-5, "zero": torch.full((4,), 2.9e-7)}, expected, plain)
     for name, value in (("a", 1.2e-4), ("zero", 3.1e-7)):
-        with pytest.raises(AssertionError, match=f"gradient of {name} .* times what the rule allows"):
+        with pytest.raises(AssertionError, match=f"gradient of {name} .* times the tolerance"):
             check_same_gradients({**plain[0], name: expected[name].float() + value}, expected, plain)
     exact = [{name: tensor.float() for name, tensor in expected.items()}]
     check_same_gradients({**exact[0], "a": torch.ones(4) + 5e-7}, expected, exact)  # the unit roundoff is allowed

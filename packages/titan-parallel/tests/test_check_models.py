@@ -1,4 +1,4 @@
-"""Models of transformers on every kind of mesh: what one process gives, by `check_parallel`, from what they declare."""
+"""`check_parallel` of models of transformers on every kind of mesh, with the roles that the models declare."""
 
 from __future__ import annotations
 
@@ -52,38 +52,38 @@ def builder(model: str):
 
 
 @pytest.mark.parametrize("model", [m if m in BY_DEFAULT else pytest.param(m, marks=pytest.mark.full) for m in MODELS])
-def test_a_model_gives_the_same_on_two_ranks(model):
+def test_a_model_matches_the_single_process_on_two_ranks(model):
     report = check_parallel(builder(model), meshes(*TWO_RANKS), steps=1)
     assert report.ok, report
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_gives_the_same_on_four_ranks(model):
+def test_a_model_matches_the_single_process_on_four_ranks(model):
     report = check_parallel(
         builder(model), meshes(*FOUR_RANKS), steps=2, activation_checkpoint=FullActivationCheckpoint.Config()
     )
     assert report.ok, report
 
 
-def test_what_cannot_be_split_is_refused_with_the_reason():
+def test_a_model_that_cannot_be_split_is_rejected_with_the_reason():
     config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
     with pytest.raises(ConfigError, match="alibi"):
         check_parallel(lambda: transformers.BloomForCausalLM(config), meshes("tp2"))
 
 
-def test_a_config_file_is_checked_small(tmp_path, capsys):
+def test_the_model_of_a_config_file_is_checked_with_reduced_sizes(tmp_path, capsys):
     config = transformers.MistralConfig(sliding_window=4096)  # 7 billion parameters
     tmp_path.joinpath("config.json").write_text(config.to_json_string(use_diff=False))
     assert main(["check", "--hf", str(tmp_path), "--mesh", "fsdp2", "tp2_sp", "--steps", "1", "--json"]) == 0
-    said = capsys.readouterr()
-    assert list(json.loads(said.out)["meshes"]) == ["fsdp2", "tp2_sp"]
-    assert "hidden_size 4096 -> 64" in said.err and "sliding_window 4096 -> 6" in said.err
+    printed = capsys.readouterr()
+    assert list(json.loads(printed.out)["meshes"]) == ["fsdp2", "tp2_sp"]
+    assert "hidden_size 4096 -> 64" in printed.err and "sliding_window 4096 -> 6" in printed.err
 
 
-def test_a_file_that_is_no_config_of_a_language_model_is_refused(tmp_path, capsys):
+def test_a_file_that_is_not_a_language_model_config_is_rejected(tmp_path, capsys):
     path = tmp_path / "config.json"
     for text in ("{}", "no json", '{"model_type": "vit"}', '{"model_type": "nothing"}'):
         path.write_text(text)
         assert main(["check", "--hf", str(path), "--mesh", "fsdp2"]) == 2, text
-        assert "no small model can be made" in capsys.readouterr().err
+        assert "must be the config.json of a causal language model" in capsys.readouterr().err

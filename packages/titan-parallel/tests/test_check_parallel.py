@@ -1,4 +1,4 @@
-"""`check_parallel`: passes where a mesh gives what one process gives, and says what is wrong with a question."""
+"""`check_parallel` passes if a mesh matches one process, and rejects wrong arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import nn
 
 @pytest.fixture(scope="module")
 def check(small):
-    """`check("fsdp2", "tp2_sp", ...)` of the small transformer."""
+    """Return a function that checks the small transformer: `check("fsdp2", "tp2_sp", ...)`."""
 
     def on(*names, build=small.make_model, roles=small.ROLES, **options):
         parallelism = options.pop("parallelism", None) or meshes(*names)
@@ -33,7 +33,7 @@ def check(small):
     return on
 
 
-def test_every_mesh_gives_what_one_process_gives(check):
+def test_every_mesh_matches_one_process(check):
     report = check("fsdp2", "ddp2", "tp2", "tp2_sp", "ddp2_fsdp2", "fsdp2_tp2_sp")
     assert report.ok, report
     report.raise_for_failure()
@@ -51,16 +51,18 @@ def test_every_mesh_gives_what_one_process_gives(check):
 
 
 @pytest.mark.parametrize(
-    "recomputation", [FullActivationCheckpoint.Config(), SelectiveActivationCheckpoint.Config()], ids=["full", "dear"]
+    "recomputation",
+    [FullActivationCheckpoint.Config(), SelectiveActivationCheckpoint.Config()],
+    ids=["full", "selective"],
 )
-def test_it_holds_with_recomputation_in_fp32(check, recomputation):
+def test_meshes_match_with_activation_checkpointing_in_fp32(check, recomputation):
     report = check("fsdp2", "tp2_sp", dtype=torch.float32, activation_checkpoint=recomputation)
     assert report.ok, report
-    assert 0.01 < report.meshes["tp2_sp"].kinds["gradients"].worst < 1  # fp32 rounds, by less than the rule allows
+    assert 0.01 < report.meshes["tp2_sp"].kinds["gradients"].worst < 1  # fp32 rounds, within the tolerance
 
 
 class Cancels(nn.Module):
-    """Its activations lose all but three decimal places in fp32."""
+    """A model whose activations lose all but three decimal places in fp32."""
 
     def __init__(self):
         super().__init__()
@@ -70,14 +72,16 @@ class Cancels(nn.Module):
         return self.head((self.words(ids) + 1e5) - 1e5)
 
 
-def test_what_fp32_does_not_compute_is_judged_in_fp64_alone():
+def test_a_model_with_a_large_fp32_rounding_error_is_rejected_in_fp32():
     roles = {"words": "embedding", "head": "head"}
-    with pytest.raises(ConfigError, match=r"dtype must be torch.float64 for this model, got torch.float32"):
+    with pytest.raises(
+        ConfigError, match=r"dtype must be torch\.float64 for this model, got torch\.float32, whose rounding error"
+    ):
         check_parallel(Cancels, meshes("fsdp2"), roles=roles, dtype=torch.float32, steps=1)
     assert check_parallel(Cancels, meshes("fsdp2"), roles=roles, steps=1).ok
 
 
-def test_what_runs_in_fp32_alone_is_told_so():
+def test_a_model_that_runs_in_fp32_only_is_rejected():
     class OnlyFp32(Cancels):
         def forward(self, ids):
             if self.head.weight.dtype is torch.float64:
@@ -85,18 +89,20 @@ def test_what_runs_in_fp32_alone_is_told_so():
             return self.head(self.words(ids))
 
     roles = {"words": "embedding", "head": "head"}
-    with pytest.raises(RuntimeError, match=r"no kernel for Double \(in float64, by which float32 is judged\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no kernel for Double \(in the float64 run that is the reference for float32\)"
+    ):
         check_parallel(OnlyFp32, meshes("fsdp2"), roles=roles, dtype=torch.float32, steps=1)
 
 
 @pytest.mark.full
-def test_it_holds_with_compiled_blocks(check):
+def test_meshes_match_with_compiled_blocks(check):
     report = check("fsdp2", "tp2_sp", compile=Compile.Config(backend="aot_eager"), dtype=torch.float32)
     assert report.ok, report
 
 
 class Wide(nn.Module):
-    """Computes its norms in float32 whatever it is given, as many models do, and drops half of what it made."""
+    """A model that computes its norms in float32 for any input dtype, as many do, and has dropout."""
 
     def __init__(self):
         super().__init__()
@@ -130,15 +136,15 @@ WIDE_ROLES = {
 
 
 @pytest.mark.parametrize("recomputation", [None, FullActivationCheckpoint.Config()], ids=["keep", "full"])
-def test_float32_islands_of_foreign_code_are_lifted_also_in_recomputation(recomputation):
+def test_float32_computations_of_third_party_code_are_made_in_float64_also_in_recomputation(recomputation):
     report = check_parallel(Wide, meshes("fsdp2", "tp2_sp"), roles=WIDE_ROLES, activation_checkpoint=recomputation)
     assert report.ok, report
     assert report.meshes["tp2_sp"].kinds["gradients"].worst < 0.01
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_nothing_of_the_caller_is_needed_or_changed(check):
-    """A process that made gradients; closures, three ranks, a batch of one's own."""
+def test_the_state_of_the_caller_is_not_changed(check):
+    """Tested from a process that has run a backward, with closures, three ranks and a custom batch."""
     weight = torch.randn(300, 300, requires_grad=True)
     (weight @ weight).exp().sum().backward()
     before = torch.get_rng_state()
@@ -155,27 +161,27 @@ def test_nothing_of_the_caller_is_needed_or_changed(check):
 
 
 def loss_of_squares(head, hidden, targets):
-    return (head(hidden) - targets["wanted"]).pow(2).sum(), torch.tensor(targets["wanted"].numel())
+    return (head(hidden) - targets["expected"]).pow(2).sum(), torch.tensor(targets["expected"].numel())
 
 
-def test_a_model_of_numbers_with_a_loss_of_ones_own():
+def test_a_model_of_floating_point_inputs_with_a_custom_loss():
     def build():
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
-    inputs, wanted = torch.randn(4, 4), torch.randn(4, 3)
-    batch = SimpleNamespace(inputs={"input": inputs}, targets={"wanted": wanted}, sequence_dims={})
+    inputs, expected = torch.randn(4, 4), torch.randn(4, 3)
+    batch = SimpleNamespace(inputs={"input": inputs}, targets={"expected": expected}, sequence_dims={})
     report = check_parallel(build, meshes("fsdp2"), roles={"2": "head"}, batch=batch, loss=loss_of_squares)
     assert report.ok, report
 
 
-def test_a_rank_that_raises_ends_the_others_and_is_named(small):
+def test_an_error_on_one_rank_ends_all_ranks_and_names_it(small):
     def build():
         model = small.make_model()
         if os.environ.get("RANK") == "1":
             model.layers[1].feed_forward.up.forward = lambda x: 1 / 0
         return model
 
-    report = check_parallel(build, meshes("fsdp2", "tp2"), roles=small.ROLES, timeout_s=3600)  # for which nobody waits
+    report = check_parallel(build, meshes("fsdp2", "tp2"), roles=small.ROLES, timeout_s=3600)  # ends long before
     assert not report.ok
     for mesh in report.meshes.values():
         assert mesh.failure == "rank 1: ZeroDivisionError: division by zero (in layers.1.feed_forward.up)"
@@ -197,12 +203,12 @@ def test_a_rank_that_hangs_or_dies_is_named(small):
 
     roles = {"words": "embedding", "head": "head"}
     report = check_parallel(hangs, meshes("fsdp2"), roles=roles, steps=1, timeout_s=15)
-    assert "no answer in 15 s" in report.meshes["fsdp2"].failure
+    assert "no result within 15 s" in report.meshes["fsdp2"].failure
     report = check_parallel(dies, meshes("fsdp2"), roles=small.ROLES)
     assert report.meshes["fsdp2"].failure == "rank 0: the process ended with code 7"
 
 
-def test_a_build_that_differs_between_ranks_is_refused(small):
+def test_a_build_that_differs_between_ranks_is_rejected(small):
     def build():
         model = small.make_model()
         with torch.no_grad():
@@ -210,53 +216,58 @@ def test_a_build_that_differs_between_ranks_is_refused(small):
         return model
 
     report = check_parallel(build, meshes("fsdp2"), roles=small.ROLES)
-    assert "rank 1: ConfigError: Got a build that gave norm.weight another value" in report.meshes["fsdp2"].failure
+    failure = report.meshes["fsdp2"].failure
+    assert "rank 1: ConfigError: build must return the same weights on every rank" in failure
+    assert "for norm.weight on this rank" in failure
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dtype": torch.bfloat16}, "dtype must be torch.float64.*got torch.bfloat16"),
-        ({"steps": 0}, "Got steps 0"),
-        ({"num_microbatches": 0}, "Got num_microbatches 0"),
-        ({"world_size": 3}, "tensor_parallel_degree 2 on 3 ranks"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"num_microbatches": 0}, "num_microbatches must be at least 1, got 0"),
+        ({"world_size": 3}, r"tensor_parallel_degree must divide the number of ranks \(3\), got 2"),
         ({"roles": {"embeding": "embedding"}}, "Did you mean 'embedding'"),
-        ({"roles": None}, "Got a Transformer without roles"),
+        ({"roles": None}, "roles must be given .*, got Transformer"),
         ({"build": lambda: Wide().fill_(1)}, "no attribute 'fill_'"),
-        ({"batch": SimpleNamespace(inputs={"tokens": torch.zeros(3, 4)}, targets={}, sequence_dims={})}, "of 3 rows"),
+        (
+            {"batch": SimpleNamespace(inputs={"tokens": torch.zeros(3, 4)}, targets={}, sequence_dims={})},
+            "multiple of 2 .*, got 3",
+        ),
     ],
 )
-def test_a_wrong_question_is_an_error(check, changes, message):
+def test_wrong_arguments_are_rejected(check, changes, message):
     with pytest.raises((ConfigError, RuntimeError), match=message):
         check("tp2", **changes)
 
 
-def test_a_mesh_that_the_model_does_not_fit_is_a_finding_and_the_others_are_checked(check):
+def test_a_mesh_that_rejects_the_model_fails_and_the_others_are_checked(check):
     report = check("tp3", "fsdp2")
-    assert report.meshes["tp3"].failure.startswith("every rank: ConfigError: Got ")
+    assert report.meshes["tp3"].failure.startswith("all ranks: ConfigError: ")
     assert not report.ok and report.meshes["fsdp2"].ok
 
 
-def test_a_batch_cannot_be_made_up_for_every_forward():
+def test_a_model_with_unknown_inputs_requires_a_batch():
     class Odd(nn.Linear):
         def forward(self, image, mask):
             return super().forward(image * mask)
 
-    with pytest.raises(ConfigError, match="takes image, mask"):
+    with pytest.raises(ConfigError, match=r"For a synthetic batch .* which takes image, mask\. Pass batch"):
         check_parallel(lambda: Odd(3, 3), meshes("fsdp2"), roles={})
 
 
-def test_a_process_that_is_a_rank_cannot_ask(run_ranks, small):
-    def ask():
-        with pytest.raises(RuntimeError, match="a rank already"):
+def test_check_parallel_is_rejected_inside_a_process_group(run_ranks, small):
+    def check_inside():
+        with pytest.raises(RuntimeError, match="outside a process group"):
             check_parallel(small.make_model, meshes("fsdp2"), roles=small.ROLES)
 
-    run_ranks(1, ask)
+    run_ranks(1, check_inside)
 
 
-def test_cuda_that_is_in_use_is_refused(check, monkeypatch):
+def test_check_parallel_is_rejected_after_cuda_is_initialized(check, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match="has used CUDA"):
+    with pytest.raises(RuntimeError, match="before CUDA is initialized"):
         check("fsdp2")
 
 
@@ -272,7 +283,7 @@ def test_meshes_have_short_names():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module of somebody's own, in the current folder."""
+    """A user module, `my_bigrams.py`, in the current folder."""
     tmp_path.joinpath("my_bigrams.py").write_text(
         "import torch.distributed as dist\n"
         "from torch import nn\n"
@@ -292,13 +303,13 @@ def module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_command_says_yes_with_0_no_with_1_and_what_with_2(module, capsys):
+def test_exit_codes_are_0_for_a_match_1_for_a_difference_and_2_for_a_usage_error(module, capsys):
     assert main(["check", "my_bigrams:Bigrams", "--mesh", "fsdp2", "ddp2"]) == 0
     assert "2 of 2 meshes" in capsys.readouterr().out
     arguments = ["check", "my_bigrams:Wrong", "--parallelism", "data_parallel_shard_degree=2", "--steps", "1", "--json"]
     assert main(arguments) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert said["ok"] is False and said["meshes"]["data_parallel_shard_degree=2"]["findings"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False and printed["meshes"]["data_parallel_shard_degree=2"]["findings"]
     for wrong in (
         ["my_bigrams:Bigrams"],
         ["my_bigrams:Missing", "--mesh", "fsdp2"],

@@ -1,4 +1,4 @@
-"""Context parallel of transformers' models: what one process computes, through their attention interface."""
+"""Context parallelism of transformers models, through their attention interface, equals one process."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def build(family: str):
     small = {} if family == "gpt2" else SMALL
     config = getattr(transformers, name)(**{**small, **changes})
     config.use_cache = changes.get("use_cache", False)
-    config._experts_implementation = "eager"  # grouped products know no fp64
+    config._experts_implementation = "eager"  # grouped matrix products do not support fp64
     return lambda: transformers.AutoModelForCausalLM.from_config(config)
 
 
 def roles(family: str) -> dict[str, str]:
     stack = "transformer.h.*" if family == "gpt2" else "model.layers.*"
-    scales_logits = family.startswith(("granite", "gemma2"))  # the loss is taken where logits are: nothing comes after
+    scales_logits = family.startswith(("granite", "gemma2"))  # the loss must be computed after the scaling
     return {stack: "block"} if scales_logits else {stack: "block", "lm_head": "head"}
 
 
@@ -101,7 +101,7 @@ IN_FULL = {"llama", "qwen3", "olmo2", "granite", "phi3", "mistral", "llama, padd
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=[pytest.mark.full] * (family in IN_FULL)) for family in FAMILIES]
 )
-def test_a_foreign_model_over_context_ranks_is_the_model(family):
+def test_transformers_models_equal_one_process(family):
     report = check_parallel(
         build(family),
         parallelism(data_parallel_shard_degree=1),
@@ -113,7 +113,7 @@ def test_a_foreign_model_over_context_ranks_is_the_model(family):
     report.raise_for_failure()
 
 
-def test_it_holds_with_tensor_parallel_and_recomputation():
+def test_with_tensor_parallel_and_activation_checkpointing():
     def region(name: str, wide: tuple[str, ...], narrow: str) -> dict:
         return {name: "region", f"{name}.{narrow}": "rowwise"} | {f"{name}.{part}": "colwise" for part in wide}
 
@@ -132,8 +132,8 @@ def test_it_holds_with_tensor_parallel_and_recomputation():
     report.raise_for_failure()
 
 
-def test_documents_taken_from_local_positions_are_seen(monkeypatch):
-    """What transformers would do by itself: guess documents from the positions of one rank's tokens."""
+def test_documents_from_local_positions_are_detected(monkeypatch):
+    """transformers itself would derive documents from the positions of one rank's tokens."""
     monkeypatch.setattr(hugging_face_attention, "_documents", lambda positions: torch.zeros_like(positions))
     report = check_parallel(
         build("llama"),
@@ -155,7 +155,7 @@ def refusal(make, method: str = "gather") -> str:
     return ""
 
 
-def test_what_cannot_be_hooked_is_refused_with_the_reason(run_ranks):
+def test_unsupported_attention_raises_with_the_reason(run_ranks):
     def bloom():
         return transformers.BloomForCausalLM(
             transformers.BloomConfig(hidden_size=32, n_head=4, n_layer=1, vocab_size=64)
@@ -166,11 +166,11 @@ def test_what_cannot_be_hooked_is_refused_with_the_reason(run_ranks):
         return transformers.LlamaForCausalLM(config).train()
 
     for of_bloom, of_dropout in run_ranks(2, lambda: [refusal(bloom), refusal(drops, "ring")]):
-        assert "BloomForCausalLM" in of_bloom and "computes attention by itself" in of_bloom
-        assert "Got attention dropout 0.1 under context_parallel_method ring" in of_dropout
+        assert "does not use the attention interface of transformers, got BloomForCausalLM" in of_bloom
+        assert "dropout must be 0 with context_parallel_method ring, got 0.1" in of_dropout
 
 
-def test_the_models_own_attention_is_back_after_a_step(run_ranks):
+def test_the_attention_implementation_is_restored_after_a_step(run_ranks):
     def on_rank():
         model = build("llama")()
         ids = make_batch().inputs["input_ids"]

@@ -1,4 +1,4 @@
-"""Context parallel: gradients of the plain model, whatever the method, the mask, and what else splits the model.
+"""Context parallelism: the gradients of the plain model, with every method, mask and additional kind of parallelism.
 
 B batch, T queries, S keys, H heads, K features of a head.
 """
@@ -23,9 +23,9 @@ from titan_parallel import (
     parallelize,
 )
 from titan_parallel.context_parallel import all_gather as context_gather
-from titan_parallel.context_parallel import apply as context_parallel
 from titan_parallel.context_parallel import ring as context_ring
 from titan_parallel.context_parallel import sequence_sharding as context_shards
+from titan_parallel.context_parallel import shared_sequences
 from titan_parallel.context_parallel import ulysses as context_ulysses
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
@@ -64,7 +64,7 @@ class Mask:
 
 
 class Core(nn.Module):
-    """Attention by all scores."""
+    """Attention with materialized scores."""
 
     def build_mask(self, mask):
         return mask.visible()[:, None]
@@ -83,7 +83,7 @@ class Core(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """The attention of the small transformer, by a core."""
+    """The attention of the small transformer, with a core."""
 
     def __init__(self, shape):
         super().__init__()
@@ -217,7 +217,7 @@ def micro_batches(small, batch, dims) -> list:
 
 
 def judged(small, case: Case) -> str:
-    """ "", or what is wrong on this rank."""
+    """Return "", or the traceback of this rank."""
     batch = make_batch(small, case.packed)
     expected_loss, expected, count = small.plain_step(make_model(small, case), batch)
     parallel = put(small, case)
@@ -236,7 +236,7 @@ def judged(small, case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(run_ranks, small):
-    """`outcomes(case)`: what each rank says of it; ranks are started once for all cases that run or not together."""
+    """`outcomes(case)`: the results of the ranks, which are started once for all cases with the same size and mark."""
     said: dict[Case, set[str]] = {}
 
     def of(case: Case) -> set[str]:
@@ -261,7 +261,7 @@ def test_gradients_and_losses_equal_the_plain_model(outcomes, case):
 
 
 def shift_positions(patch):
-    local = context_parallel.ContextParallel.local
+    local = shared_sequences.SharedSequences.local
 
     def shifted(self, tensors, sequence_dims):
         found = local(self, tensors, sequence_dims)
@@ -269,16 +269,16 @@ def shift_positions(patch):
             found["positions"] = found["positions"] * (1 + self.shards.axis.rank)
         return found
 
-    patch.setattr(context_parallel.ContextParallel, "local", shifted)
+    patch.setattr(shared_sequences.SharedSequences, "local", shifted)
 
 
 def open_documents_across_ranks(patch):
     def opened(mask, names, shards):
-        return dataclasses.replace(with_whole(mask, names, shards), query_documents=None, key_documents=None)
+        return dataclasses.replace(gather_fields(mask, names, shards), query_documents=None, key_documents=None)
 
-    with_whole = context_gather.with_whole
+    gather_fields = context_gather.gather_fields
     for module in (context_gather, context_ulysses, context_ring):
-        patch.setattr(module, "with_whole", opened)
+        patch.setattr(module, "gather_fields", opened)
 
 
 def drop_the_gradient_sum_of_keys(patch):
@@ -298,7 +298,7 @@ def skip_a_step_of_the_ring(patch):
 
 
 def keep_gradients_from_going_home(patch):
-    patch.setattr(context_ring.Arriving, "wait", lambda self: [work.wait() for work in self.works] and self.sent)
+    patch.setattr(context_ring.PendingReceive, "wait", lambda self: [work.wait() for work in self.works] and self.sent)
 
 
 def take_the_heads_of_another_rank(patch):
@@ -322,7 +322,7 @@ SABOTAGES = [
 ]
 
 
-def test_what_is_broken_on_purpose_is_seen_on_every_rank(run_ranks, small):
+def test_broken_context_parallelism_is_detected_on_every_rank(run_ranks, small):
     def on_rank():
         said = []
         for method, sabotage in SABOTAGES:
@@ -336,8 +336,8 @@ def test_what_is_broken_on_purpose_is_seen_on_every_rank(run_ranks, small):
             assert "AssertionError: The gradient of" in words, (method, sabotage.__name__, words)
 
 
-def test_every_rank_does_its_share_of_the_work(run_ranks, small):
-    """Scores that a block-sparse core makes (gather) or that are made block by block (ring), of one layer and head."""
+def test_load_balance_gives_every_rank_the_same_work(run_ranks, small):
+    """The number of scores that a block-sparse core (gather) or the tiles (ring) compute, for one layer and head."""
 
     def scores(method: str, balanced: bool) -> int:
         made = []
@@ -359,11 +359,11 @@ def test_every_rank_does_its_share_of_the_work(run_ranks, small):
     gather, gather_unbalanced, ring, ring_unbalanced = zip(*by_rank, strict=True)
     assert gather == (64 * 65 // 2 // 4,) * 4
     assert gather_unbalanced == (136, 392, 648, 904)
-    assert ring == (9 * 8 * 8,) * 4  # of 64 blocks of 8 x 8, 36 are seen: each rank makes 9
+    assert ring == (9 * 8 * 8,) * 4  # of 64 tiles of 8 x 8, 36 are visible: 9 for each rank
     assert ring_unbalanced == (256, 512, 768, 1024)
 
 
-def test_a_layer_sends_keys_and_values_once_a_direction(run_ranks, small):
+def test_number_of_collectives_per_layer_and_direction(run_ranks, small):
     def count(method: str) -> Counter:
         counts = Counter()
 
@@ -374,16 +374,16 @@ def test_a_layer_sends_keys_and_values_once_a_direction(run_ranks, small):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("all_gather", "reduce_scatter", "all_to_all"):
                 patch.setattr(context_shards, name, counted(context_shards, name))
-            patch.setattr(context_ring.Neighbors, "pass_on", counted(context_ring.Neighbors, "pass_on"))
+            patch.setattr(context_ring.Neighbors, "send_to_next", counted(context_ring.Neighbors, "send_to_next"))
             parallel = put(small, Case(method))
             parallel.forward_backward([make_batch(small, packed=True)], small.chunked_loss, 1)
         return counts
 
     for gather, ulysses, ring in run_ranks(2, lambda: [count(method) for method in METHODS]):
-        # of two layers; and one gathering of positions and documents
+        # for two layers, and one gather of positions and documents
         assert gather == {"all_gather": 2 + 1, "reduce_scatter": 2}
         assert ulysses == {"all_to_all": 2 * (2 + 2), "all_gather": 1}
-        assert ring == {"pass_on": 2 * (1 + 1 + 2), "all_gather": 1}
+        assert ring == {"send_to_next": 2 * (1 + 1 + 2), "all_gather": 1}
 
 
 def test_called_directly_a_model_sees_whole_sequences(run_ranks, small):
@@ -424,7 +424,7 @@ def errors(small, batch=None, roles=None, model=None, method="gather", **degrees
     return ""
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(run_ranks, small):
+def test_invalid_batches_and_models_raise_on_every_rank(run_ranks, small):
     def on_rank():
         unnamed = make_batch(small, packed=True)
         unnamed.sequence_dims.pop("labels")
@@ -445,16 +445,16 @@ def test_what_does_not_fit_is_refused_on_every_rank(run_ranks, small):
 
     for said in run_ranks(2, on_rank):
         balanced, plain, unnamed, without, no_lse, heads = said
-        assert "Got a sequence of 26 tokens over context_parallel_degree 2." in balanced and "multiple of 4" in balanced
-        assert "Got a sequence of 25 tokens" in plain and "multiple of 2" in plain
-        assert "name none of its targets (labels)" in unnamed
-        assert "roles without an attention" in without
-        assert "a Core without with_lse, under context_parallel_method ring" in no_lse
-        assert "Got 3 heads" in heads and "Set context_parallel_degree to 1 or 3" in heads
+        assert "must be a multiple of 4 under context_parallel_degree 2 " in balanced and "got 26." in balanced
+        assert "must be a multiple of 2 under context_parallel_degree 2 " in plain and "got 25." in plain
+        assert "sequence_dims of a batch must name" in unnamed and "targets" in unnamed and "labels" in unnamed
+        assert "must be 1 without a module of the role attention" in without
+        assert "under context_parallel_method ring must have with_lse, got layers.0.attention.core, a Core" in no_lse
+        assert "must divide the number of heads of a tensor-parallel rank (3)" in heads and "Use 1 or 3, or" in heads
 
 
 def test_a_sequence_is_split_over_context_and_then_over_tensor_ranks(run_ranks, small):
     for said in run_ranks(
         4, lambda: errors(small, make_batch(small, packed=False, length=18), tensor_parallel_degree=2)
     ):
-        assert "Got a sequence of 18 tokens over context_parallel_degree 2" in said and "multiple of 4" in said
+        assert "must be a multiple of 4 under context_parallel_degree 2 " in said and "got 18." in said

@@ -1,4 +1,4 @@
-"""Cross-entropy on whole and on split logits."""
+"""Cross-entropy on whole logits and on logits sharded over the vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reference(logits, labels, z_loss=0.0):
 
 
 def split(logits, num_ranks, rank):
-    """This rank's part of the vocabulary, and the whole as a DTensor of it."""
+    """Return this rank's shard of the logits along the vocabulary, and the whole logits as a DTensor."""
     mesh = init_device_mesh("cpu", (num_ranks,))
     local = logits.chunk(num_ranks, -1)[rank].contiguous().requires_grad_()
     whole = DTensor.from_local(local, mesh, [Shard(2)], run_check=False, shape=logits.shape, stride=logits.stride())
@@ -52,7 +52,7 @@ def test_split_logits_give_the_loss_and_gradient_of_whole_ones(run_ranks, dtype)
         torch.testing.assert_close(loss, expected.to(wide), rtol=64 * torch.finfo(wide).eps, atol=0)
     gathered = torch.cat([grad for _, grad in results], -1)
     assert gathered.dtype == dtype
-    # probabilities in `wide` of logits up to 100, which an exp of theirs knows to 100 units; then rounded to `dtype`
+    # probabilities in `wide` of logits up to 100, whose exp has an error of 100 units; then rounded to `dtype`
     error = (gathered.double() - expected_grad).abs().max()
     assert error <= torch.finfo(dtype).eps + 400 * torch.finfo(wide).eps
 
@@ -65,7 +65,7 @@ def test_whole_logits_are_summed_in_fp32_or_wider(dtype, wide):
     torch.testing.assert_close(loss, reference(logits, labels)[0].to(wide))
 
 
-def test_another_ignore_index_counts_for_nothing(run_ranks):
+def test_labels_with_a_custom_ignore_index_are_ignored(run_ranks):
     logits, labels = random_logits(torch.float64)
     labels[labels == -100] = 7
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=7)

@@ -1,4 +1,4 @@
-"""The mesh: its degrees, its views, and what is said of degrees that do not fit."""
+"""The device mesh: its degrees, its views, and the errors of invalid degrees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def build(world_size, **degrees):
     return ParallelDims.Config(**degrees).build(world_size=world_size, device_type="cpu")
 
 
-def test_axes_keep_their_order_and_data_ranks_their_groups(run_ranks):
+def test_mesh_axes_and_the_data_group(run_ranks):
     def views():
         dims = build(4, data_parallel_replicate_degree=2, tensor_parallel_degree=2)
         one = torch.ones(1)
@@ -29,7 +29,7 @@ def test_axes_keep_their_order_and_data_ranks_their_groups(run_ranks):
         assert (dp_size, summed, tp_size) == (2, 2, 2)
 
 
-def test_a_group_of_data_ranks_spans_replicas_and_shards(run_ranks):
+def test_the_data_group_spans_replicas_and_shards(run_ranks):
     def members():
         dims = build(4, data_parallel_replicate_degree=2)
         return dims.dp_rank, dist.get_process_group_ranks(dims.data_group), dims.dp_replicate_size, dims.dp_shard_size
@@ -38,7 +38,7 @@ def test_a_group_of_data_ranks_spans_replicas_and_shards(run_ranks):
         assert (dp_rank, ranks, dp_replicate_size, dp_shard_size) == (rank, [0, 1, 2, 3], 2, 2)
 
 
-def test_the_data_group_of_tensor_parallel_ranks_is_each_rank_alone(run_ranks):
+def test_the_data_group_without_data_parallelism_is_one_rank(run_ranks):
     def summed():
         one = torch.ones(1)
         dist.all_reduce(one, group=build(2, tensor_parallel_degree=2).data_group)
@@ -50,24 +50,24 @@ def test_the_data_group_of_tensor_parallel_ranks_is_each_rank_alone(run_ranks):
 @pytest.mark.parametrize(
     ("world_size", "degrees", "says"),
     [
-        (4, {"tensor_parallel_degree": 8}, r"Got tensor_parallel_degree 8 on 4 ranks\..*Set .* to 1, 2 or 4\."),
-        (6, {"tensor_parallel_degree": 4}, r"Set tensor_parallel_degree to 1, 2, 3 or 6\."),
-        (1, {"tensor_parallel_degree": 2}, r"Set tensor_parallel_degree to 1\."),
+        (4, {"tensor_parallel_degree": 8}, r"must divide the number of ranks \(4\), got 8\. Use 1, 2 or 4\."),
+        (6, {"tensor_parallel_degree": 4}, r"tensor_parallel_degree must divide .* got 4\. Use 1, 2, 3 or 6\."),
+        (1, {"tensor_parallel_degree": 2}, r"tensor_parallel_degree must divide .* got 2\. Use 1\."),
         (
             8,
             {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 3},
-            r"on 4 ranks \(what is left of 8 ranks by tensor_parallel_degree 2\).* to 1, 2 or 4\.",
+            r"number of remaining ranks \(8 / tensor_parallel_degree 2 = 4\), got 3\. Use 1, 2 or 4\.",
         ),
-        (4, {"data_parallel_shard_degree": 3}, r"degree 3 = 3 on 4 ranks.* to 4 \(or None.*start 3 ranks"),
-        (4, {"data_parallel_shard_degree": 0}, r"Got data_parallel_shard_degree 0\."),
-        (4, {"tensor_parallel_degree": -2}, r"Got tensor_parallel_degree -2\."),
+        (4, {"data_parallel_shard_degree": 3}, r"ranks \(4\), got .*degree 3 = 3\..* to 4 or .*start 3 ranks"),
+        (4, {"data_parallel_shard_degree": 0}, r"data_parallel_shard_degree must be at least 1, got 0\."),
+        (4, {"tensor_parallel_degree": -2}, r"tensor_parallel_degree must be at least 1, got -2\."),
     ],
 )
-def test_degrees_that_do_not_fit_say_which_would(world_size, degrees, says):
+def test_invalid_degrees_raise_with_the_valid_ones(world_size, degrees, says):
     with pytest.raises(ConfigError, match=says):
         build(world_size, **degrees)
 
 
-def test_a_mesh_before_its_process_group_is_refused():
-    with pytest.raises(RuntimeError, match=r"Got a mesh of 2 ranks in a process group of 0\..*init_distributed"):
+def test_a_mesh_without_a_process_group_raises():
+    with pytest.raises(RuntimeError, match=r"world_size must be .* \(not initialized\), got 2\..*init_distributed"):
         build(2)

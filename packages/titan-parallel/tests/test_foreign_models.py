@@ -1,4 +1,4 @@
-"""Models that know nothing of this package, by tables written by hand."""
+"""Third-party models with handwritten tables of roles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class MixerLayer(nn.Module):
-    """No attention: tokens see their past by a running mean. The projections have a second name in a Sequential."""
+    """A layer without attention, whose projections have a second name in a Sequential."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class MixerLayer(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Learned positions, a scale on the stream, and a head that may share the embedding's matrix."""
+    """A model with learned positions, a scale on the residual stream, and an optionally tied head."""
 
     def __init__(self, tied):
         super().__init__()
@@ -70,7 +70,7 @@ def plain(model, batch, logits_of):
 
 
 def judged(small, make, roles, degrees, batch, output=None, **options):
-    """None; raises where gradients differ from those of the plain model."""
+    """Raise AssertionError if gradients differ from those of the plain model."""
     model = seeded(make)
     with small.in_fp64():
         expected, count = plain(model, batch, output or (lambda logits: logits))
@@ -85,13 +85,13 @@ def judged(small, make, roles, degrees, batch, output=None, **options):
         targets={name: tensor[part] for name, tensor in batch.targets.items()},
         sequence_dims=batch.sequence_dims,
     )
-    with computing_in(torch.float64):  # in what is recomputed too
+    with computing_in(torch.float64):  # also for recomputed forwards
         parallel.forward_backward([mine], small.chunked_loss, count)
     check_same_gradients(full_gradients(model), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_hand_written_model_is_trained_as_it_is(run_ranks, small, tied):
+def test_a_custom_model_equals_the_plain_model(run_ranks, small, tied):
     ids = torch.randint(30, (4, 8), generator=torch.Generator().manual_seed(1))
     batch = SimpleNamespace(inputs={"ids": ids}, targets={"labels": ids.roll(-1, 1)}, sequence_dims={"ids": 1})
 
@@ -109,13 +109,13 @@ def test_a_hand_written_model_is_trained_as_it_is(run_ranks, small, tied):
     run_ranks(2, on_rank)
 
 
-def test_a_tied_weight_that_one_side_splits_is_refused(run_ranks, small):
+def test_a_tied_weight_with_different_roles_raises(run_ranks, small):
     def on_rank():
         dims = ParallelDims.Config(tensor_parallel_degree=2, sequence_parallel=False).build(
             world_size=2, device_type="cpu"
         )
         roles = {pattern: role for pattern, role in MIXER_ROLES.items() if pattern != "words"}
-        with pytest.raises(ConfigError, match="only some of its owners split"):
+        with pytest.raises(ConfigError, match=r"owners of the tied parameter weight .* along the same dim"):
             parallelize(Mixer(tied=True), roles, dims)
 
     run_ranks(2, on_rank)
@@ -137,7 +137,7 @@ LLAMA_ROLES = {
 }
 
 
-def test_llama_of_hugging_face_on_shards_and_tensor_ranks(run_ranks, small):
+def test_llama_of_transformers_with_fsdp_and_tensor_parallel(run_ranks, small):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=50,

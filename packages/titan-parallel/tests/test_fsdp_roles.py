@@ -1,4 +1,4 @@
-"""Any model sharded over data ranks by one call, and what is said of models that have no table of roles."""
+"""Roles for FSDP of any model, and errors for models without a table of roles."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def unet():
 
 
 class SharedLayers(nn.Module):
-    """One part that two of the layers call."""
+    """A module that two of the layers share."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def first_output(output):
 @pytest.mark.parametrize(
     "name", [name if name in ("shared", "t5") else pytest.param(name, marks=pytest.mark.full) for name in MODELS]
 )
-def test_any_model_is_sharded_by_one_call(name):
+def test_fsdp_roles_shard_any_model(name):
     build, inputs, table = MODELS[name]
     assert fsdp_roles(build()) == table
     wanted = torch.randn(4, 2048, generator=torch.Generator().manual_seed(2))
@@ -129,7 +129,7 @@ def test_a_model_without_lists_of_layers_is_one_unit():
     assert fsdp_roles(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))) == {}
 
 
-def test_a_model_of_another_library_is_told_what_to_call():
+def test_roles_of_a_model_of_another_library_names_fsdp_roles():
     flux = diffusers.FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -170,14 +170,14 @@ DECLARED = {
 
 
 @pytest.mark.parametrize("name", ["minimax", pytest.param("qwen3_next", marks=pytest.mark.full)])
-def test_layers_of_several_kinds_are_split_where_they_can_be(name):
-    """Fused experts too, which are computed one by one in fp64."""
+def test_hybrid_layers_are_split_where_possible(name):
+    """Fused experts are included; they are computed one by one in fp64."""
     named = {"by default": ParallelDims.Config(tensor_parallel_degree=2), **meshes("fsdp2")}
     report = check_parallel(DECLARED[name], named, steps=1)
     assert report.ok, report
 
 
-def test_an_encoder_and_a_decoder_are_refused_under_context_and_pipeline(run_ranks):
+def test_encoder_decoder_models_raise_under_context_and_pipeline_parallel(run_ranks):
     def said():
         messages = []
         for degree in ("context", "pipeline"):
@@ -195,7 +195,7 @@ def test_an_encoder_and_a_decoder_are_refused_under_context_and_pipeline(run_ran
 
 
 class CallsIntoABlock(nn.Module):
-    """Like DiT: after the blocks it calls what lies in the first of them."""
+    """Like DiT: after the blocks it calls a layer inside the first of them."""
 
     def __init__(self):
         super().__init__()
@@ -209,8 +209,8 @@ class CallsIntoABlock(nn.Module):
         return self.head(self.layers[0][0](x))
 
 
-def test_a_weight_used_outside_its_part_is_told_in_terms_of_roles():
+def test_a_weight_read_outside_its_module_raises():
     report = check_parallel(CallsIntoABlock, meshes("fsdp2"), roles={"layers.*": "block"}, steps=1)
-    assert "must be read within the forward of that part" in str(report), report
+    assert "must be read within the forward of that module" in str(report), report
     report = check_parallel(CallsIntoABlock, meshes("fsdp2"), roles={"layers.1": "block"}, steps=1)
     assert report.ok, report

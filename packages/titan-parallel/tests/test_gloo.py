@@ -1,4 +1,4 @@
-"""Groups of mesh axes on CPU: gloo with one worker, since two abort the process now and then (see `_torch.py`)."""
+"""Groups of mesh axes on CPU: gloo with one worker, since two can abort the process (see `_torch/distributed.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from titan_parallel import ParallelDims
 
-API = "ProcessGroupGloo._Options has no _threads any more. See _gloo_in_order: is it still needed, and how is it set?"
+API = "ProcessGroupGloo._Options must have _threads. See _gloo_in_order: is it still needed, and how is it set?"
 
 OVERLAPPING_GATHERS = """
 import sys
@@ -27,11 +27,11 @@ for _ in range(int(sys.argv[2])):
         assert torch.equal(ops.wait_tensor(gathered), x)
 print("done")
 """
-"""With "plain" for "axis" this is the report for torch: 2.11 and 2.13 abort within seconds on two idle cores."""
+"""With "plain" for "axis" this is the reproducer for torch: 2.11 and 2.13 abort within seconds on two idle cores."""
 
 
 def options_of(group):
-    """How torch made the CPU side of a group."""
+    """Return the options with which torch created the CPU backend of a group."""
     return group._get_backend(torch.device("cpu")).options
 
 
@@ -51,7 +51,7 @@ def test_every_axis_has_a_group_with_one_worker(run_ranks):
         assert (of_axes, of_all) == ([1] * 5, 2)
 
 
-def test_an_axis_waits_no_longer_than_the_group_of_all_ranks(run_ranks):
+def test_the_timeout_of_an_axis_is_at_most_that_of_all_ranks(run_ranks):
     def timeouts():
         dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=7))
         dims = ParallelDims.Config(tensor_parallel_degree=2).build(world_size=2, device_type="cpu")

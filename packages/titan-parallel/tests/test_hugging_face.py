@@ -1,4 +1,4 @@
-"""Hugging Face models by the roles that they declare: loss and every gradient are those of the plain model."""
+"""Hugging Face models with the roles that they declare: the loss and every gradient equal those of the plain model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ MODEL_CLASS = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def make(case: str, attention: str = "sdpa", **sizes) -> nn.Module:
-    """The same weights on every call, away from what they are initialized to."""
+    """Return a model with the same random weights on every call, different from its initialization."""
     name, changes = {**MODELS, **MODELS_OF_MORE_LAYERS}[case]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **changes, **sizes})
     attention = attention if MODEL_CLASS[type(config)]._supports_sdpa else "eager"
@@ -129,7 +129,7 @@ def make_batch() -> SimpleNamespace:
 
 
 def plain_step(model: nn.Module, batch: SimpleNamespace, context) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss sum, and gradients of the mean loss."""
+    """Return the loss sum, and the gradients of the mean loss."""
     labels = batch.targets["labels"]
     with context:
         logits = model(**batch.inputs).logits
@@ -139,15 +139,16 @@ def plain_step(model: nn.Module, batch: SimpleNamespace, context) -> tuple[float
 
 
 def turned(batch: SimpleNamespace, count: int) -> SimpleNamespace:
-    """With its first rows last."""
+    """Return the batch rotated by `count` samples."""
     inputs, targets = ({n: t.roll(-count, 0) for n, t in part.items()} for part in (batch.inputs, batch.targets))
     return SimpleNamespace(inputs=inputs, targets=targets)
 
 
 def judge(small, case: str, degrees: dict, attention="sdpa", lifted=True, **options) -> None:
-    """Raise AssertionError where the loss or a gradient differs from the plain model's, in fp64.
+    """Raise AssertionError if the loss or a gradient differs from the plain model's, in fp64.
 
-    Compiled blocks compute in fp32 what the model computes so. Their rounding is that of the plain model.
+    Without `lifted` (compiled blocks), fp32 computations of the model stay in fp32: the tolerance is their rounding in
+    the plain model.
     """
     batch = make_batch()
     expected_loss, expected = plain_step(make(case, attention), batch, small.in_fp64())
@@ -164,7 +165,7 @@ def judge(small, case: str, degrees: dict, attention="sdpa", lifted=True, **opti
         targets={name: tensor[part] for name, tensor in batch.targets.items()},
         sequence_dims=batch.sequence_dims,
     )
-    with computing_in(torch.float64) if lifted else nullcontext():  # in what is recomputed too
+    with computing_in(torch.float64) if lifted else nullcontext():  # also for recomputed forwards
         loss = parallel.forward_backward([mine], small.chunked_loss, int((batch.targets["labels"] != -100).sum()))
     allowed = max([1e-12 * expected_loss, *(MULTIPLE * abs(each - expected_loss) for each, _ in rounded)])
     assert float(loss) == pytest.approx(expected_loss, abs=allowed, rel=0)
@@ -172,7 +173,7 @@ def judge(small, case: str, degrees: dict, attention="sdpa", lifted=True, **opti
 
 
 FOUR = ("llama", "llama of one key-value head", "qwen3", "olmo2", "phi3", "gpt2")
-"""On 4 ranks there are fewer key-value heads than ranks."""
+"""Models with fewer key-value heads than 4 ranks."""
 TWO_BY_DEFAULT, FOUR_BY_DEFAULT = ("tp2", "tp2_sequence"), ("tp4_sequence", "fsdp2_tp2_sequence")
 REST = [
     (2, list(MODELS), [mesh for mesh in MESHES[2] if mesh not in TWO_BY_DEFAULT]),
@@ -182,7 +183,7 @@ REST = [
 
 
 def complaints(small, cases, meshes, **options) -> list[str]:
-    """What is wrong of each of the cases on each mesh; a rank that fails alone stops here."""
+    """Return the errors of the cases on each mesh; an error on one rank only ends the test."""
     wrong = []
     for case in cases:
         for mesh in meshes:
@@ -202,12 +203,12 @@ def complaints(small, cases, meshes, **options) -> list[str]:
         *(pytest.param(*rest, marks=pytest.mark.full) for rest in REST),
     ],
 )
-def test_models_are_trained_as_they_are(run_ranks, small, world_size, cases, meshes):
+def test_gradients_equal_the_plain_model(run_ranks, small, world_size, cases, meshes):
     for wrong in run_ranks(world_size, complaints, small, cases, meshes):
         assert wrong == []
 
 
-def test_eager_attention_and_recomputation_change_nothing(run_ranks, small):
+def test_eager_attention_and_activation_checkpointing_equal_the_plain_model(run_ranks, small):
     def wrong():
         cases = ("llama", "gemma3", "phi3 of one key-value head", "gpt2")
         eager = complaints(small, cases, ("tp2_sequence",), attention="eager")
@@ -219,7 +220,7 @@ def test_eager_attention_and_recomputation_change_nothing(run_ranks, small):
 
 
 def test_blocks_are_compiled_once(run_ranks, small):
-    """Also where there are more of them than dynamo would recompile for one function (8)."""
+    """Also with more blocks than dynamo's recompile limit of one function (8)."""
 
     def compiled():
         from torch._dynamo.utils import counters
@@ -237,7 +238,7 @@ def test_blocks_are_compiled_once(run_ranks, small):
 
 
 def forget_to_sum(name):
-    """Leave one kind of parameter out of the sum over tensor ranks."""
+    """Leave one kind of parameter out of the sum over tensor-parallel ranks."""
     right = tensor_parallel.TensorParallel._find_partial
 
     def without(self, split):
@@ -254,7 +255,7 @@ def norm_own_heads_alone():
 
         return norm
 
-    tensor_parallel.normed_over_all_heads = own
+    tensor_parallel.wrap_norm_over_heads = own
 
 
 def keep_gradients_of_normed_features():
@@ -293,7 +294,7 @@ def keep_gradients_before_the_blocks():
         ("llama", "tp2_sequence", keep_gradients_before_the_blocks, "model.embed_tokens.weight"),
     ],
 )
-def test_what_is_broken_is_noticed(run_ranks, small, case, mesh, sabotage, says):
+def test_broken_tensor_parallelism_is_detected(run_ranks, small, case, mesh, sabotage, says):
     def wrong():
         sabotage()
         return complaints(small, [case], [mesh])
@@ -316,10 +317,10 @@ def collectives_of_a_block(block, length) -> Counter[str]:
 
 
 def test_a_block_gathers_once_and_reduces_once_per_region_and_direction(run_ranks, small):
-    """Two regions, forward and backward. Torch's styles, one for each projection, sum the gradient of each input.
+    """A block has two regions. torch's parallel styles, one per projection, all-reduce the gradient of each input.
 
-    With sequence parallel the gradients of norms are shares: a step sums those of all blocks at once, a backward of
-    one's own those of each block.
+    With sequence parallelism the gradients of norms are partial: a step sums those of all blocks at once, but a direct
+    backward those of each block.
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -361,7 +362,7 @@ def test_a_block_gathers_once_and_reduces_once_per_region_and_direction(run_rank
         assert projections == {"all_reduce": 7}
 
 
-def test_a_model_that_returns_more_than_logits_asks_which_part_they_are(run_ranks, small):
+def test_an_output_with_more_than_logits_asks_for_a_function(run_ranks, small):
     def said():
         model = make("llama")
         parallel = parallelize(model, roles_of(model), ParallelDims.Config().build(world_size=1, device_type="cpu"))
@@ -372,9 +373,9 @@ def test_a_model_that_returns_more_than_logits_asks_which_part_they_are(run_rank
     assert "attrgetter('logits')" in run_ranks(1, said)[0]
 
 
-def test_a_model_that_cannot_be_split_is_refused_with_the_reason(run_ranks):
+def test_a_model_that_cannot_be_split_raises_with_the_reason(run_ranks):
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
-    with pytest.raises(ConfigError, match=r"adds the stream inside its attention.*'transformer.h.\*': 'block'"):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM, which adds .*attention.*'transformer.h.\*': 'block'"):
         roles_of(bloom)
     by_hand = {
         "transformer.h.*": "block",
@@ -392,7 +393,7 @@ def test_a_model_that_cannot_be_split_is_refused_with_the_reason(run_ranks):
     assert "whose forward takes 'residual'" in run_ranks(2, said)[0]
 
 
-def test_a_model_that_declares_nothing_says_which_lines_to_write():
+def test_a_model_without_a_plan_raises_with_the_lines_to_write():
     sizes = {"vocab_size": 50, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48}
     with pytest.raises(ConfigError) as caught:
         roles_of(transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**sizes)))
@@ -400,13 +401,13 @@ def test_a_model_that_declares_nothing_says_which_lines_to_write():
     assert "transformer.h.*.attn.c_attn" in str(caught.value)
 
 
-def test_what_follows_the_head_is_named_where_it_was_not_expected(run_ranks, small):
+def test_operations_after_the_head_raise_with_the_option_to_set(run_ranks, small):
     def said():
         model = make("granite")
         roles = {**roles_of(model), "lm_head": "head"}
         dims = ParallelDims.Config(**TENSOR_2).build(world_size=2, device_type="cpu")
         parallel = parallelize(model, roles, dims, output=attrgetter("logits"))
-        with pytest.raises(ValueError, match="output is not what its head returned") as caught:
+        with pytest.raises(ValueError, match="output of the model must be what its head returned") as caught:
             parallel.forward_backward([make_batch()], small.chunked_loss, 1)
         return str(caught.value)
 

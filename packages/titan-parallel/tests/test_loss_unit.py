@@ -14,7 +14,8 @@ import pytest
 import torch
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_sequence, per_token, sum_over_sequence
 from titan_parallel.check import meshes
-from titan_parallel.context_parallel import apply as context_parallel
+from titan_parallel.context_parallel import shared_sequences
+from titan_parallel.mesh import collectives
 from titan_parallel.step import loss_unit
 from torch.nn import functional as F
 
@@ -126,14 +127,14 @@ def test_targets_of_rows_alone_are_enough_for_a_loss_of_sequences():
 
 
 def forget_the_gradients_of_others(patch):
-    right = context_parallel.Axis.sum
-    patch.setattr(context_parallel.Axis, "sum", lambda self, x, of_gradients=False: right(self, x, False))
+    right = collectives.Axis.sum
+    patch.setattr(collectives.Axis, "sum", lambda self, x, of_gradients=False: right(self, x, False))
     return "no simple factor|x0.5"
 
 
 def count_once_a_rank(patch):
     own = lambda self, loss, loss_sum, count: (loss_sum, count)  # noqa: E731
-    patch.setattr(context_parallel.ContextParallel, "own_part", own)
+    patch.setattr(shared_sequences.SharedSequences, "own_part", own)
     return "x2.0"
 
 

@@ -1,4 +1,4 @@
-"""A plan says what a real run then holds and sends; judged by counting in runs on gloo, with code of the tests' own."""
+"""A dry run gives the memory and communication of a real run, as counted in runs on gloo by separate code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from titan_parallel import (
     parallelize,
     plan,
 )
-from titan_parallel.planning.alike import Alike
+from titan_parallel.planning.extrapolation import Extrapolator
 from titan_parallel.planning.simulate import SimulatedStep
 from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 from torch._subclasses.fake_tensor import FakeTensor
@@ -76,7 +76,7 @@ def planned(small, mesh="one", shape=SHAPE, build=None, **options) -> Plan:
 
 
 class Counted(TorchDispatchMode):
-    """Collectives of more than one rank, and the bytes of their larger side; independent of what plans count with."""
+    """Counts collectives over more than one rank, and the bytes of their larger side; independent of the dry run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Counted(TorchDispatchMode):
 
 
 class Living(TorchDispatchMode):
-    """The bytes of storages that operators made and that are still alive; `given` ones are no operator's."""
+    """Counts the bytes of live storages that operators allocated; `given` are storages to leave out."""
 
     def __init__(self, given) -> None:
         super().__init__()
@@ -114,9 +114,11 @@ class Living(TorchDispatchMode):
             return NotImplemented
         result = function(*args, **(kwargs or {}))
         if "wait_tensor" in str(function):
-            time.sleep(0.005)  # gloo's thread lets go of what it sent once it gets the interpreter
+            time.sleep(0.005)  # gloo's thread frees the sent tensors once it gets the GIL
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):  # DTensor finds shapes with those
+            if isinstance(leaf, torch.Tensor) and not isinstance(
+                leaf, FakeTensor
+            ):  # DTensor propagates shapes with those
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self.given and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = weakref.ref(storage, self._ended(storage._cdata))
@@ -124,7 +126,7 @@ class Living(TorchDispatchMode):
         return result
 
     def now(self) -> int:
-        """FSDP makes storages larger and smaller."""
+        """Return the current bytes; FSDP resizes storages."""
         return sum(storage().nbytes() for storage in list(self.alive.values()) if storage() is not None)
 
     def _ended(self, key):
@@ -132,7 +134,7 @@ class Living(TorchDispatchMode):
 
 
 def real_step(small, mesh, options):
-    """A step on gloo: bytes of weights, gradients, optimizer state; collectives."""
+    """Run a step on gloo; return the bytes of weights, gradients and optimizer state, and the collectives."""
     parallel = small.put_on(mesh, small.make_model(small.Shape(**SHAPE), torch.float32), **options)
     optimizer = adamw(parallel.model.named_parameters())
     batches = [small.make_batch(rows=ROWS, length=LENGTH, seed=seed) for seed in range(NUM_BATCHES)]
@@ -153,7 +155,7 @@ def real_step(small, mesh, options):
 
 
 def collectives_of(stage, mesh, small):
-    """What the plan says, by kind and number of ranks, as `Counted` counts."""
+    """Return the collectives of the plan by (kind, number of ranks), as `Counted` counts."""
     _, degrees = small.MESHES[mesh]
     axes = {
         "tp": degrees.get("tensor_parallel_degree", 1),
@@ -173,7 +175,7 @@ def collectives_of(stage, mesh, small):
 
 @pytest.fixture(scope="module")
 def on_gloo(small, run_ranks):
-    """`on_gloo(mesh)`: what each rank of a real step held and sent."""
+    """{mesh: memory and communication of each rank in a real step}."""
     two, four = ["fsdp2", "ddp2", "tp2", "tp2_both"], ["hsdp2x2", "fsdp2_tp2"]
     seen = dict(
         zip(two, zip(*run_ranks(2, lambda: [real_step(small, mesh, {}) for mesh in two]), strict=True), strict=True)
@@ -201,7 +203,7 @@ def test_sizes_and_collectives_are_those_of_a_run_on_every_rank(small, on_gloo, 
         check(planned(small, mesh, rank=rank).stages[0], mesh, small, real)
 
 
-def test_they_are_those_of_a_run_in_bf16_with_recomputation(small, run_ranks):
+def test_sizes_and_collectives_are_those_of_a_run_in_bf16_with_activation_checkpointing(small, run_ranks):
     options = {
         "mixed_precision": MixedPrecision.Config(),
         "activation_checkpoint": SelectiveActivationCheckpoint.Config(),
@@ -210,7 +212,7 @@ def test_they_are_those_of_a_run_in_bf16_with_recomputation(small, run_ranks):
     check(planned(small, "fsdp2", **options).stages[0], "fsdp2", small, real[0])
 
 
-def test_a_forgotten_state_or_collective_is_seen(small, on_gloo, monkeypatch):
+def test_a_missing_optimizer_state_or_collective_is_found(small, on_gloo, monkeypatch):
     def amsgrad(parameters):
         return torch.optim.AdamW([p for _, p in parameters], amsgrad=True)
 
@@ -228,7 +230,7 @@ def held_on_one_rank(small, recomputation):
 
 
 def held_in(parallel, batch, loss_of_step):
-    """Of a real step: bytes alive when the backward begins, the most alive at once, and what autograd saved."""
+    """Run a real step; return the live bytes when the backward begins, the peak, and the bytes that autograd saved."""
     given = [*parallel.model.parameters(), *batch.inputs.values(), *batch.targets.values()]
     known = {tensor.untyped_storage()._cdata for tensor in given}
     living, kept, saved = Living(known), [], {}
@@ -249,7 +251,7 @@ def held_in(parallel, batch, loss_of_step):
     return kept[0], living.peak, sum(saved.values())
 
 
-def test_activations_and_peaks_are_those_of_a_run_with_each_recomputation(small, on_one_rank):
+def test_activations_and_peaks_are_those_of_a_run_with_each_activation_checkpoint(small, on_one_rank):
     real = on_one_rank(lambda: {name: held_on_one_rank(small, kind) for name, kind in RECOMPUTATIONS.items()})
     for name, kind in RECOMPUTATIONS.items():
         stage = planned(small, num_batches=1, activation_checkpoint=kind).stages[0]
@@ -263,11 +265,11 @@ def test_activations_and_peaks_are_those_of_a_run_with_each_recomputation(small,
 
 
 WIDE = SHAPE | {"vocab": 4096}
-"""Its embedding is most of the model: whole, it would show."""
+"""Most parameters are in the embedding, so that an unsharded embedding changes the peak."""
 
 
 def peak_of_a_run(small, mesh) -> int:
-    """The most bytes alive at once in a step with its optimizer, besides weights, optimizer state and batches."""
+    """Return the peak of a step with its optimizer, without weights, optimizer state and batches, in bytes."""
     model = small.make_model(small.Shape(**WIDE), torch.float32)
     parallel = small.put_on(mesh, model)
     optimizer = adamw(model.named_parameters())
@@ -299,8 +301,8 @@ def test_peaks_are_those_of_a_run_on_ranks(small, run_ranks):
         assert stage.peak - given == pytest.approx(peak, rel=0.05), mesh
 
 
-def test_gradients_reduced_once_are_kept_whole_until_then(small):
-    """Of 6 micro-batches; FSDP then keeps whole gradients, of which a rank owns half."""
+def test_gradients_that_are_reduced_once_are_kept_unsharded(small):
+    """With 6 micro-batches FSDP keeps unsharded gradients, twice the size of a rank's shard."""
     always, once = planned(small, "fsdp2", num_batches=6), planned(small, "fsdp2_once", num_batches=6)
     whole = 2 * always.stages[0].gradients
     assert once.peak - always.peak > 0.4 * whole
@@ -309,11 +311,11 @@ def test_gradients_reduced_once_are_kept_whole_until_then(small):
 
 
 @pytest.mark.full
-def test_gradients_reduced_with_each_micro_batch_are_a_remedy(small):
+def test_reducing_gradients_in_each_micro_batch_is_suggested(small):
     always, once = planned(small, "fsdp2", num_batches=6), planned(small, "fsdp2_once", num_batches=6)
     tight = planned(small, "fsdp2_once", num_batches=6, device_memory=once.peak - 1)
-    assert tight.remedies[0].change == "fsdp_reduce_gradients always"
-    assert tight.remedies[0].peak == always.peak
+    assert tight.suggestions[0].change == "fsdp_reduce_gradients always"
+    assert tight.suggestions[0].peak == always.peak
 
 
 @pytest.mark.full
@@ -325,37 +327,37 @@ def test_gradients_reduced_with_each_micro_batch_are_a_remedy(small):
         (FullActivationCheckpoint.Config(), "one"),
     ],
 )
-def test_blocks_and_micro_batches_that_are_alike_need_not_be_simulated(small, recomputation, mesh):
+def test_equivalent_blocks_and_micro_batches_are_extrapolated(small, recomputation, mesh):
     options = {"shape": SHAPE | {"layers": 13}, "num_batches": 4, "activation_checkpoint": recomputation}
     short, long = planned(small, mesh, **options), planned(small, mesh, every_block=True, **options)
     assert short == long
 
 
 @pytest.fixture
-def left_out(monkeypatch, tmp_path):
-    """A file with a line for each change of a step: the blocks it is simulated without."""
-    path = tmp_path / "blocks"  # from children, too
+def removed_blocks(monkeypatch, tmp_path):
+    """A file with one line for each change of a step: the blocks that are removed from the simulation."""
+    path = tmp_path / "blocks"  # children append to it too
     changed = SimulatedStep.changed
 
-    def noted(self, **changes):
+    def recorded(self, **changes):
         with path.open("a") as file:
-            file.write(f"{' '.join(changes.get('without', ()))}\n")
+            file.write(f"{' '.join(changes.get('removed_blocks', ()))}\n")
         return changed(self, **changes)
 
-    monkeypatch.setattr(SimulatedStep, "changed", noted)
+    monkeypatch.setattr(SimulatedStep, "changed", recorded)
     return path
 
 
 @dataclass(frozen=True)
 class Gating:
-    """What only the config of a layer tells; each draws its weights in another way."""
+    """A config whose fields are the only difference between layers; `weight_init` does not change a step."""
 
     function: str
     weight_init: float
 
 
-def test_blocks_may_differ_in_what_only_their_configs_tell(small, left_out):
-    """Every second keeps other tensors for the backward. How weights are drawn makes no block unlike another."""
+def test_blocks_may_differ_in_their_configs_only(small, removed_blocks):
+    """Every second block saves other tensors. Weight initialization does not make blocks different."""
 
     class Gated(small.FeedForward):
         def __init__(self, config):
@@ -372,13 +374,13 @@ def test_blocks_may_differ_in_what_only_their_configs_tell(small, left_out):
         return model
 
     short = planned(small, build=build, num_batches=2)
-    simulated_without = left_out.read_text().splitlines()
+    removed = removed_blocks.read_text().splitlines()
     assert planned(small, build=build, num_batches=2, every_block=True) == short
-    assert " ".join(f"layers.{number}" for number in range(6, 10)) in simulated_without
+    assert " ".join(f"layers.{number}" for number in range(6, 10)) in removed
 
 
-def test_the_ends_of_a_stack_may_be_unlike_its_middle(small, left_out):
-    """The first blocks and the last are wider, and roles name each block: those behind what is left out move up."""
+def test_the_ends_of_a_stack_may_differ_from_its_middle(small, removed_blocks):
+    """The first blocks and the last are wider. Roles name each block: those after removed blocks are renumbered."""
     each = [p.replace("layers.*", f"layers.{number}") for number in range(10) for p in small.ROLES]
     roles = {pattern: small.ROLES[re.sub(r"\.\d+", ".*", pattern)] for pattern in each}
 
@@ -392,11 +394,11 @@ def test_the_ends_of_a_stack_may_be_unlike_its_middle(small, left_out):
         return planned(small, "tp2_both", build=build, roles=roles, num_batches=2, **options)
 
     short = made()
-    assert " ".join(f"layers.{number}" for number in range(6, 9)) in left_out.read_text().splitlines()
+    assert " ".join(f"layers.{number}" for number in range(6, 9)) in removed_blocks.read_text().splitlines()
     assert made(every_block=True) == short
 
 
-def test_flops_are_those_that_torch_counts(small):
+def test_flops_are_those_of_the_flop_counter_of_torch(small):
     made = planned(small, num_batches=2)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model = small.Transformer(small.Shape(**SHAPE))
@@ -416,9 +418,9 @@ def test_flops_are_those_that_torch_counts(small):
         ("ForLoop", torch.bfloat16, "selective"),
     ],
 )
-def test_experts_hold_and_compute_what_they_do_in_a_run(small, on_one_rank, kernel, dtype, recomputation):
-    """A loop over them waits for the tokens of each, which no plan can know. In fp64 it stands in for the kernel."""
-    moe = pytest.importorskip("titan_models.moe", reason="experts are titan-models', which is not there on its own")
+def test_memory_and_flops_of_experts_are_those_of_a_run(small, on_one_rank, kernel, dtype, recomputation):
+    """For-loop experts read token counts, which fake tensors do not have. In fp64 the loop replaces grouped_mm."""
+    moe = pytest.importorskip("titan_models.moe", reason="experts are in titan-models, which is not installed")
     from titan_models.qwen3 import qwen3_moe_debug
 
     config = qwen3_moe_debug()
@@ -442,27 +444,29 @@ def test_experts_hold_and_compute_what_they_do_in_a_run(small, on_one_rank, kern
     made = planned(small, build=build, **options, **recomputed)
     kept, peak, _ = on_one_rank(held)
     stage, flops = made.stages[0], config.flops_per_token(LENGTH)
-    assert stage.activations == pytest.approx(kept, rel=1e-3)  # counts, and what a release of torch keeps of a loop
+    assert stage.activations == pytest.approx(
+        kept, rel=1e-3
+    )  # counts, and small tensors of a loop that depend on the torch release
     given = stage.parameters + stage.optimizer + 3 * 8 * ROWS * LENGTH
-    assert stage.peak - given == pytest.approx(peak, rel=1e-3)  # squares of the norm
+    assert stage.peak - given == pytest.approx(peak, rel=1e-3)  # squares for the gradient norm
     assert (made.flops.full_per_token, made.flops.causal_per_token) == (flops.full, flops.causal)
 
 
-def test_a_plan_goes_to_json_and_back_and_says_whether_it_fits(small):
+def test_a_plan_round_trips_through_json_and_says_if_it_fits(small):
     roomy = planned(small, "fsdp2", device_memory="1GiB")
     assert Plan.from_json(roomy.to_json()) == roomy
-    assert roomy.fits and not roomy.remedies and json.loads(roomy.to_json())["fits"] is True
+    assert roomy.fits and not roomy.suggestions and json.loads(roomy.to_json())["fits"] is True
     tight = planned(small, "fsdp2", device_memory=roomy.peak - 1)
     assert tight.fits is False
-    assert tight.remedies and tight.remedies[-1].fits
-    first = tight.remedies[0]
+    assert tight.suggestions and tight.suggestions[-1].fits
+    first = tight.suggestions[0]
     assert first.change == "activation_checkpoint SelectiveActivationCheckpoint"
     assert first.peak == planned(small, "fsdp2", activation_checkpoint=SelectiveActivationCheckpoint.Config()).peak
     assert "Does not fit" in str(tight) and first.change in str(tight)
     assert planned(small).fits is None
 
 
-def test_a_rank_of_a_group_can_plan_a_larger_one(small, run_ranks):
+def test_a_rank_can_make_a_dry_run_of_a_larger_group(small, run_ranks):
     alone = planned(small, "fsdp4")
 
     def step_after_planning():
@@ -484,19 +488,19 @@ def test_a_pipeline_has_stages_and_a_bubble(small):
     assert made.flops.full_per_token == planned(small).flops.full_per_token
 
 
-def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch, tmp_path):
-    """Of 7 ranks two are between those that are: they differ by the micro-batches that are under way."""
+def test_equivalent_stages_are_interpolated(small, monkeypatch, tmp_path):
+    """Of 7 ranks, 2 are interpolated: their in-flight micro-batches lie between those of simulated ranks."""
     pipeline = ParallelDims.Config(pipeline_parallel_degree=7)
     options = {"world_size": 7, "parallelism": pipeline, "num_batches": 7, "shape": SHAPE | {"layers": 7}}
-    simulated = tmp_path / "ranks"  # from children, too
-    record = Alike.record
+    simulated = tmp_path / "ranks"  # children append to it too
+    record = Extrapolator.record
 
-    def noted(self, step, rank):
+    def recorded(self, step, rank):
         with simulated.open("a") as file:
             file.write(f"{rank} ")
         return record(self, step, rank)
 
-    monkeypatch.setattr(Alike, "record", noted)
+    monkeypatch.setattr(Extrapolator, "record", recorded)
     short = planned(small, **options)
     assert sorted(simulated.read_text().split()) == ["0", "1", "3", "5", "6"]
     simulated.unlink()
@@ -508,37 +512,37 @@ def test_stages_that_are_alike_need_not_be_simulated(small, monkeypatch, tmp_pat
         ["stage", str(i)] for i in range(7)
     ]
     fullest = max(short.stages, key=lambda stage: stage.peak)
-    assert text.count("Collectives of a rank") == text.count(f"stage {fullest.stage} (1 rank)") - 1 == 1
+    assert text.count("Collectives per rank") == text.count(f"stage {fullest.stage} (1 rank)") - 1 == 1
 
 
-def test_waste_is_named(small):
+def test_wasteful_settings_give_warnings(small):
     over_nodes = planned(small, "fsdp2_tp2", ranks_per_node=1, device_memory="1GiB")
-    assert any(line.startswith("Tensor parallel over 2 nodes") for line in over_nodes.wasteful)
-    assert any("micro-batches of 4 rows" in line for line in over_nodes.wasteful)
+    assert any(line.startswith("Tensor parallel spans 2 nodes") for line in over_nodes.warnings)
+    assert any("micro-batches of local_batch_size 4" in line for line in over_nodes.warnings)
 
 
 @pytest.mark.parametrize("text", ["80", "80 gigs", "-1GiB", "0GiB", "", "nan GiB"])
-def test_nonsense_sizes_are_refused(small, text):
-    with pytest.raises(ConfigError, match=r"Got the size .* Write 80GiB, or 141GB\."):
+def test_invalid_sizes_are_rejected(small, text):
+    with pytest.raises(ConfigError, match=r"must be a number above 0 and a unit .*, got .* Write 80GiB or 141GB"):
         planned(small, device_memory=text)
 
 
-def test_what_parallelize_refuses_is_refused(small):
-    with pytest.raises(ConfigError, match="tensor_parallel_degree 3 on 4 ranks"):
+def test_settings_that_parallelize_rejects_are_rejected(small):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_degree must divide the number of ranks \(4\), got 3"):
         planned(small, world_size=4, parallelism=ParallelDims.Config(tensor_parallel_degree=3))
 
 
-def test_no_child_outlives_a_plan_that_is_killed():
-    """Nor a child of a child: all hold the pipe that this reads to its end."""
+def test_no_child_outlives_a_killed_dry_run():
+    """Nor does a child of a child: all hold the pipe that the test reads to its end."""
     forever = """
 import os, time
-from titan_parallel.planning.child import in_child
+from titan_parallel.planning.child import run_in_child
 
 def forever():
     print(os.getpid(), flush=True)
     time.sleep(600)
 
-in_child(lambda: in_child(forever))
+run_in_child(lambda: run_in_child(forever))
 """
     planning = subprocess.Popen([sys.executable, "-c", forever], stdout=subprocess.PIPE, text=True)
     innermost = int(planning.stdout.readline())

@@ -1,4 +1,4 @@
-"""Joining ranks, seeds, determinism and timeouts."""
+"""Process group initialization, imports, seeds, determinism and timeouts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ print("alone")
 """
 
 
-def test_a_process_without_torchrun_is_the_only_rank():
+def test_a_process_without_a_launcher_is_the_only_rank():
     of_launchers = ("SLURM_", "OMPI_", "MV2_", "PMI_", "RANK", "WORLD_SIZE", "MASTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
     done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True)
     assert done.stdout == "alone\n", done.stderr
 
 
-def test_ranks_of_torchrun_join(tmp_path):
+def test_torchrun_ranks_join(tmp_path):
     script = tmp_path / "join.py"
     script.write_text(
         "import torch.distributed as dist\n"
@@ -49,19 +49,19 @@ def test_ranks_of_torchrun_join(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank 0 of 2", "rank 1 of 2"], done.stderr
 
 
-def test_importing_costs_no_more_than_torch_and_configs():
+def test_import_loads_no_heavy_torch_modules():
     packages = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo.")
     heavy = f"{{name for name in sys.modules if name.startswith({packages})}}"
     code = f"import sys, torch; before = {heavy}; import titan_parallel; assert {heavy} == before, {heavy} - before"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_package_needs_torch_and_titan_config_and_nothing_else():
+def test_torch_and_titan_config_are_the_only_dependencies():
     needed = [line for line in importlib.metadata.requires("titan-parallel") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in needed} == {"torch", "titan-config"}
 
 
-def test_no_module_of_the_package_imports_what_it_does_not_need():
+def test_no_module_imports_an_optional_package():
     modules = [module.name for module in pkgutil.walk_packages(titan_parallel.__path__, "titan_parallel.")]
     others = ("transformers", "datasets", "safetensors", "lightning_fabric", "accelerate")
     code = f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; print(sorted(sys.modules))"
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_numbers():
     assert numbers() != first
 
 
-def test_deterministic_refuses_what_is_not_or_warns(on_one_rank):
+def test_deterministic_selects_errors_or_warnings(on_one_rank):
     def modes():
         seen = []
         for deterministic, warn_only in ((False, False), (True, False), (True, True)):
@@ -95,15 +95,15 @@ def test_deterministic_refuses_what_is_not_or_warns(on_one_rank):
     assert on_one_rank(modes) == ([(False, False), (True, False), (True, True)], ":4096:8")
 
 
-def test_a_shorter_timeout_ends_a_wait(run_ranks):
-    """Of half an hour, which `run_ranks` would not wait for."""
+def test_the_collective_timeout_ends_a_wait(run_ranks):
+    """Without it the wait would be half an hour, longer than `run_ranks` allows."""
     has_given_up = multiprocessing.get_context("fork").Event()
 
     def waits():
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         set_collective_timeout(dims, 1.5)
         if dist.get_rank() == 1:
-            has_given_up.wait()  # and does not come
+            has_given_up.wait()  # and never joins the all-reduce
             return
         with pytest.raises(RuntimeError, match=r"(?i)time"):
             dist.all_reduce(torch.ones(1), group=dims.data_group)

@@ -1,4 +1,4 @@
-"""Stacks of matrices, one for each expert: tensor ranks have a part of the features of all, and losses of a region."""
+"""Stacked expert matrices under tensor parallelism, each rank with some features of all experts; auxiliary losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERTS, WIDTH, HIDDEN = 3, 16, 24
 
 
 class Stack(nn.Module):
-    """`x W_e^T + b_e` for the rows of each expert, `[E, N, I] -> [E, N, O]`; the weights may be `[E, I, O]`."""
+    """`x W_e^T + b_e` for the tokens of each expert, `[E, N, I] -> [E, N, O]`; `transposed` weights are `[E, I, O]`."""
 
     def __init__(self, in_features: int, out_features: int, transposed: bool) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class AddLoss(torch.autograd.Function):
 
 
 class Mixture(nn.Module):
-    """Every expert sees every token, and scores weigh what they make of it. Scores are kept small by a loss."""
+    """A mixture in which every expert sees every token, weighted by router scores, with an auxiliary loss."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def build(transposed: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out, in", "in, out"])
-def test_stacks_are_split_by_the_features_of_each_matrix(transposed):
+def test_stacks_are_split_along_the_features_of_each_matrix(transposed):
     names = ("tp2", "tp2_sp", "fsdp2_tp2_sp")
     report = check_parallel(lambda: build(transposed), meshes(*names), roles=roles(transposed), steps=2)
     assert report.ok, report
@@ -121,20 +121,20 @@ def whole_losses_on_each_rank(monkeypatch):
 
 
 def biases_of_all_ranks(monkeypatch):
-    monkeypatch.setattr(TensorParallel, "_find_parts", lambda self: {})
+    monkeypatch.setattr(TensorParallel, "_find_slices", lambda self: {})
     return "down.bias"
 
 
 @pytest.mark.parametrize("sabotage", [whole_losses_on_each_rank, biases_of_all_ranks])
-def test_what_counts_once_a_rank_is_noticed(monkeypatch, sabotage):
+def test_values_counted_once_per_rank_are_detected(monkeypatch, sabotage):
     found = sabotage(monkeypatch)
     report = check_parallel(build, meshes("tp2_sp"), roles=roles(), steps=1)
     assert found in str(report), report
 
 
-def test_what_is_no_stack_of_matrices_is_refused():
+def test_a_weight_with_four_dims_raises():
     model = build()
     model.layers[0].mixture.up.weight = nn.Parameter(torch.randn(EXPERTS, 2, 12, WIDTH))
     dims = SimpleNamespace(tp_size=2, sequence_parallel=True)
-    with pytest.raises(ConfigError, match=r"shape \[3, 2, 12, 16\] in the colwise part layers.0.mixture.up.* a stack"):
+    with pytest.raises(ConfigError, match=r"a stack of matrices.* shape \[3, 2, 12, 16\] in layers.0.mixture.up"):
         check_can_be_split(model, Roles(model, roles()), dims)

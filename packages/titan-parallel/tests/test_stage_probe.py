@@ -1,4 +1,4 @@
-"""The run of a model without its blocks, before the first step of a pipeline: no trace, no hang, plain refusals."""
+"""Probes of a pipeline model before its first step: no side effects, no hang, clear errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from titan_config import ConfigError
 from titan_parallel import ParallelDims, check_parallel, parallelize, per_token
 from titan_parallel.pipeline_parallel.stage_forward import StageForward, StageModel
 from titan_parallel.pipeline_parallel.stage_modules import StageModules
+from titan_parallel.probe.model_probe import ModelProbe
 from titan_parallel.probe.stage_run import StageCut, StageRun
-from titan_parallel.probe.token_probe import TokenProbe
 from titan_parallel.probe.verdict import Verdict
 from titan_parallel.sharding_plan.roles import Roles
 from torch import nn
@@ -71,7 +71,7 @@ def put_on_two_ranks(model, roles=ROLES, **degrees):
     return parallelize(model.double(), roles, dims)
 
 
-def test_the_probe_leaves_no_trace_in_buffers_and_random_numbers(run_ranks):
+def test_the_probe_does_not_change_buffers_or_random_state(run_ranks):
     class Counting(Model):
         def __init__(self):
             super().__init__()
@@ -85,7 +85,7 @@ def test_the_probe_leaves_no_trace_in_buffers_and_random_numbers(run_ranks):
     def run():
         parallel = put_on_two_ranks(Counting())
         states = []
-        for _ in range(2):  # of these the first probes
+        for _ in range(2):  # the first one probes
             torch.manual_seed(0)
             parallel.forward_backward([make_batch()] * 2, loss, 1)
             states.append(torch.get_rng_state())
@@ -95,7 +95,7 @@ def test_the_probe_leaves_no_trace_in_buffers_and_random_numbers(run_ranks):
     assert run_ranks(2, run) == [(True, 4, 4)] * 2
 
 
-def test_a_batch_of_another_shape_on_one_data_rank_is_probed_by_all(run_ranks):
+def test_a_new_batch_shape_on_one_data_rank_is_probed_by_all(run_ranks):
     def run():
         torch.manual_seed(0)
         model = Model()
@@ -121,7 +121,7 @@ def test_a_batch_of_another_shape_on_one_data_rank_is_probed_by_all(run_ranks):
 
 
 class FailsHere(Model):
-    """On the last stage of one data rank alone."""
+    """Raises on the last stage of one data rank."""
 
     def leave(self, x):
         if torch.distributed.get_rank() == 3:
@@ -129,7 +129,7 @@ class FailsHere(Model):
         return super().leave(x)
 
 
-def test_a_failure_of_one_rank_is_an_error_on_all(run_ranks):
+def test_an_error_on_one_rank_is_raised_on_all(run_ranks):
     def run():
         dims = ParallelDims.Config(pipeline_parallel_degree=2, data_parallel_shard_degree=2).build(
             world_size=4, device_type="cpu"
@@ -142,7 +142,7 @@ def test_a_failure_of_one_rank_is_an_error_on_all(run_ranks):
 
 
 class CallsANormOfABlock(Model):
-    """Without its weight, on a stage that does not hold it, it would be another norm."""
+    """Calls a norm of a block after the blocks. A stage that does not hold its weight would compute another norm."""
 
     def leave(self, x):
         return super().leave(self.blocks[0].norm(x))
@@ -154,7 +154,7 @@ class ReadsABlock(Model):
 
 
 class Rescales(Model):
-    """Like RWKV: the weights of blocks are other ones in evaluation."""
+    """Like RWKV, rescales the weights of blocks in eval mode."""
 
     def forward(self, tokens):
         if not self.training:
@@ -164,7 +164,7 @@ class Rescales(Model):
 
 
 class NoTensor(Model):
-    """Places are looked up by their number."""
+    """Calls a position embedding with an integer."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ class Places(nn.Embedding):
 
 
 class SharedWithABlock(Model):
-    """A weight of a block that a part outside of the blocks has, too."""
+    """Shares a weight of a block with a module outside the blocks."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ class SharedWithABlock(Model):
 
 
 class ListAfterTheBlocks(Model):
-    """Each block has an embedding, and these are defined after the blocks."""
+    """Has an embedding for each block, defined after the blocks."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ class IndexedAfterTheBlocks(ListAfterTheBlocks):
 
 
 class Leaves(Block):
-    """The first block leaves in a dict what all of them add, in training."""
+    """In training, adds to its output what the first block stored in a dict."""
 
     def forward(self, x, seen):
         return super().forward(x) + (seen.setdefault("first", x) if self.training or "number" in seen else 0)
@@ -234,7 +234,7 @@ class SharesADict(Model):
 
 
 class KeepsAnAttribute(Model):
-    """Each block reads what the one before it kept."""
+    """Each block reads an attribute of the previous block."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ class Keeps(Block):
 
 
 class ForgetsFirst(KeepsAnAttribute):
-    """What blocks keep is forgotten at the start of each forward."""
+    """Resets the attributes of the blocks at the start of each forward."""
 
     def forward(self, tokens):
         for block in self.blocks:
@@ -272,7 +272,7 @@ class SharesAFullDict(SharesADict):
 
 
 class SharesAnObject(Model):
-    """Blocks add to what is empty at the start of each forward."""
+    """Blocks add to an object that is reset at the start of each forward."""
 
     def __init__(self):
         super().__init__()
@@ -309,17 +309,17 @@ class AddsInPlace(Model):
 
 
 class Deep(SharesAnObject):
-    """More blocks than a probe runs of those that look alike."""
+    """Has more equivalent blocks than a probe runs."""
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(Adds(self.seen) for _ in range(32))
 
 
-def test_blocks_at_the_ends_of_stages_are_compared_however_many_look_alike():
+def test_blocks_at_the_ends_of_stages_are_always_compared():
     halves = [range(0, 16), range(16, 32)]
     for model, is_right in ((Deep(), False), (Model(32), True)):
-        assert TokenProbe(model.double(), Roles(model, ROLES)).stages(StageCut(halves, [0, 1], 2)).proved is is_right
+        assert ModelProbe(model.double(), Roles(model, ROLES)).stages(StageCut(halves, [0, 1], 2)).proved is is_right
 
 
 SHARED_BY_ALL = {}
@@ -344,7 +344,7 @@ class SharesAGlobal(Model):
 
 
 class FailsAlone(KeepsAnAttribute):
-    """It has no word of what a block before it did not leave."""
+    """Fails when the previous block has not run."""
 
     def __init__(self):
         super().__init__()
@@ -353,7 +353,7 @@ class FailsAlone(KeepsAnAttribute):
 
 
 class NamesItsInputs(KeepsAnAttribute):
-    """Nothing is known of the second input before there is a batch."""
+    """Has a second input that is unknown before the first batch."""
 
     def forward(self, tokens, scale):
         x = self.enter(tokens) * scale.mean()
@@ -362,7 +362,7 @@ class NamesItsInputs(KeepsAnAttribute):
         return self.leave(x)
 
 
-MORE_THAN_THE_STREAM = [
+EXCHANGES_MORE_THAN_HIDDEN_STATES = [
     KeepsAnAttribute,
     ForgetsFirst,
     SharesADict,
@@ -373,9 +373,9 @@ MORE_THAN_THE_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("kind", MORE_THAN_THE_STREAM)
-def test_what_blocks_leave_for_each_other_is_refused(run_ranks, kind):
-    message = r"got a stage beginning with blocks\.3, which (gives other values|fails without)"
+@pytest.mark.parametrize("kind", EXCHANGES_MORE_THAN_HIDDEN_STATES)
+def test_blocks_that_exchange_more_than_hidden_states_are_rejected(run_ranks, kind):
+    message = r"got a stage that starts at blocks\.3, which (gives other values|fails without)"
 
     def run():
         parallel = put_on_two_ranks(kind())
@@ -385,19 +385,19 @@ def test_what_blocks_leave_for_each_other_is_refused(run_ranks, kind):
     run_ranks(2, run)
 
 
-def test_it_is_refused_at_the_first_batch_of_a_model_of_unknown_inputs(run_ranks):
+def test_blocks_of_a_model_with_unknown_inputs_are_rejected_at_the_first_batch(run_ranks):
     def run():
         parallel = put_on_two_ranks(NamesItsInputs())
         batch = make_batch()
         batch.inputs["scale"] = torch.ones(2)
-        with pytest.raises(ConfigError, match=r"got a stage beginning with blocks\.3, which gives other values"):
+        with pytest.raises(ConfigError, match=r"got a stage that starts at blocks\.3, which gives other values"):
             parallel.forward_backward([batch] * 2, loss, 1)
 
     run_ranks(2, run)
 
 
-class KeepsForTheReader(Model):
-    """Blocks keep what no block reads, as many do for those who look."""
+class StoresForInspection(Model):
+    """Blocks store outputs that no block reads, as many do for inspection."""
 
     def __init__(self):
         super().__init__()
@@ -412,22 +412,22 @@ class KeepsAlone(Block):
 
 
 class Noisy(Model):
-    """It draws in evaluation, too."""
+    """Draws random numbers in eval mode too."""
 
     def enter(self, tokens):
         x = super().enter(tokens)
         return x + torch.rand(x.shape)
 
 
-def test_a_block_that_adds_in_place_is_proved():
+def test_blocks_that_add_in_place_pass():
     model = AddsInPlace().double()
-    assert TokenProbe(model, Roles(model, ROLES)).stages(StageCut([range(0, 2), range(2, 4)], [0, 1], 2)) == Verdict(
+    assert ModelProbe(model, Roles(model, ROLES)).stages(StageCut([range(0, 2), range(2, 4)], [0, 1], 2)) == Verdict(
         True
     )
 
 
 class Anneals(Model):
-    """State that each forward changes, before the blocks."""
+    """Changes its state in each forward, before the blocks."""
 
     def __init__(self):
         super().__init__()
@@ -441,7 +441,7 @@ class Anneals(Model):
 
 
 class DropsPaths(Model):
-    """Blocks that do nothing once in a while."""
+    """Stochastic depth: some blocks are skipped at random in training."""
 
     def __init__(self):
         super().__init__()
@@ -455,18 +455,18 @@ class Drops(Block):
 
 
 @pytest.mark.parametrize("kind", [Anneals, DropsPaths])
-def test_state_and_chance_are_no_exchange(kind):
+def test_state_and_random_numbers_are_not_an_exchange(kind):
     for seed in range(10):
         torch.manual_seed(seed)
         model = kind().double()
-        probe = TokenProbe(model, Roles(model, ROLES))
+        probe = ModelProbe(model, Roles(model, ROLES))
         number = len(model.blocks)
         assert probe.stages(StageCut([range(0, 2), range(2, number)], [0, 1], 2)) == Verdict(True)
         assert probe.context() == Verdict(True)
 
 
 class DropsBlocks(Model):
-    """Layer-drop: the loop passes over a block in training."""
+    """LayerDrop: the loop skips a block in training."""
 
     skipped = 2
 
@@ -477,7 +477,7 @@ class DropsBlocks(Model):
         return self.leave(x)
 
 
-def test_a_block_that_is_passed_over_is_refused_in_the_first_step(run_ranks):
+def test_a_skipped_block_is_rejected_in_the_first_step(run_ranks):
     def run():
         parallel = put_on_two_ranks(DropsBlocks())
         with pytest.raises(ConfigError, match=r"got what blocks\.1 made in the stream of blocks\.3"):
@@ -486,7 +486,7 @@ def test_a_block_that_is_passed_over_is_refused_in_the_first_step(run_ranks):
     run_ranks(2, run)
 
 
-def test_a_stage_whose_stream_is_not_taken_raises_in_any_step():
+def test_a_stage_whose_input_is_not_used_raises_in_any_step():
     model, received = DropsBlocks(), torch.randn(2, TOKENS, WIDTH)
     matched = Roles(model, ROLES)
     parts = StageModel.of(model, matched, StageModules.of(model, matched, 2), None)
@@ -498,16 +498,15 @@ def test_a_stage_whose_stream_is_not_taken_raises_in_any_step():
     torch.testing.assert_close(stage(lambda: model(tokens), received), model.leave(model.blocks[3](received)))
 
 
-@pytest.mark.parametrize("kind", [KeepsForTheReader, Noisy, Model])
-def test_what_no_block_reads_is_allowed(run_ranks, kind):
+@pytest.mark.parametrize("kind", [StoresForInspection, Noisy, Model])
+def test_outputs_that_no_block_reads_are_allowed(run_ranks, kind):
     def run():
         put_on_two_ranks(kind()).forward_backward([make_batch()] * 2, loss, 1)
 
     run_ranks(2, run)
 
 
-def test_the_refusal_is_needed(monkeypatch):
-    """Without it the gradients are those of another model."""
+def test_gradients_are_wrong_without_the_probe(monkeypatch):
     monkeypatch.setattr(StageRun, "verdict", lambda self: Verdict(True))
     report = check_parallel(
         KeepsAnAttribute,
@@ -520,7 +519,7 @@ def test_the_refusal_is_needed(monkeypatch):
     assert not report.ok
 
 
-REFUSED = [
+REJECTED = [
     (ListAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
     (IndexedAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
     (CallsANormOfABlock, ROLES, r"within the block alone, got a model that calls blocks\.0\.norm from outside"),
@@ -530,37 +529,37 @@ REFUSED = [
     (
         SharedWithABlock,
         ROLES,
-        r"must have weights of their own, got blocks\.1\.mix\.weight, which is also start\.weight",
+        r"must not share a weight .* got blocks\.1\.mix\.weight, which is also start\.weight",
     ),
     (Model, {"words": "embedding"}, r"pipeline_parallel_degree must be 1 for roles without a block, got 2"),
 ]
 
 
-def test_models_that_reach_into_blocks_are_refused_on_every_rank(run_ranks):
+def test_models_that_read_blocks_are_rejected_on_every_rank(run_ranks):
     def run():
-        for kind, roles, message in REFUSED:
+        for kind, roles, message in REJECTED:
             with pytest.raises(ConfigError, match=message):
                 put_on_two_ranks(kind(), roles).evaluate([make_batch()], loss)
 
     run_ranks(2, run)
 
 
-class RowByRow(Model):
-    """Takes rows of what it makes of the last block, and of what lies between blocks."""
+class SampleBySample(Model):
+    """Indexes hidden states by sample, between blocks and after the last block."""
 
     def forward(self, tokens):
         x = self.enter(tokens)
         for block in self.blocks:
             x = x * 1.5
-            x = block(torch.stack([x[row] for row in range(len(x))]))
+            x = block(torch.stack([x[sample] for sample in range(len(x))]))
         x = self.norm(x)
-        return torch.stack([self.head(x[row]) for row in range(len(x))])
+        return torch.stack([self.head(x[sample]) for sample in range(len(x))])
 
 
-def test_rows_of_a_stream_are_no_outputs_of_a_block():
+def test_indexing_hidden_states_by_sample_is_not_reading_outputs_of_a_block():
     batch = make_batch(8)
     report = check_parallel(
-        RowByRow,
+        SampleBySample,
         {"pp2": ParallelDims.Config(pipeline_parallel_degree=2)},
         roles={"words": "embedding", "blocks.*": "block"},
         batch=batch,
@@ -571,7 +570,7 @@ def test_rows_of_a_stream_are_no_outputs_of_a_block():
 
 
 class DetachedHead(Model):
-    """Tied, and of the two ends the first alone has a gradient of the weight."""
+    """Has tied weights, with a gradient from the embedding only."""
 
     def __init__(self):
         super().__init__()
@@ -581,7 +580,7 @@ class DetachedHead(Model):
         return nn.functional.linear(self.norm(x), self.head.weight.detach(), self.head.bias)
 
 
-def test_a_weight_of_both_ends_has_the_sum_of_the_gradients_that_there_are():
+def test_a_tied_weight_gets_the_sum_of_the_existing_gradients():
     report = check_parallel(
         DetachedHead,
         {"mesh": ParallelDims.Config(pipeline_parallel_degree=2)},

@@ -1,4 +1,4 @@
-"""Modules that stand in several places, and weights that are read elsewhere: right on any mesh, or one sentence."""
+"""Shared modules and weights that are read outside their module: correct on any mesh, or a clear error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def one_block_in_several_places():
 
 
 @pytest.mark.parametrize("build", [sharing_a_module, one_block_in_several_places])
-def test_a_module_of_several_blocks_is_one_module(build):
+def test_modules_shared_by_blocks_equal_the_plain_model(build):
     report = check_parallel(
         build, meshes("fsdp2"), roles=ROLES, activation_checkpoint=FullActivationCheckpoint.Config()
     )
@@ -68,22 +68,22 @@ class TiedByFunction(Model):
         return F.linear(x, self.words.weight)
 
 
-def test_what_ranks_cannot_gather_is_one_sentence_on_every_rank(run_ranks):
+def test_weights_that_fsdp_cannot_gather_raise_on_every_rank(run_ranks):
     def run():
         dims = ParallelDims.Config().build(world_size=2, device_type="cpu")
         model = Model([Block(), Block()])
         model.layers[1].own.weight = model.layers[0].own.weight
-        with pytest.raises(ConfigError, match=r"got layers.1.own.weight, which is also layers.0.own.weight. Let them"):
+        with pytest.raises(ConfigError, match=r"must not share .* got layers.1.own.weight, which is also layers.0.own"):
             parallelize(model, ROLES, dims)
         roles = {name: role for name, role in ROLES.items() if name != "head"}
         parallel = parallelize(TiedByFunction([Block(), Block()]), roles, dims)
-        with pytest.raises(ConfigError, match=r"must be read within the forward of that part.* these have one: words"):
+        with pytest.raises(ConfigError, match=r"read within the forward of that module.* with a role: words"):
             parallel.model(torch.zeros(2, 3, dtype=torch.long))
 
     run_ranks(2, run)
 
 
-def test_logits_by_the_weight_of_an_embedding_without_the_role():
+def test_a_head_that_reads_the_weight_of_an_embedding_without_a_role():
     roles = {"layers.*": "block"}
 
     def build():

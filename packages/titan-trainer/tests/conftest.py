@@ -1,4 +1,4 @@
-"""The smallest parts that satisfy the trainer's protocols: a tiny model, rows of a known sequence, saves in memory."""
+"""Toy classes for the trainer's protocols: a tiny model, a loader of a known sequence, a checkpointer in memory."""
 
 from __future__ import annotations
 
@@ -57,11 +57,10 @@ class Batch:
 
 
 class Loader(Configurable):
-    """Row n of the run counts upwards from n, modulo the vocabulary: the next token can be learned."""
+    """Sample n of the run counts upwards from n, modulo the vocabulary, so that the next token can be learned."""
 
     class Config(Configurable.Config):
-        num_rows: int | None = None
-        poison_row: int | None = None
+        num_samples: int | None = None
 
     def __init__(self, config: Config, *, tokenizer, seq_len, global_batch_size, local_batch_size, seed) -> None:
         self.config, self.seq_len, self.global_batch_size, self.local_batch_size = (
@@ -70,44 +69,44 @@ class Loader(Configurable):
             global_batch_size,
             local_batch_size,
         )
-        self.next_row, self.drawn = 0, 0
-        self.rows_drawn: list[int] = []
+        self.cursor, self.num_read = 0, 0
+        self.samples_read: list[int] = []
 
     def next_batches(self, rank: int, num_ranks: int) -> list[Batch]:
-        if self.config.num_rows is not None and self.next_row + self.global_batch_size > self.config.num_rows:
-            self.drawn = 0
+        if self.config.num_samples is not None and self.cursor + self.global_batch_size > self.config.num_samples:
+            self.num_read = 0
             return []
         share = self.global_batch_size // num_ranks
-        rows = [self.next_row + rank * share + i for i in range(share)]
-        self.rows_drawn += rows
-        self.drawn = share
-        return [self._batch(rows[i : i + self.local_batch_size]) for i in range(0, share, self.local_batch_size)]
+        samples = [self.cursor + rank * share + i for i in range(share)]
+        self.samples_read += samples
+        self.num_read = share
+        return [self._batch(samples[i : i + self.local_batch_size]) for i in range(0, share, self.local_batch_size)]
 
-    def _batch(self, rows: list[int]) -> Batch:
-        text = (torch.tensor(rows)[:, None] + torch.arange(self.seq_len + 1)) % VOCAB
+    def _batch(self, samples: list[int]) -> Batch:
+        text = (torch.tensor(samples)[:, None] + torch.arange(self.seq_len + 1)) % VOCAB
         labels = text[:, 1:].clone()
-        for i, row in enumerate(rows):
-            labels[i, : row % 3] = -100  # uneven counts of valid targets
-        return Batch({"tokens": text[:, :-1]}, {"labels": labels}, [[row] for row in rows])
+        for i, sample in enumerate(samples):
+            labels[i, : sample % 3] = -100  # uneven counts of valid targets
+        return Batch({"tokens": text[:, :-1]}, {"labels": labels}, [[sample] for sample in samples])
 
     def cursor_delta(self) -> Tensor:
-        return torch.tensor([self.drawn])
+        return torch.tensor([self.num_read])
 
     def commit(self, cursor_delta: Tensor) -> None:
-        self.next_row += int(cursor_delta)
+        self.cursor += int(cursor_delta)
 
     def rollback(self) -> None:
-        self.drawn = 0
+        self.num_read = 0
 
     def state_dict(self) -> dict:
-        return {"next_row": self.next_row}
+        return {"cursor": self.cursor}
 
     def load_state_dict(self, state: dict) -> None:
-        self.next_row = state["next_row"]
+        self.cursor = state["cursor"]
 
 
 class Checkpointer(Configurable):
-    """Keeps whole copies of the parts' states in this process, by dump folder."""
+    """Keeps copies of the parts' states in this process, by dump folder."""
 
     class Config(Configurable.Config):
         interval: int = 5
@@ -136,13 +135,13 @@ class Checkpointer(Configurable):
 
 @pytest.fixture
 def toy():
-    """The parts above: `toy.Model`, `toy.Loader`, `toy.Checkpointer`."""
+    """The classes above: `toy.Model`, `toy.Loader`, `toy.Checkpointer`."""
     return SimpleNamespace(Model=Model, Loader=Loader, Checkpointer=Checkpointer)
 
 
 @pytest.fixture
 def toy_config(tmp_path):
-    """A function returning the config of a run of ten steps; keyword arguments replace its fields."""
+    """A function that returns the config of a run of ten steps; keyword arguments replace its fields."""
 
     def config(**changes) -> Trainer.Config:
         values = {

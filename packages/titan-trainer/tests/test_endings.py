@@ -1,4 +1,4 @@
-"""How a run ends and is watched over: signals, failures, reports, patience. On toy parts, ranks forked."""
+"""How a run ends: signals, failures, error reports, timeouts. With toy classes on forked ranks."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from titan_trainer.errors import reported_errors
 from titan_trainer.stop import StopRequest
 
 
-def test_sigterm_while_the_last_step_is_saved_does_not_lose_it(run_ranks, toy_config, toy):
+def test_sigterm_during_the_last_save_does_not_lose_the_checkpoint(run_ranks, toy_config, toy):
     def terminated_twice():
         trainer = toy_config(checkpoint=toy.Checkpointer.Config(interval=100)).build()
         save = trainer.checkpointer.save
@@ -29,16 +29,16 @@ def test_sigterm_while_the_last_step_is_saved_does_not_lose_it(run_ranks, toy_co
     assert run_ranks(1, terminated_twice) == [10]
 
 
-def test_sigterm_while_resuming_ends_before_a_step(run_ranks, toy_config, toy):
+def test_sigterm_while_resuming_ends_the_run_before_the_first_step(run_ranks, toy_config, toy):
     def terminated_early():
         trainer = toy_config(checkpoint=toy.Checkpointer.Config()).build()
         resume = trainer.resume
 
-        def long_resume():
+        def interrupted_resume():
             os.kill(os.getpid(), signal.SIGTERM)
             resume()
 
-        trainer.resume = long_resume
+        trainer.resume = interrupted_resume
         trainer.train()
         return trainer.step
 
@@ -46,58 +46,58 @@ def test_sigterm_while_resuming_ends_before_a_step(run_ranks, toy_config, toy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_a_validation_ends_it_within_a_batch_on_every_rank_and_saves(run_ranks, toy_config, toy, number):
+def test_a_signal_during_validation_ends_it_within_a_batch_on_every_rank_and_saves(run_ranks, toy_config, toy, number):
     def stopped():
         config = toy_config(
             validator=Validator.Config(dataloader=toy.Loader.Config(), interval=2, tokens=100_000),
             checkpoint=toy.Checkpointer.Config(interval=100),
         )
         trainer = config.build()
-        drawn = []
+        calls = []
         build_validator = trainer.build_validator
 
-        def validator_that_is_stopped():
+        def build_interrupted_validator():
             validator = build_validator()
-            draw = validator.loader.draw
+            next_batches = validator.loader.next_batches
 
-            def draw_and_stop(rank, num_ranks):
-                drawn.append(rank)
-                if len(drawn) == 3 and os.environ["RANK"] == "1":  # one rank alone receives it
+            def next_batches_and_signal(rank, num_ranks):
+                calls.append(rank)
+                if len(calls) == 3 and os.environ["RANK"] == "1":  # only one rank receives the signal
                     os.kill(os.getpid(), number)
-                return draw(rank, num_ranks)
+                return next_batches(rank, num_ranks)
 
-            validator.loader.draw = draw_and_stop
+            validator.loader.next_batches = next_batches_and_signal
             return validator
 
-        trainer.build_validator = validator_that_is_stopped
+        trainer.build_validator = build_interrupted_validator
         trainer.train()
-        return trainer.step, len(drawn), toy.Checkpointer.saved[str(config.dump_folder)][0]
+        return trainer.step, len(calls), toy.Checkpointer.saved[str(config.dump_folder)][0]
 
     assert run_ranks(2, stopped) == [(2, 3, 2)] * 2
     lines = (toy_config().dump_folder / "metrics.jsonl").read_text().splitlines()
     assert ["validation_loss" in line for line in lines] == [False, False]
 
 
-def test_the_checkpointer_is_told_whether_the_run_was_stopped_or_is_over(run_ranks, toy_config, toy):
-    def told(stop: bool, num_rows: int | None):
-        config = toy_config(checkpoint=toy.Checkpointer.Config(), dataloader=toy.Loader.Config(num_rows=num_rows))
+def test_the_last_save_tells_a_stopped_run_from_a_finished_one(run_ranks, toy_config, toy):
+    def last_of_final_save(stop: bool, num_samples: int | None):
+        config = toy_config(checkpoint=toy.Checkpointer.Config(), dataloader=toy.Loader.Config(num_samples=num_samples))
         trainer = config.build()
-        last_of = []
+        saves = []
 
         def save(step, parts, *, last=False):
-            last_of.append(last)
+            saves.append(last)
             return True
 
         trainer.checkpointer.save = save
         if stop:
             trainer.after_step = lambda result: os.kill(os.getpid(), signal.SIGTERM)
         trainer.train()
-        return last_of[-1]
+        return saves[-1]
 
-    def all_told():
-        return told(False, None), told(False, 30), told(True, None)
+    def three_runs():
+        return last_of_final_save(False, None), last_of_final_save(False, 30), last_of_final_save(True, None)
 
-    assert run_ranks(1, all_told) == [(True, True, "stopped")]
+    assert run_ranks(1, three_runs) == [(True, True, "stopped")]
 
 
 INTERRUPTED = """
@@ -120,10 +120,10 @@ def test_a_second_interrupt_ends_the_run_at_once():
         process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGINT
-    assert b"Another interrupt ends the run at once." in errors
+    assert b"Interrupt again to end the run at once" in errors
 
 
-def test_handlers_are_as_before_afterwards_and_an_ignored_interrupt_stays_ignored():
+def test_signal_handlers_are_restored_and_an_ignored_interrupt_stays_ignored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         with StopRequest():
@@ -138,7 +138,7 @@ def test_handlers_are_as_before_afterwards_and_an_ignored_interrupt_stays_ignore
 
 
 class ClosingGroup(SingleReplica):
-    """A replica group that remembers whether it was left."""
+    """A replica group that records whether it was closed."""
 
     closed = False
 
@@ -147,14 +147,14 @@ class ClosingGroup(SingleReplica):
 
 
 class NanLoss(CrossEntropy):
-    """Not a number from the first step on."""
+    """Cross-entropy that is nan from the first step on."""
 
     def __call__(self, head, hidden, targets):
         total, count = super().__call__(head, hidden, targets)
         return total * torch.nan, count
 
 
-def test_a_run_that_fails_leaves_its_replica_group_and_closes_its_records(run_ranks, toy_config):
+def test_a_failing_run_closes_its_replica_group_and_metrics(run_ranks, toy_config):
     def failing():
         trainer = toy_config(loss=NanLoss.Config(), replica_group=ClosingGroup.Config()).build()
         with pytest.raises(NonFiniteError):
@@ -164,21 +164,21 @@ def test_a_run_that_fails_leaves_its_replica_group_and_closes_its_records(run_ra
     assert run_ranks(1, failing) == [(True, True)]
 
 
-def test_the_report_of_a_non_finite_step_fits_on_a_screen_and_the_traceback_names_all_samples(
+def test_the_report_of_a_non_finite_step_fits_on_a_screen_and_the_traceback_lists_all_samples(
     run_ranks, toy_config, toy, tmp_path, capfd
 ):
     def failing():
         config = toy_config(loss=NanLoss.Config())
         trainer = config.build()
-        draw = trainer.loader.draw
+        next_batches = trainer.loader.next_batches
 
-        def long_rows(rank, num_ranks):
-            batches = draw(rank, num_ranks)
+        def batches_of_many_samples(rank, num_ranks):
+            batches = next_batches(rank, num_ranks)
             for batch in batches:
-                batch.sample_ids = [list(range(1000 * row, 1000 * row + 500)) for (row,) in batch.sample_ids]
+                batch.sample_ids = [list(range(1000 * index, 1000 * index + 500)) for (index,) in batch.sample_ids]
             return batches
 
-        trainer.loader.draw = long_rows
+        trainer.loader.next_batches = batches_of_many_samples
         with pytest.raises(SystemExit), reported_errors(tmp_path):
             trainer.train()
 
@@ -190,7 +190,7 @@ def test_the_report_of_a_non_finite_step_fits_on_a_screen_and_the_traceback_name
     assert "7499" in (tmp_path / "error_rank0.txt").read_text()
 
 
-def test_a_failure_of_all_ranks_is_told_once(run_ranks, toy_config, tmp_path, capfd):
+def test_an_error_of_all_ranks_is_printed_once(run_ranks, toy_config, tmp_path, capfd):
     def failing():
         trainer = toy_config(loss=NanLoss.Config()).build()
         with pytest.raises(SystemExit), reported_errors(tmp_path):
@@ -203,7 +203,7 @@ def test_a_failure_of_all_ranks_is_told_once(run_ranks, toy_config, tmp_path, ca
     assert "samples: [4, 5, 6, 7]" in reports[1]
 
 
-def test_a_failure_of_one_rank_is_told_by_that_rank(tmp_path, monkeypatch, capsys):
+def test_an_error_of_one_rank_is_printed_by_that_rank(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit), reported_errors(tmp_path):
@@ -211,13 +211,13 @@ def test_a_failure_of_one_rank_is_told_by_that_rank(tmp_path, monkeypatch, capsy
     assert "[rank 3] error: No such disk." in capsys.readouterr().err
 
 
-def test_a_report_needs_no_folder(tmp_path, capsys):
+def test_an_error_is_reported_even_if_the_dump_folder_cannot_be_written(tmp_path, capsys):
     file = tmp_path / "a file"
     file.write_text("")
     with pytest.raises(SystemExit) as end, reported_errors(file):
-        raise ValueError("Got this. Need that. Do so.")
+        raise ValueError("x must be 1, got 2.")
     assert end.value.code == 1
-    assert "Got this. Need that. Do so." in capsys.readouterr().err
+    assert "x must be 1, got 2." in capsys.readouterr().err
 
 
 def record_timeouts(monkeypatch) -> list[float]:
@@ -226,11 +226,11 @@ def record_timeouts(monkeypatch) -> list[float]:
     return timeouts
 
 
-def test_ranks_wait_for_each_other_longer_in_the_first_step_and_in_validations(run_ranks, toy_config, toy, monkeypatch):
+def test_the_first_step_and_validations_have_the_longer_collective_timeout(run_ranks, toy_config, toy, monkeypatch):
     timeouts = record_timeouts(monkeypatch)
 
     def train():
-        config = toy_config(validator=Validator.Config(dataloader=toy.Loader.Config(num_rows=20), interval=4))
+        config = toy_config(validator=Validator.Config(dataloader=toy.Loader.Config(num_samples=20), interval=4))
         config.training.steps = 4
         trainer = config.build()
         during = []
@@ -245,7 +245,7 @@ def test_ranks_wait_for_each_other_longer_in_the_first_step_and_in_validations(r
 
 
 class HealsFirst(SingleReplica):
-    """A replica group that brings a newcomer to step 6 before its first step."""
+    """A replica group that heals a joining replica to step 6 before its first step."""
 
     def register_state(self, state_dict, load_state_dict, step=0, identity=None) -> None:
         self.load_state_dict, self.state = load_state_dict, {"trainer": {"step": 6}}
@@ -257,7 +257,7 @@ class HealsFirst(SingleReplica):
         return 0, 1
 
 
-def test_a_healed_replica_shortens_its_patience_too(run_ranks, toy_config, monkeypatch):
+def test_a_healed_replica_switches_to_the_shorter_timeout_after_its_first_step(run_ranks, toy_config, monkeypatch):
     timeouts = record_timeouts(monkeypatch)
 
     def train():
@@ -268,12 +268,12 @@ def test_a_healed_replica_shortens_its_patience_too(run_ranks, toy_config, monke
     assert run_ranks(1, train) == [(10, [100])]
 
 
-def test_validation_that_cannot_be_built_leaves_the_folder_as_it_was(run_ranks, toy_config, toy):
+def test_an_error_in_building_the_validator_creates_no_dump_folder(run_ranks, toy_config, toy):
     class Missing(toy.Loader):
         class Config(toy.Loader.Config): ...
 
         def __init__(self, config, **more) -> None:
-            raise FileNotFoundError("nowhere.jsonl")
+            raise FileNotFoundError("missing.jsonl")
 
     def build():
         config = toy_config(validator=Validator.Config(dataloader=Missing.Config()))

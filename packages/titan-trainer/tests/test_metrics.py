@@ -1,4 +1,4 @@
-"""What a run tells: the records, their clock, and what a resumed run finds of them."""
+"""Metrics: the records of a run, their timing, and how a resumed run continues them."""
 
 import json
 from types import SimpleNamespace
@@ -24,44 +24,44 @@ def build(folder, first_step=0, steps=10, is_first_rank=True, seconds_per_token_
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of the records: `clock.now` is what it shows."""
+    """A fake clock for the records, set by `clock.now` in seconds."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("titan_trainer.metrics.time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
-def tell(metrics: Metrics, *steps: int) -> None:
+def record_steps(metrics: Metrics, *steps: int) -> None:
     for step in steps:
         metrics.stop_clock()
         metrics.record_step(step, **STEP)
     metrics.close()
 
 
-def test_a_validation_is_told_with_its_step_and_takes_no_time_from_it(tmp_path, clock):
+def test_validation_loss_is_in_the_record_of_its_step_and_its_time_in_no_step(tmp_path, clock):
     metrics = build(tmp_path)
     clock.now += 2
     metrics.stop_clock()
     clock.now += 30
     metrics.record_step(1, validation_loss=2.0, **STEP)
     clock.now += 3
-    tell(metrics, 2)
+    record_steps(metrics, 2)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["step"], first["loss"], first["validation_loss"]) == (1, 1.0, 2.0)
     assert "validation_loss" not in second
     assert (first["seconds"], second["seconds"]) == (2, 3)
 
 
-def test_a_record_that_was_cut_off_is_not_read_and_not_kept(tmp_path):
-    tell(build(tmp_path), 1, 2, 3)
+def test_an_incomplete_last_record_is_skipped_when_reading_and_dropped_on_resume(tmp_path):
+    record_steps(build(tmp_path), 1, 2, 3)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "lo')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
-    tell(build(tmp_path, first_step=3), 4)
+    record_steps(build(tmp_path, first_step=3), 4)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
 
 
-def test_records_of_lost_steps_are_cut_off_and_the_others_never_rewritten(tmp_path):
-    tell(build(tmp_path), 1, 2, 3)
+def test_resume_truncates_the_records_of_later_steps_without_rewriting_the_others(tmp_path):
+    record_steps(build(tmp_path), 1, 2, 3)
     path = tmp_path / "metrics.jsonl"
     before, file = path.read_bytes(), path.stat().st_ino
     build(tmp_path, first_step=2).close()
@@ -69,15 +69,15 @@ def test_records_of_lost_steps_are_cut_off_and_the_others_never_rewritten(tmp_pa
     assert path.stat().st_ino == file
 
 
-def test_the_time_left_counts_the_steps_taken_here(tmp_path, capsys, clock):
+def test_time_left_is_estimated_from_the_steps_of_this_process(tmp_path, capsys, clock):
     metrics = build(tmp_path, steps=1001)
     clock.now += 0.05
-    tell(metrics, 501)  # healed from a replica that had come this far
+    record_steps(metrics, 501)  # healed from a replica that had done 500 steps
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split()[-2] == "25s"
 
 
-def test_mfu_is_that_of_the_replicas_that_made_the_tokens(tmp_path):
+def test_mfu_is_divided_by_the_number_of_replicas(tmp_path):
     metrics = build(tmp_path, seconds_per_token_at_peak=1e-6)
     metrics.stop_clock()
     metrics.record_step(1, num_replicas=2, **STEP)
@@ -87,26 +87,26 @@ def test_mfu_is_that_of_the_replicas_that_made_the_tokens(tmp_path):
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    tell(build(tmp_path, is_first_rank=False), 1, 2)
+    record_steps(build(tmp_path, is_first_rank=False), 1, 2)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_tensorboard_shows_every_step_of_a_run_that_was_resumed(tmp_path):
+def test_tensorboard_has_every_step_of_a_resumed_run_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sinks = [TensorBoard.Config()]
-    tell(build(tmp_path, sinks=sinks), 1, 2, 3, 4)
-    tell(build(tmp_path, first_step=3, sinks=sinks), 4, 5)  # the checkpoint was that of step 3
+    record_steps(build(tmp_path, sinks=sinks), 1, 2, 3, 4)
+    record_steps(build(tmp_path, first_step=3, sinks=sinks), 4, 5)  # resumed from the checkpoint of step 3
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("line", [b"\xff{\n", b"{}\n", b"5\n"])
-def test_a_line_that_is_no_record_is_named_and_the_file_left_as_it_was(tmp_path, line):
+def test_an_invalid_line_is_reported_and_the_file_unchanged(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     content = b'{"step": 1}\n' + line + b'{"step": 3}\n'
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2 must be a metrics record"):
         open_after_step(path, 3)
     assert path.read_bytes() == content

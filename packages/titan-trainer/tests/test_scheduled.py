@@ -1,4 +1,4 @@
-"""Numbers that change in the course of a run."""
+"""Numbers that change during a run."""
 
 import functools
 from types import SimpleNamespace
@@ -15,8 +15,8 @@ def test_values_are_linear_between_points_and_constant_outside_of_them():
 
 
 @pytest.mark.parametrize("points", [[], [(5, 0.1), (4, 0.2)], [(-1, 0.1)]])
-def test_points_without_order_are_refused(points):
-    with pytest.raises(ConfigError, match="points must be one or more in the order of their steps"):
+def test_unsorted_or_missing_points_are_rejected(points):
+    with pytest.raises(ConfigError, match="points must not be empty and have ascending steps of at least 0, got"):
         ScheduledNumber.Config(attribute="loss.weight", points=points).build()
 
 
@@ -33,7 +33,7 @@ def trainer_of_layers():
     return SimpleNamespace(model=model, loss=SimpleNamespace(weight=0.3, is_on=True))
 
 
-def test_a_path_with_a_star_leads_to_all_layers_that_have_the_rest_of_it():
+def test_a_path_with_a_star_sets_the_attribute_of_all_layers_that_have_it():
     trainer = trainer_of_layers()
     number = ScheduledNumber.Config(attribute="model.layers.*.0.rate", points=[(0, 0.5), (2, 0.0)]).build()
     number.apply(number.owners(trainer), 1)
@@ -43,40 +43,40 @@ def test_a_path_with_a_star_leads_to_all_layers_that_have_the_rest_of_it():
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
-        ("loss.wieght", "'loss.wieght': trainer.loss has no number 'wieght'. Did you mean 'weight'"),
-        ("lss.weight", "got trainer without 'lss'. Did you mean 'loss'"),
-        ("loss.weight.x", "must lead to a number, got 'loss.weight.x'"),
-        ("loss.weight.x.y", "got trainer.loss.weight without 'x'"),
-        ("loss.is_on", "must lead to a number, got 'loss.is_on'"),
-        ("model.layers.*.1.rate", "must lead to a number"),
-        ("model.layer.*.rate", "got trainer.model without 'layer'. Did you mean 'layers'"),
+        ("loss.wieght", "got 'loss.wieght': trainer.loss has no numeric attribute 'wieght'. Did you mean 'weight'"),
+        ("lss.weight", "got 'lss.weight': trainer has no attribute 'lss'. Did you mean 'loss'"),
+        ("loss.weight.x", "must be the path of a number, got 'loss.weight.x'"),
+        ("loss.weight.x.y", "got 'loss.weight.x.y': trainer.loss.weight has no attribute 'x'"),
+        ("loss.is_on", "must be the path of a number, got 'loss.is_on'"),
+        ("model.layers.*.1.rate", "must be the path of a number, got 'model.layers.*.1.rate'"),
+        ("model.layer.*.rate", "trainer.model has no attribute 'layer'. Did you mean 'layers'"),
     ],
 )
-def test_a_path_that_leads_to_no_number_is_an_error(attribute, message):
+def test_a_path_that_does_not_lead_to_a_number_is_rejected(attribute, message):
     number = ScheduledNumber.Config(attribute=attribute, points=[(0, 1.0)]).build()
     with pytest.raises(ConfigError) as caught:
         number.owners(trainer_of_layers())
     assert message in str(caught.value)
 
 
-def train_and_note(train_step, trainer, found):
+def train_and_record(train_step, trainer, values):
     result = train_step()
-    found.append(trainer.loss.z_loss)
+    values.append(trainer.loss.z_loss)
     return result
 
 
-def test_a_run_and_its_continuation_have_the_value_of_each_step(run_ranks, toy_config, toy):
+def test_a_resumed_run_has_the_scheduled_value_of_each_step(run_ranks, toy_config, toy):
     number = ScheduledNumber.Config(attribute="loss.z_loss", points=[(0, 0.0), (8, 0.8)])
 
     def train():
-        found = []
+        values = []
         for steps in (4, 10):
             config = toy_config(loss=CrossEntropy.Config(), scheduled=[number], checkpoint=toy.Checkpointer.Config())
             config.training.steps = steps
             trainer = config.build()
-            trainer.train_step = functools.partial(train_and_note, trainer.train_step, trainer, found)
+            trainer.train_step = functools.partial(train_and_record, trainer.train_step, trainer, values)
             trainer.train()
-        return found
+        return values
 
-    ((found),) = run_ranks(1, train)
-    assert found == pytest.approx([0.1 * step for step in range(8)] + [0.8, 0.8])
+    (values,) = run_ranks(1, train)
+    assert values == pytest.approx([0.1 * step for step in range(8)] + [0.8, 0.8])

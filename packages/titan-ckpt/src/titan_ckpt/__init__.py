@@ -1,4 +1,4 @@
-"""Distributed checkpoints that can be trusted: async, atomic, verified, resharding, Hugging Face in and out."""
+"""Distributed checkpoints: asynchronous, atomic, verified, resharded on load, with Hugging Face import and export."""
 
 from titan_ckpt.checkpointer import Checkpointer
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError

@@ -1,4 +1,4 @@
-"""The folder that holds a run's checkpoints: their names, and what happens to old, dead and replaced ones."""
+"""The folder with the checkpoints of a run: naming, publishing, retention, leftovers of interrupted saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.durable_files import flush_folder, rename_flushed
 from titan_ckpt.format.manifest import MANIFEST, STEP_NAME
-from titan_ckpt.format.regular_file import retried
+from titan_ckpt.format.regular_file import retry_io
 from titan_ckpt.lock import ProcessLock
 from titan_ckpt.paths import local_path
 
@@ -22,176 +22,179 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 _EXPORT = re.compile(STEP_NAME.pattern + "-hf")
 _LEFTOVER = re.compile(r"step-[0-9]+(-hf)?\.(saving|deleting)-[0-9a-f]+|\.probe-[0-9a-f]+")
-_saving: set[Path] = set()  # by this process, which may have the folder open more than once
+_saving: set[Path] = set()  # saves in progress in this process, which may have the folder open more than once
 
 
 class CheckpointFolder:
     """A folder of checkpoints named `step-N`; only rank 0 changes it.
 
-    A name ending in `.saving-*` or `.deleting-*` belongs to a save or a deletion that has not finished; when its
-    process is dead it is a leftover. A name ending in `.set-aside-*` was a checkpoint, or something else in the place
-    of one, and is kept for a person to look at. Any other name is left alone.
+    A name ending in `.saving-*` or `.deleting-*` belongs to a save or a deletion in progress; once its process has
+    died, it is a leftover. A name ending in `.set-aside-*` was a checkpoint, or something else with the name of a
+    checkpoint, and is kept for manual inspection. Files and folders with other names are never touched.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = _resolved(local_path(folder, "the folder of checkpoints"))
+        self.path = _resolved(local_path(folder, "the checkpoint folder"))
         self._lock: ProcessLock | None = None
-        self._unflushed: int | None = None  # the step whose folder has its name, which may not survive a loss of power
+        self._unflushed: int | None = None  # step that was renamed, but whose new name may not survive a power loss
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, once published."""
-        return self.folder / f"step-{step}"
+    def step_path(self, step: int) -> Path:
+        """Return the path of the published checkpoint of `step`."""
+        return self.path / f"step-{step}"
 
     def hf_path(self, step: int) -> Path:
-        """Where the weights of a step are in Hugging Face's format, once exported."""
-        return self.folder / f"step-{step}-hf"
+        """Return the path of the Hugging Face export of `step`."""
+        return self.path / f"step-{step}-hf"
 
     def steps(self) -> list[int]:
-        """The steps that have a published name, oldest first.
+        """Return the published steps, oldest first.
 
         Raises:
-            CheckpointError: when the disk fails.
+            CheckpointError: if the folder cannot be listed.
         """
-        return retried(lambda: self._numbers(STEP_NAME), self.folder)
+        return retry_io(lambda: self._numbers(STEP_NAME), self.path)
 
     def check_newest(self, step: int, newest: int | None = None) -> None:
-        """Check that no checkpoint here is newer than `step`; `newest` is the newest one where that is known.
+        """Check that no checkpoint in the folder is newer than `step`.
+
+        `newest` is the newest published step if the caller knows it; None lists the folder.
 
         Raises:
-            CheckpointError: when one is: it would outlive those that are saved now. When the disk fails.
+            CheckpointError: if one is newer, since it would outlive the checkpoints saved now and be loaded instead of
+                them. Also if the folder cannot be listed.
         """
         newest = max(self.steps(), default=step) if newest is None else newest
         if newest > step:
             raise CheckpointError(
-                f"The step to save must be at least {newest}, the newest checkpoint in {self.folder}, got {step}. Call "
-                f"load before the first save to go on from there (load_step goes back and sets newer ones aside), or "
-                f"save into another folder."
+                f"The step to save must be at least {newest}, the newest checkpoint in {self.path}, got {step}. Call "
+                "load() before the first save to resume from that checkpoint, set load_step to go back to an earlier "
+                "one (newer ones are set aside), or save to another folder."
             )
 
-    def begin(self, step: int) -> Path:
-        """Make and return the folder that a save of `step` writes to; what is no folder at its name is set aside.
+    def begin_save(self, step: int) -> Path:
+        """Create and return the temporary folder of a save of `step`; set aside anything but a folder named `step-N`.
 
         Raises:
-            CheckpointError: when there already is a checkpoint of that step.
-            OSError: when the disk fails.
+            CheckpointError: if the folder already has a checkpoint of that step.
+            OSError: if the disk fails.
         """
-        final = self.path(step)
+        final = self.step_path(step)
         if final.is_dir():
             raise CheckpointError(
-                f"A step to save must not be in the folder yet, got step {step}, which is in {final}. Move it away, or "
-                f"save into another folder."
+                f"The step to save must be new, got step {step}, which exists at {final}. Move it away, or save to "
+                "another folder."
             )
         if os.path.lexists(final):
             aside = _set_aside(final)
-            logger.warning("Renamed %s, which is no folder, to %s.", final, aside)
-        temporary = self.folder / f"step-{step}.saving-{uuid.uuid4().hex[:8]}"
+            logger.warning("Renamed %s, which is not a folder, to %s.", final, aside)
+        temporary = self.path / f"step-{step}.saving-{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
         _saving.add(temporary)
         return temporary
 
     def publish(self, temporary: Path, step: int) -> None:
-        """Give a folder that `begin` made the name of its step, once this process is known to have the lock still.
+        """Rename a folder from `begin_save` to `step-N`, after checking that this process still holds the lock.
 
         Raises:
-            CheckpointError: when another process has it now.
-            OSError: when the disk fails.
+            CheckpointError: if another process holds the lock now.
+            OSError: if the disk fails.
         """
         if self._lock is not None:
             self._lock.check()
-        rename_flushed(temporary, self.path(step))
+        rename_flushed(temporary, self.step_path(step))
         self._unflushed = step
         self.flush_published(step)
 
     def flush_published(self, step: int) -> bool:
-        """Flush the name that `publish` gave the folder of a step, where that failed; return whether it is there.
+        """Flush the new name of `step` if `publish` failed to; return whether the checkpoint is published.
 
         Raises:
-            OSError: when the disk fails.
+            OSError: if the disk fails.
         """
-        if self._unflushed != step or not self.path(step).is_dir():
+        if self._unflushed != step or not self.step_path(step).is_dir():
             return False
-        flush_folder(self.folder)
+        flush_folder(self.path)
         self._unflushed = None
         return True
 
-    def end(self, temporary: Path) -> None:
-        """Forget a folder that `begin` made; what is left of it, after a save that failed, is deleted."""
+    def end_save(self, temporary: Path) -> None:
+        """Finish a save: after a failure, delete what remains of the temporary folder."""
         _remove(temporary)
         _saving.discard(temporary)
 
-    def keep(self, count: int, saved: int) -> None:
-        """Delete all but the newest `count` of the checkpoints up to the one just saved; what fails is logged.
+    def delete_old(self, keep: int, saved: int) -> None:
+        """Delete all but the newest `keep` checkpoints up to step `saved`; log failures.
 
-        Folders without a manifest do not count and are left alone.
+        Folders without a manifest are neither counted nor deleted.
         """
         try:
-            published = [step for step in self.steps() if step <= saved and (self.path(step) / MANIFEST).is_file()]
-            for step in published[:-count]:
-                doomed = self.folder / f"step-{step}.deleting-{uuid.uuid4().hex[:8]}"
-                os.rename(self.path(step), doomed)  # so that a deletion that is interrupted leaves no half checkpoint
-                _remove(doomed)
+            published = [step for step in self.steps() if step <= saved and (self.step_path(step) / MANIFEST).is_file()]
+            for step in published[:-keep]:
+                renamed = self.path / f"step-{step}.deleting-{uuid.uuid4().hex[:8]}"
+                os.rename(self.step_path(step), renamed)  # an interrupted deletion leaves no incomplete step-N
+                _remove(renamed)
         except (OSError, CheckpointError) as error:
-            logger.warning("Old checkpoints stay in %s: %s.", self.folder, error)
+            logger.warning("Could not delete old checkpoints in %s: %s.", self.path, error)
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename all checkpoints newer than `step`, and their exports: a run going on from there needs their names.
+        """Rename all checkpoints and exports newer than `step`, which frees their names; return the new paths.
 
         Raises:
-            CheckpointError: when one cannot be renamed.
+            CheckpointError: if one cannot be renamed.
         """
-        newer = [self.path(made) for made in self.steps() if made > step]
+        newer = [self.step_path(later) for later in self.steps() if later > step]
         try:
-            newer += [self.hf_path(made) for made in self._numbers(_EXPORT) if made > step]
+            newer += [self.hf_path(later) for later in self._numbers(_EXPORT) if later > step]
             return [_set_aside(path) for path in newer]
         except OSError as error:
             raise CheckpointError(
-                f"Checkpoints newer than step {step} must be renamed to go on from there, got {error}. Restore the "
-                f"permissions of {self.folder}, or move them away."
+                f"Checkpoints newer than step {step} must be renamed to resume from that step, got {error}. Restore "
+                f"the permissions of {self.path}, or move the newer checkpoints away."
             ) from error
 
     def open(self) -> None:
-        """Make the folder and keep other processes out of it; delete what dead saves and deletions left.
+        """Create the folder, lock it against other processes and delete leftovers of interrupted saves and deletions.
 
         Raises:
-            CheckpointError: when there can be no such folder, another process has it open, or the disk fails.
+            CheckpointError: if the folder cannot be created, another process has it open, or the disk fails.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
-                f"Got the folder {self.folder} for checkpoints, which cannot be made ({error}). A run saves there. "
-                f"Choose a folder that you may write to, or move away the file of that name."
+                f"Cannot create the checkpoint folder {self.path}: {error}. Choose a writable location, or move away "
+                "the file of that name."
             ) from error
-        self._lock = ProcessLock(self.folder / LOCK)
+        self._lock = ProcessLock(self.path / LOCK)
         if self._lock.is_held:
-            for path in retried(lambda: list(self.folder.iterdir()), self.folder):
+            for path in retry_io(lambda: list(self.path.iterdir()), self.path):
                 if _LEFTOVER.fullmatch(path.name) and path not in _saving:
-                    logger.info("Deleting %s, which an interrupted save left.", path)
+                    logger.info("Deleting %s, a leftover of an interrupted save.", path)
                     _remove(path)
 
-    def probe(self) -> None:
-        """Write a file and delete it.
+    def check_writable(self) -> None:
+        """Check that this rank can create and delete a file in the folder.
 
         Raises:
-            CheckpointError: when that fails.
+            CheckpointError: if it cannot.
         """
-        path = self.folder / f".probe-{uuid.uuid4().hex}"
+        path = self.path / f".probe-{uuid.uuid4().hex}"
         try:
             path.write_bytes(b"\0")
             path.unlink()
         except OSError as error:
             raise CheckpointError(
-                f"The folder of checkpoints must be writable on every rank, got {error}. Choose a folder that all "
-                f"ranks share and may write to, or restore the permissions of {self.folder}."
+                f"The checkpoint folder must be writable on every rank, got {error}. Choose a folder on storage that "
+                f"all ranks share, or restore the permissions of {self.path}."
             ) from error
 
     def close(self) -> None:
-        """Let other processes in."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
 
     def _numbers(self, name: re.Pattern[str]) -> list[int]:
-        return sorted(int(match[1]) for match in _folders(self.folder, name))
+        return sorted(int(match[1]) for match in _folders(self.path, name))
 
 
 def _folders(folder: Path, name: re.Pattern[str]) -> Iterator[re.Match[str]]:
@@ -208,9 +211,9 @@ def _folders(folder: Path, name: re.Pattern[str]) -> Iterator[re.Match[str]]:
 def _resolved(folder: Path) -> Path:
     try:
         return folder.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop, up to Python 3.12
         raise CheckpointError(
-            f"The folder of checkpoints must be one that can be reached, got {folder} ({error}). Choose another."
+            f"Cannot resolve the path of the checkpoint folder {folder}: {error}. Choose another folder."
         ) from error
 
 
@@ -221,11 +224,11 @@ def _set_aside(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder or a file, and what a link leads to not; what fails is logged."""
+    """Delete a folder, a file or a symlink (never its target); log failures."""
     try:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
         else:
             shutil.rmtree(path)
     except OSError as error:
-        logger.warning("%s could not be deleted: %s.", path, error)
+        logger.warning("Could not delete %s: %s.", path, error)

@@ -1,4 +1,4 @@
-"""The checkpointer of a run: saves named parts, finds the newest whole checkpoint, keeps the latest k."""
+"""The checkpointer of a run: saves named parts, resumes from the newest valid checkpoint, keeps the latest k."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from titan_ckpt.format.verify import check_whole
 from titan_ckpt.hugging_face.adapter import adapter_of
 from titan_ckpt.hugging_face.base_folder import BASE_MODEL
 from titan_ckpt.hugging_face.export import export_checkpoint
-from titan_ckpt.hugging_face.metadata import companions, ids_of_run
-from titan_ckpt.load.initial_model import begin_with
-from titan_ckpt.load.load import Skipped, find_asked, find_newest_whole, load_parts, was_followed
+from titan_ckpt.hugging_face.metadata import export_metadata, token_ids_of_run
+from titan_ckpt.load.initial_model import load_initial_model
+from titan_ckpt.load.load import Skipped, find_newest_valid, find_requested, load_parts, load_step_was_applied
 from titan_ckpt.paths import local_path
 from titan_ckpt.rng_state import RandomState
-from titan_ckpt.save.background_writer import Writer
+from titan_ckpt.save.background_writer import BackgroundWriter
 from titan_ckpt.save.save import Snapshot, save
 from titan_ckpt.save.staging import Staging
 from titan_ckpt.save.write_plan import Planner
@@ -36,179 +36,176 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(Configurable):
-    """Saves and loads the parts of a run; every method is a collective of all ranks.
+    """Saves and loads the named parts of a run; every method is a collective of all ranks.
 
     Args:
-        own: what to do.
-        dump_folder: where the run writes; the checkpoints are in `dump_folder / own.folder`.
-        config: the run's whole config: it is saved with each checkpoint, and its `model.hf_adapter()` translates
-            weights. None saves none.
+        settings: the checkpointer's config.
+        dump_folder: output folder of the run; checkpoints go to `dump_folder / settings.folder`.
+        config: the config of the whole run. It is saved with each checkpoint, and its `model.hf_adapter()` translates
+            weights for Hugging Face. None saves no config.
 
-    `skipped` holds the broken checkpoints that the last `load` found newer than the one it took.
+    `skipped` lists the broken checkpoints that the last `load` found newer than the one it loaded.
     """
 
     class Config(Configurable.Config):
         folder: str = "checkpoint"
-        """Folder of the checkpoints, below the dump folder."""
+        """Checkpoint folder, relative to the dump folder."""
         interval: int = 500
-        """Steps from one save to the next."""
+        """Number of steps between saves."""
         keep_latest_k: int | None = 10
-        """How many checkpoints stay; older ones are deleted after a newer one is published. None keeps all."""
+        """Number of checkpoints to keep; older ones are deleted after a newer one is published. None keeps all."""
         async_mode: Literal["disabled", "async"] = "async"
-        """Whether training goes on while a thread writes a copy ("async") or waits for the disk ("disabled")."""
+        """"async": a thread writes a copy while training continues. "disabled": training waits for the disk."""
         load_step: int | None = None
-        """The step to go back to, once; newer checkpoints are set aside. None takes the newest whole one.
+        """Step to go back to, once; newer checkpoints are set aside. None loads the newest valid checkpoint.
 
-        A run that is started again by the same command goes on from the newest checkpoint that it saved since. To go
-        back to that step again, move the newer ones away."""
+        A run that is restarted with the same command resumes from the newest checkpoint that it has saved since. To go
+        back to `load_step` again, move the newer checkpoints away."""
         max_failed_saves: int = 3
-        """How many saves in a row the disk may fail before an asynchronous run ends; the last save must succeed."""
+        """Number of consecutive saves that may fail before an asynchronous run ends; the last save must succeed."""
         initial_load_path: Path | None = None
-        """Checkpoint whose model a run begins with that has no checkpoint of its own."""
+        """Checkpoint that initializes the model of a run without checkpoints of its own."""
         initial_load_in_hf: bool = False
-        """Whether `initial_load_path` is a folder of Hugging Face weights."""
+        """Read `initial_load_path` as a folder of Hugging Face weights."""
         last_save_in_hf: bool = False
-        """Whether the last save also writes the weights for Hugging Face, as `step-N-hf` beside it, with the tokenizer
-        and the generation settings of the Hugging Face folder that the run began with."""
+        """Export the weights in Hugging Face format at the last save, to `step-N-hf` beside the checkpoint.
+
+        The tokenizer and the generation settings come from the Hugging Face folder that initialized the run."""
         export_when_stopped: bool = False
-        """Whether last_save_in_hf also exports where the run is asked to stop before its last step."""
+        """Make the export of `last_save_in_hf` also when the run is stopped before its last step."""
         export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-        """Type of the weights written for Hugging Face."""
+        """Dtype of the weights in a Hugging Face export."""
 
         def validate(self) -> None:
             if self.interval < 1:
                 raise ValueError(
-                    f"Got interval {self.interval}. The steps between two saves must be 1 or more. To save nothing, "
-                    f"leave the checkpointer out."
+                    f"interval must be at least 1, got {self.interval}. To save nothing, configure no checkpointer."
                 )
             if self.keep_latest_k is not None and self.keep_latest_k < 1:
                 raise ValueError(
-                    f"Got keep_latest_k {self.keep_latest_k}. At least 1 checkpoint must stay. Set it to None to keep "
-                    f"all."
+                    f"keep_latest_k must be at least 1, got {self.keep_latest_k}. Set it to None to keep all "
+                    "checkpoints."
                 )
             if self.max_failed_saves < 1:
-                raise ValueError(f"max_failed_saves must be 1 or more, got {self.max_failed_saves}.")
+                raise ValueError(f"max_failed_saves must be at least 1, got {self.max_failed_saves}.")
             if self.load_step is not None and self.load_step < 0:
-                raise ValueError(f"load_step must be 0 or more, got {self.load_step}.")
+                raise ValueError(f"load_step must be at least 0, got {self.load_step}.")
             local_path(self.folder, "folder")
             if self.initial_load_path is not None:
                 local_path(self.initial_load_path, "initial_load_path")
             if self.initial_load_in_hf and self.initial_load_path is None:
                 raise ValueError(
-                    "Got initial_load_in_hf without initial_load_path. It says what kind of folder that is. Set both "
-                    "or none."
+                    "initial_load_in_hf must be set together with initial_load_path, got only initial_load_in_hf."
                 )
 
         def read(self, dump_folder: Path, parts: Mapping[str, Part]) -> int | None:
-            """Fill parts from the newest whole checkpoint, or that of `load_step`; its step (None: there is none).
+            """Load `parts` from the newest valid checkpoint, or from that of `load_step`; return its step.
 
-            For looking at a run, even one that goes on: nothing in its folder changes, this process is alone, and the
-            checkpoint may have more parts. Raises CheckpointError as `Checkpointer.load` does.
+            Returns None if there is no checkpoint. For inspecting a run, even one that is still training: nothing in
+            its folder changes, only this process takes part, and the checkpoint may contain more parts. Raises
+            CheckpointError as `Checkpointer.load` does.
             """
-            checkpoint_folder, ranks = (
-                CheckpointFolder(local_path(dump_folder, "dump_folder") / self.folder),
-                CollectiveGuard(alone=True),
-            )
-            find = find_newest_whole if self.load_step is None else partial(find_asked, load_step=self.load_step)
-            step, _ = find(checkpoint_folder, ranks)
+            checkpoint_folder = CheckpointFolder(local_path(dump_folder, "dump_folder") / self.folder)
+            guard = CollectiveGuard(alone=True)
+            find = find_newest_valid if self.load_step is None else partial(find_requested, load_step=self.load_step)
+            step, _ = find(checkpoint_folder, guard)
             if step is not None:
-                load_parts(checkpoint_folder.path(step), parts, ranks, run_config=None, exactly=False)
+                load_parts(checkpoint_folder.step_path(step), parts, guard, run_config=None, exactly=False)
             return step
 
-    def __init__(self, own: Config, /, dump_folder: Path, config: Any = None) -> None:
-        self.config = own
-        self._ranks = CollectiveGuard()
-        dump_folder = self._ranks.together(lambda: local_path(dump_folder, "dump_folder"))
-        self.checkpoint_folder = self._ranks.together(lambda: CheckpointFolder(dump_folder / own.folder))
+    def __init__(self, settings: Config, /, dump_folder: Path, config: Any = None) -> None:
+        self.config = settings
+        self._guard = CollectiveGuard()
+        dump_folder = self._guard.run_on_all(lambda: local_path(dump_folder, "dump_folder"))
+        self.checkpoint_folder = self._guard.run_on_all(lambda: CheckpointFolder(dump_folder / settings.folder))
         self.skipped: list[Skipped] = []
         self._run_config = config
         self._run_data = None if config is None else to_dict(config)
-        self._planner = Planner(self._ranks)
+        self._planner = Planner(self._guard)
         self._staging = Staging()
-        self._writer = Writer(self._ranks, own.async_mode == "async", own.max_failed_saves)
+        self._writer = BackgroundWriter(self._guard, settings.async_mode == "async", settings.max_failed_saves)
         self._newest: int | None = None
         self._load_step: int | None = None
-        self._has_begun = False
-        self._ranks.first(self.checkpoint_folder.open)
-        self._ranks.together(self.checkpoint_folder.probe)
+        self._has_checked_folder = False
+        self._guard.run_on_first(self.checkpoint_folder.open)
+        self._guard.run_on_all(self.checkpoint_folder.check_writable)
 
     def save(self, step: int, parts: Mapping[str, Part], *, last: bool | Literal["stopped"] = False) -> bool:
-        """Save the parts as the checkpoint of `step` if the interval asks for it, or it is the `last`; return whether.
+        """Save `parts` as the checkpoint of `step` if the interval is due or `last` is set; return whether it was.
 
-        `last` is "stopped" where a run ends before its last step: the weights are then not exported for Hugging Face,
-        unless `export_when_stopped`.
+        `last` is "stopped" if the run ends before its last step: the Hugging Face export is then skipped unless
+        `export_when_stopped` is set. The random number generators of all ranks are saved too, as the part "random".
 
-        Every rank's random generators are saved with them, as the part "random".
-        In the mode "async" this returns once the parts are copied. A step that this object saved or loaded is there
-        already, and is not saved again. A disk that fails is logged by the thread that writes, which tries once more;
-        the run goes on to the next save, up to `max_failed_saves` in a row.
+        In mode "async" this returns as soon as the parts are copied. A step that this object has already saved or
+        loaded is not saved again. If the disk fails, the background thread logs the error and tries once more; the run
+        continues to the next save, up to `max_failed_saves` consecutive failures.
 
         Raises:
-            CheckpointError: when the parts cannot be saved; when a checkpoint in the folder is newer, which is told at
-                the first call; when the disk failed in this save (the last, or in the mode "disabled") or too often.
+            CheckpointError: if the parts cannot be saved; if the folder has a newer checkpoint (checked at the first
+                call); if the disk failed in this save (in the last save, or in mode "disabled") or failed too often.
         """
         number = to_step(step)
         is_due = last or number is None or number % self.config.interval == 0
         if is_due:
-            self._writer.settle(is_last=bool(last))  # its thread talks over the same group
-            self._ranks.together(lambda: require_step(step))
+            self._writer.finish_previous(is_last=bool(last))  # its thread uses the same process group
+            self._guard.run_on_all(lambda: require_step(step))
         step = require_step(step)
-        if not self._has_begun:
-            self._ranks.first(lambda: self.checkpoint_folder.check_newest(step))
-            self._has_begun = True
-        elif is_due and self._newest is not None:  # the folder is not listed again: a disk may fail for a while
+        if not self._has_checked_folder:
+            self._guard.run_on_first(lambda: self.checkpoint_folder.check_newest(step))
+            self._has_checked_folder = True
+        elif is_due and self._newest is not None:  # without listing the folder: the disk may fail for a while
             self.checkpoint_folder.check_newest(step, self._newest)
         if not is_due:
             return False
         is_new = step != self._newest
         if is_new:
-            snapshot = self._take(step, parts)
+            snapshot = self._snapshot(step, parts)
             self._writer.submit(self._write, self._after_write, snapshot)
         if last or self.config.async_mode == "disabled":
             self.wait()
         if self.config.last_save_in_hf and (last is True or (last and self.config.export_when_stopped)):
-            self._ranks.first(lambda: self._export(step))
+            self._guard.run_on_first(lambda: self._export(step))
         return is_new
 
     def load(self, parts: Mapping[str, Part]) -> int | None:
-        """Load the newest whole checkpoint, or that of `load_step`; return its step (None: there is none).
+        """Load the newest valid checkpoint, or that of `load_step`; return its step, or None if there is no checkpoint.
 
-        Every file is checked before a weight is touched. Broken checkpoints are passed over (see `skipped`), and
-        what is newer than the loaded one is renamed to `step-N.set-aside-*`, so that the run can go on from there.
-        `load_step` acts once: a run that is started again with it goes on from what it saved since.
-        Where there is none, the part "model" is filled from `initial_load_path`, if that is set.
+        Every file is verified before any weight changes. Broken checkpoints are skipped (see `skipped`). Checkpoints
+        newer than the loaded one are renamed to `step-N.set-aside-*`, so that the run can continue from it. `load_step`
+        acts once: a run that is restarted with it resumes from what it has saved since. If there is no checkpoint, the
+        part "model" is loaded from `initial_load_path`, if set.
 
         Raises:
-            CheckpointError: when the one asked for is broken or absent, when all are broken, when it does not fit
-                the parts, is of a format that this version does not read, or the disk fails.
+            CheckpointError: if the checkpoint of `load_step` is broken or absent, if all checkpoints are broken, if the
+                checkpoint does not fit `parts` or has an unknown format, or if the disk fails.
         """
-        self._writer.settle()
-        step, self.skipped = _find_step(self.config, self.checkpoint_folder, self._ranks)
+        self._writer.finish_previous()
+        step, self.skipped = _find_step(self.config, self.checkpoint_folder, self._guard)
         self._load_step = self.config.load_step
         if step is None:
             path, in_hf = self.config.initial_load_path, self.config.initial_load_in_hf
             find_adapter = partial(adapter_of, self._run_config)
-            begin_with(path, in_hf, parts, self.checkpoint_folder, self._ranks, find_adapter, self._run_data)
+            load_initial_model(path, in_hf, parts, self.checkpoint_folder, self._guard, find_adapter, self._run_data)
             return None
-        load_parts(self.checkpoint_folder.path(step), _with_random_state(parts), self._ranks, self._run_data)
-        self._ranks.first(lambda: self._set_aside_after(step))
-        logger.info("Loaded %s.", self.checkpoint_folder.path(step))
+        load_parts(self.checkpoint_folder.step_path(step), _with_random_state(parts), self._guard, self._run_data)
+        self._guard.run_on_first(lambda: self._set_aside_after(step))
+        logger.info("Loaded %s.", self.checkpoint_folder.step_path(step))
         self._newest = step
         return step
 
     def wait(self) -> None:
-        """Block until the save that is under way is published.
+        """Block until the save in progress is published.
 
         Raises:
-            CheckpointError: when it failed; it is said once.
+            CheckpointError: if that save failed; raised once.
         """
         self._writer.wait()
 
     def close(self) -> None:
-        """Wait for the save that is under way, end the thread, and let other processes save to the folder.
+        """Wait for the save in progress, stop the background thread and release the lock on the folder.
 
         Raises:
-            CheckpointError: when that save failed.
+            CheckpointError: if that save failed.
         """
         try:
             self.wait()
@@ -216,44 +213,48 @@ class Checkpointer(Configurable):
             self._writer.close()
             self.checkpoint_folder.close()
 
-    def _take(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
-        chunks, replicated, values = self._ranks.together(lambda: _hold(parts))
+    def _snapshot(self, step: int, parts: Mapping[str, Part]) -> Snapshot:
+        chunks, replicated, values = self._guard.run_on_all(lambda: _collect_state(parts))
         plan = self._planner.plan(chunks, replicated)
         mine = {chunk.key: chunk.data for chunk in chunks if chunk.name in plan.mine}
         if self.config.async_mode == "disabled":
             return Snapshot(step, plan, partial(write_tensors, tensors=mine), values)
-        self._ranks.together(lambda: self._staging.copy(mine))
+        self._guard.run_on_all(lambda: self._staging.copy(mine))
         return Snapshot(step, plan, self._staging.write, values)
 
     def _write(self, snapshot: Snapshot) -> None:
-        save(snapshot, self.checkpoint_folder, self._ranks, self._run_data, self._load_step)
+        save(snapshot, self.checkpoint_folder, self._guard, self._run_data, self._load_step)
 
     def _after_write(self, snapshot: Snapshot) -> None:
         self._newest = snapshot.step
-        logger.info("Saved %s.", self.checkpoint_folder.path(snapshot.step))
+        logger.info("Saved %s.", self.checkpoint_folder.step_path(snapshot.step))
         count = self.config.keep_latest_k
         if count is not None:
-            self._ranks.first(lambda: self.checkpoint_folder.keep(count, snapshot.step))
+            self._guard.run_on_first(lambda: self.checkpoint_folder.delete_old(count, snapshot.step))
 
     def _export(self, step: int) -> None:
         folder = self.checkpoint_folder.hf_path(step)
         if not folder.exists():
             dtype = getattr(torch, self.config.export_dtype)
-            kept = self.checkpoint_folder.folder / BASE_MODEL
-            begun_with = self.config.initial_load_path if self.config.initial_load_in_hf else None
-            base = kept if kept.is_dir() else begun_with
-            check_whole(self.checkpoint_folder.path(step))
-            beside = partial(companions, base=base, tokenizer=None, run_ids=partial(ids_of_run, self._run_config))
-            export_checkpoint(self.checkpoint_folder.path(step), folder, dtype, adapter_of(self._run_config), beside)
+            copied = self.checkpoint_folder.path / BASE_MODEL
+            original = self.config.initial_load_path if self.config.initial_load_in_hf else None
+            base = copied if copied.is_dir() else original
+            check_whole(self.checkpoint_folder.step_path(step))
+            build_metadata = partial(
+                export_metadata, base=base, tokenizer=None, run_ids=partial(token_ids_of_run, self._run_config)
+            )
+            export_checkpoint(
+                self.checkpoint_folder.step_path(step), folder, dtype, adapter_of(self._run_config), build_metadata
+            )
             logger.info("Exported %s.", folder)
 
     def _set_aside_after(self, step: int) -> None:
         for path in self.checkpoint_folder.set_aside_after(step):
-            logger.warning("Renamed a checkpoint newer than step %s to %s.", step, path)
+            logger.warning("Set aside a checkpoint newer than step %s as %s.", step, path)
 
 
-def _hold(parts: Mapping[str, Part]) -> tuple[list[Chunk], frozenset[str], Mapping[str, Any]]:
-    """What this rank may have to write: its chunks, which of them other ranks have too, and its values."""
+def _collect_state(parts: Mapping[str, Part]) -> tuple[list[Chunk], frozenset[str], Mapping[str, Any]]:
+    """Return the chunks that this rank may write, the names of those that other ranks hold too, and its JSON values."""
     tensors, values, _ = split_parts(to_parts(_with_random_state(parts)))
     chunks = [chunk for name, chunk in local_chunks(tensors).items() if is_writer(name, tensors[name])]
     return chunks, frozenset(name for name, tensor in tensors.items() if not is_dtensor(tensor)), values
@@ -264,18 +265,18 @@ def _with_random_state(parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def _find_step(
-    config: Checkpointer.Config, checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard
+    config: Checkpointer.Config, checkpoint_folder: CheckpointFolder, guard: CollectiveGuard
 ) -> tuple[int | None, list[Skipped]]:
-    """The step to load (None: there is none), whose files are whole, and the broken ones that are newer."""
+    """Return the step to load (None: no checkpoint), with verified files, and the broken checkpoints newer than it."""
     step = config.load_step
     if step is None:
-        return find_newest_whole(checkpoint_folder, ranks)
-    if not ranks.first(lambda: was_followed(checkpoint_folder, step)):
-        return find_asked(checkpoint_folder, ranks, step)
-    if ranks.is_first:
+        return find_newest_valid(checkpoint_folder, guard)
+    if not guard.run_on_first(lambda: load_step_was_applied(checkpoint_folder, step)):
+        return find_requested(checkpoint_folder, guard, step)
+    if guard.is_first:
         logger.warning(
-            "A run with load_step %d has gone back to that step: this one goes on from what it saved since. To go back "
-            "again, move the checkpoints newer than step %d out of %s.",
-            *(step, step, checkpoint_folder.folder),
+            "A run with load_step %d has already gone back to that step; resuming from the newest checkpoint saved "
+            "since. To go back again, move the checkpoints newer than step %d out of %s.",
+            *(step, step, checkpoint_folder.path),
         )
-    return find_newest_whole(checkpoint_folder, ranks, least=step)
+    return find_newest_valid(checkpoint_folder, guard, min_step=step)

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other about a checkpoint, over a group of their own."""
+"""Collectives that keep the ranks of a save or load together, over a dedicated gloo group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class CollectiveGuard:
-    """The ranks that save and load together; a process without `torch.distributed` is one rank.
+    """Runs actions on all ranks or on rank 0, and raises an error of one rank on all of them.
 
-    The group is a gloo group made here, so that saving in a thread never mixes its messages with those of training (on
-    a shared gloo group both would hang). Making it is a collective: every rank makes its `CollectiveGuard` at the same point.
-    With `alone` this rank is the only one, whatever the others do.
+    The gloo group is created here, so that messages of a background save never mix with those of training (on one
+    shared gloo group both would hang). The constructor is a collective: every rank must call it at the same point.
+    Without `torch.distributed`, or with `alone=True`, this process is the only rank.
     """
 
     def __init__(self, alone: bool = False) -> None:
@@ -32,7 +32,7 @@ class CollectiveGuard:
         """Whether this is rank 0, which decides and publishes."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order of rank, on every rank."""
         if self._group is None:
             return [value]
@@ -40,49 +40,49 @@ class CollectiveGuard:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def gather_first(self, value: T) -> list[T]:
-        """Return the values of all ranks on rank 0, and an empty list elsewhere."""
+    def gather_to_first(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order of rank, on rank 0, and an empty list on the other ranks."""
         if self._group is None:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_first else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
-    def share(self, value: T) -> T:
-        """Return rank 0's value on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0 on every rank."""
         if self._group is None:
             return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
-    def first(self, action: Callable[[], T]) -> T:
-        """Do `action` on rank 0 and return its result on every rank. Raises what `together` does."""
-        return self.share(self.together(lambda: action() if self.is_first else None))  # type: ignore[return-value]
+    def run_on_first(self, action: Callable[[], T]) -> T:
+        """Call `action` on rank 0 and return its result on every rank. Raises the errors of `run_on_all`."""
+        return self.broadcast(self.run_on_all(lambda: action() if self.is_first else None))  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
-        """Return on every rank whether `flag` is true on any; it costs less than a `gather`."""
+        """Return, on every rank, whether `flag` is true on at least one rank; cheaper than `all_gather`."""
         if self._group is None:
             return flag
         highest = torch.tensor(flag, dtype=torch.int32)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._group)
         return bool(highest)
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Do `action` on every rank and return this rank's result.
+    def run_on_all(self, action: Callable[[], T]) -> T:
+        """Call `action` on every rank and return the result of this rank.
 
         Raises:
-            Exception: what `action` raised on this rank.
-            CheckpointError: when `action` raised on other ranks only; so no rank goes on to wait for one that failed.
+            Exception: the error that `action` raised on this rank.
+            CheckpointError: if `action` raised on other ranks only, so that no rank waits for a failed one.
         """
         result: list[T] = []
         failure: Exception | None = None
         try:
             result.append(action())
-        except Exception as error:  # raised again below, after the other ranks were told
+        except Exception as error:  # re-raised below, after the other ranks were notified
             failure = error
         if self.any(failure is not None):
-            reports = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            reports = self.all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
             if failure is not None:
                 raise failure
             failed = {rank: report for rank, report in enumerate(reports) if report is not None}

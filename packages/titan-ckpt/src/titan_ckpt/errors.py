@@ -1,4 +1,4 @@
-"""The ways in which a checkpoint fails its reader."""
+"""Exceptions raised by saves and loads."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be saved or loaded; the message says what was got, what is needed and what to do."""
+    """A checkpoint could not be saved or loaded. The message states the invalid value, the requirement and the fix."""
 
 
 class BrokenCheckpoint(CheckpointError):
-    """A folder that is not a whole checkpoint: the manifest is missing or invalid, or a file is not what it says."""
+    """An invalid checkpoint: its manifest is missing or invalid, or a file does not match its record."""
 
 
 class UnknownFormat(BrokenCheckpoint):
-    """A checkpoint of a format that this version does not read: it may be whole, so a run stops there."""
+    """A checkpoint of a format that this version cannot read; it may be valid, so the run must stop."""
 
 
 class SaveFailed(CheckpointError):
-    """The disk did not take a save; the next one may succeed."""
+    """The disk failed during a save; a later save may succeed."""
 
 
-def listed(names: Sequence[str], limit: int = 4) -> str:
-    """Join the first `limit` names and say how many more there are.
+def join_names(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first `limit` names and append the number of omitted ones.
 
-    >>> listed(["a", "b", "c"], limit=2)
+    >>> join_names(["a", "b", "c"], limit=2)
     'a, b and 1 more'
     """
     more = len(names) - limit

@@ -1,4 +1,4 @@
-"""One process at a time saves to a folder."""
+"""A lock that keeps other processes from saving to the same folder."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ import os
 from pathlib import Path
 
 from titan_ckpt.errors import CheckpointError
-from titan_ckpt.format.strict_json import is_there
+from titan_ckpt.format.strict_json import regular_file_exists
 
 logger = logging.getLogger(__name__)
 
 
 class ProcessLock:
-    """Keeps other processes out until `release` or the end of this one: after `kill -9` too, the kernel lets go.
+    """Excludes other processes until `release` or the end of this process, even by `kill -9` (the kernel releases it).
 
-    It is POSIX's record lock on the (empty) file `path`: children that are forked do not have it, and this process may
-    take it again. On a file system without such locks it keeps nobody out (`is_held` is False), and the log says so.
+    It is a POSIX record lock on the empty file `path`: forked children do not inherit it, and the process that holds it
+    may acquire it again. On a file system without such locks nothing is excluded: `is_held` is False, and a warning is
+    logged.
 
     Raises:
-        CheckpointError: when another process has it, or `path` is there and no regular file.
+        CheckpointError: if another process holds the lock, or `path` exists and is not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_held = False
         self._descriptor: int | None = None
-        self._take()
+        self._acquire()
 
     def check(self) -> None:
-        """Make sure that this process still has the lock: the file may be gone, or the folder another one.
+        """Check that this process still holds the lock; acquire it again if its file was deleted or replaced.
 
         Raises:
-            CheckpointError: when another process has it now.
+            CheckpointError: if another process holds it now.
         """
         if not self.is_held:
             return
@@ -43,30 +44,31 @@ class ProcessLock:
         except FileNotFoundError:
             same = False
         if not same:
-            logger.warning("The lock %s was deleted or replaced; it is taken again.", self.path)
+            logger.warning("The lock file %s was deleted or replaced; acquiring it again.", self.path)
             self.release()
-        self._take()  # again, if it is held: closing the file anywhere in this process has let it go
+        self._acquire()  # even if held: closing the file anywhere in this process releases a POSIX record lock
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, None
         self.is_held = False
         if descriptor is not None:
             os.close(descriptor)
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         try:
             if self._descriptor is None:
-                is_there(self.path)  # which raises for what no two processes would lock
+                regular_file_exists(self.path)  # raises for a file that cannot be locked, such as a FIFO
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.is_held = True
         except OSError as error:
             opened = self._descriptor is not None
             self.release()
-            if opened and isinstance(error, BlockingIOError | PermissionError):  # POSIX: either, when another has it
+            is_locked = isinstance(error, BlockingIOError | PermissionError)  # POSIX allows either error
+            if opened and is_locked:
                 raise CheckpointError(
-                    f"{self.path.parent} must be used by one process at a time, got another that saves there. "
-                    f"`fuser {self.path}` names it."
+                    f"{self.path.parent} must be used by one process at a time, got another process that saves there. "
+                    f"Run `fuser {self.path}` to find it."
                 ) from error
-            logger.warning("Nothing keeps a second run out of %s: %s.", self.path.parent, error)
+            logger.warning("Cannot lock %s against a second run: %s.", self.path.parent, error)

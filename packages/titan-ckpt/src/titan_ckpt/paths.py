@@ -1,4 +1,4 @@
-"""Paths of this machine's file systems: an address of a remote store is refused, never made a local folder."""
+"""Local paths: the URL of a remote store is rejected, instead of becoming a local folder of that name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from titan_ckpt.errors import CheckpointError
 
 
 def local_path(path: str | PathLike[str], name: str) -> Path:
-    """Return `path`, which the message calls `name`, as a `Path`.
+    """Return `path` as a `Path`; error messages call it `name`.
 
     Raises:
-        CheckpointError: when it begins with a scheme, such as `s3://` or `file://`.
+        CheckpointError: if it begins with a URL scheme, such as `s3://` or `file://`.
     """
     try:
         require_local(path, name)

@@ -1,4 +1,4 @@
-"""The random generators of a rank as a part of a checkpoint."""
+"""The random number generators of a rank as a part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState:
-    """The generators of Python, numpy, torch's CPU and, where it is in use, of the current GPU, kept by rank.
+    """The generators of Python, NumPy, torch on CPU and, if CUDA is initialized, the current GPU, stored per rank.
 
-    Loaded on as many ranks as saved it, every generator goes on where it was. On another number of ranks there is no
-    such place: all are seeded anew, from the saved state and the rank, the same way every time, and the log says so.
+    Loaded on as many ranks as saved it, every generator continues from its saved state. On another number of ranks
+    there is no state to continue from: all generators are seeded from the saved states and the rank, deterministically,
+    and a warning is logged.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"ranks": {rank: {generator: text}}}`."""
+        """Return `{"ranks": {rank: {generator: text}}}` with the generators of this rank."""
         return {"ranks": {str(_rank()): self._texts()}}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Restore this rank's generators, or seed them from those of the ranks that there were.
+        """Restore the generators of this rank, or seed them if the number of ranks or the kind of device changed.
 
         Raises:
-            CheckpointError: when the state is not one of such generators.
+            CheckpointError: if the state is not one of such generators.
         """
         try:
             self._load(state["ranks"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f'The part "random" must hold states of random generators, got {type(error).__name__}: {error}. Load '
-                f"another checkpoint."
+                'The part "random" must contain valid states of random number generators, got '
+                f"{type(error).__name__}: {error}. Load another checkpoint."
             ) from error
 
     def _load(self, ranks: dict[str, dict[str, str]]) -> None:
@@ -48,7 +49,8 @@ class RandomState:
             self._restore(ranks[str(_rank())])
             return
         logger.warning(
-            "The random generators were saved on %d ranks or another kind of device: on these %d they are seeded anew.",
+            "The random number generators were saved on %d ranks, or on another kind of device; seeding those of the "
+            "current %d ranks from the saved state.",
             len(ranks),
             _world_size(),
         )

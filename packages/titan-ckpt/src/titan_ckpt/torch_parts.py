@@ -1,4 +1,4 @@
-"""Objects of torch as parts of a checkpoint: wrapped models by their own names, and optimizers by the models' names."""
+"""PyTorch objects as checkpoint parts: wrapped models under their own names, optimizer state by parameter name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_ckpt.errors import CheckpointError, listed
+from titan_ckpt.errors import CheckpointError, join_names
 from titan_ckpt.format.index import Index, StoredTensor
 from titan_ckpt.format.state_tree import Part
 
@@ -17,7 +17,7 @@ _KEYS = ("class", "state", "groups", "group_of")
 
 
 def to_parts(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """Return the parts: models without their wrappers, and torch's optimizers as `OptimizerPart`s."""
+    """Return the parts with models unwrapped, and torch optimizers as `OptimizerPart`s."""
     unwrapped = {name: _unwrap(part) for name, part in parts.items()}
     names = {
         id(parameter): f"{part_name}.{name}"
@@ -32,7 +32,7 @@ def to_parts(parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def _unwrap(part: Part) -> Part:
-    """The model inside DistributedDataParallel, DataParallel and what torch.compile returns."""
+    """Return the model inside DistributedDataParallel, DataParallel or the result of torch.compile."""
     while True:
         if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
             part = part.module
@@ -43,16 +43,19 @@ def _unwrap(part: Part) -> Part:
 
 
 def _compiled_module() -> Any:
-    """The class of what torch.compile returns: private, in torch 2.11 to 2.13; none before its module is imported."""
+    """Return the class of compiled modules, or () if its module is not imported yet.
+
+    `OptimizedModule` is private; tried with torch 2.11 to 2.13.
+    """
     module = sys.modules.get("torch._dynamo.eval_frame")
     return () if module is None else module.OptimizedModule
 
 
 class OptimizerPart:
-    """A torch optimizer: its state under the names of parameters, in place of their numbers.
+    """A torch optimizer whose state is stored by parameter name instead of parameter number.
 
-    Its tensors need not be there before a load: torch's optimizers make them in their first step. What a checkpoint
-    has of them is made as large, and sharded, as their parameters.
+    Its state tensors need not exist before a load, since torch optimizers create them in their first step. Tensors that
+    exist only in the checkpoint are allocated with the shape and the sharding of their parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -64,17 +67,17 @@ class OptimizerPart:
         self._stored: Index | None = None
 
     def expect(self, stored: Index, values: Mapping[str, Any]) -> None:
-        """From now on, `state_dict` has the tensors that are stored: `stored` has those of this part by their paths.
+        """Make `state_dict` return all tensors of `stored`, the index of this part by path, allocating missing ones.
 
         Raises:
-            CheckpointError: when `values`, what is stored beside them, are not those of an optimizer of this class with
-                these parameters in these groups.
+            CheckpointError: if `values`, the JSON values of the part, are not those of an optimizer of the same class
+                with the same parameters in the same groups.
         """
         self._check(values)
         self._stored = stored
 
     def state_dict(self) -> dict[str, Any]:
-        """The state by names.
+        """Return the state by parameter name.
 
         `{"class": name, "state": {parameter: state}, "groups": {number: settings}, "group_of": {parameter: number}}`.
         """
@@ -92,17 +95,17 @@ class OptimizerPart:
         return {"class": self._class, "state": state, "groups": groups, "group_of": group_of, **more}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Take up a state of these parameters in these groups.
+        """Load a state of the same parameters in the same groups.
 
         Raises:
-            CheckpointError: when the optimizer's class, the parameters or the groups are others.
+            CheckpointError: if the class of the optimizer, its parameters or its groups differ.
         """
         self._check(state)
         packed = self._optimizer.state_dict()
         groups, group_of, states = state["groups"], state["group_of"], state["state"]
         places = {name: place for place, name in enumerate(self._parameters)}
         mine = {
-            name: {key: item for key, item in value.items() if "[" not in key}  # tensors of lists: in these by now
+            name: {key: item for key, item in value.items() if "[" not in key}  # tensors in lists are in their values
             for name, value in states.items()
             if name in places or name not in group_of
         }
@@ -117,17 +120,17 @@ class OptimizerPart:
                 self._restore_types(self._parameters[name], value)
 
     def _check(self, stored: Mapping[str, Any]) -> None:
-        """Check that a state is of this class, with these parameters in these groups. Raises CheckpointError."""
+        """Check the class, the parameters and the groups of a stored state. Raises CheckpointError."""
         groups, group_of = stored.get("groups"), stored.get("group_of")
         if not isinstance(groups, Mapping) or not isinstance(group_of, Mapping):
             raise CheckpointError(
-                f"The state for a {self._class} must be that of a torch optimizer, got one with the keys "
-                f"{listed([str(key) for key in stored]) or 'none'}. Load it into the part that it was saved from."
+                f"The state for {self._class} must be that of a torch optimizer, got one with the keys "
+                f"{join_names([str(key) for key in stored]) or 'none'}. Load it into the part that it was saved from."
             )
         if stored.get("class", self._class) != self._class:
             raise CheckpointError(
                 f"The optimizer must be of the class that it was saved with ({stored['class']}), got "
-                f"{self._class}. Build the same optimizer, or begin a new run with the model alone (initial_load_path)."
+                f"{self._class}. Build the same optimizer, or start a new run from the model alone (initial_load_path)."
             )
         here = {
             id(parameter): number
@@ -147,14 +150,14 @@ class OptimizerPart:
         return type(self._optimizer).__name__
 
     def _restore_types(self, parameter: Tensor, loaded: Mapping[str, Any]) -> None:
-        """Undo what torch casts to the parameter's type: an optimizer may keep float32 beside bfloat16."""
+        """Undo torch's cast of state to the dtype of its parameter: float32 state of bfloat16 weights stays float32."""
         state = self._optimizer.state[parameter]
         for key, value in loaded.items():
             if isinstance(value, Tensor) and state[key].dtype != value.dtype:
                 state[key] = value.to(state[key].device)
 
     def _make_missing(self, state: Mapping[str, Any], stored: Index) -> dict[str, Any]:
-        """The tensors that are stored of the state: those that there are, and new ones in place of the others."""
+        """Return a state with all stored tensors: the existing ones, and newly allocated ones for the others."""
         made: dict[str, Any] = {}
         for name, path, tensor in self._find_stored(stored):
             there: Any = state.get(name, {})
@@ -163,11 +166,11 @@ class OptimizerPart:
                 there = there.get(key, {}) if isinstance(there, Mapping) else {}
                 target = target.setdefault(key, {})
             found = there.get(path[-1]) if isinstance(there, Mapping) else None
-            target[path[-1]] = found if _fits(found, tensor) else _new(self._parameters[name], tensor)
+            target[path[-1]] = found if _matches(found, tensor) else _allocate(self._parameters[name], tensor)
         return made
 
     def _find_stored(self, stored: Index) -> Iterator[tuple[str, list[str], StoredTensor]]:
-        """Yield (parameter name, path below it, stored tensor)."""
+        """Yield (parameter name, path within its state, stored tensor)."""
         for path, tensor in stored.items():
             words = path.split(".")
             for end in range(len(words) - 1, 1, -1):
@@ -181,11 +184,11 @@ def _name(key: Any, names: Sequence[str]) -> str:
     return names[key] if isinstance(key, int) else str(key)
 
 
-def _fits(found: Any, stored: StoredTensor) -> bool:
+def _matches(found: Any, stored: StoredTensor) -> bool:
     return isinstance(found, Tensor) and tuple(found.shape) == stored.shape and found.dtype == stored.torch_dtype
 
 
-def _new(parameter: Tensor, stored: StoredTensor) -> Tensor:
+def _allocate(parameter: Tensor, stored: StoredTensor) -> Tensor:
     if tuple(parameter.shape) == stored.shape:
         return torch.zeros_like(parameter.detach(), dtype=stored.torch_dtype)
     return torch.zeros(stored.shape, dtype=stored.torch_dtype)

@@ -1,4 +1,4 @@
-"""A typed config that builds the object that owns it: JSON, diff and a command line included."""
+"""Typed configs that build the objects they describe, with JSON, diff and a command line."""
 
 from titan_config.codec import from_dict, to_dict
 from titan_config.command_line import cli

@@ -1,4 +1,4 @@
-"""The words of a command line, sorted: which flags are set to what, and what else was asked for."""
+"""Command-line parsing: words to flags with values, and the built-in flags --config, --print-config and --help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESERVED = ("config", "print_config", "help")
 
 @dataclasses.dataclass
 class Arguments:
-    """What a command line asks for; `settings` are (flag, values) from the top of the tree down, otherwise in order."""
+    """A parsed command line; `settings` are (flag, values) pairs, outer flags before nested ones."""
 
     settings: list[tuple[str, list[str]]]
     file: str | None
@@ -23,7 +23,7 @@ class Arguments:
 
 
 def sort_words(words: Sequence[str]) -> Arguments:
-    """Split words into flags and their values. Raises ConfigError for values that belong to no flag."""
+    """Group words into flags and their values. Raises ConfigError for a value before the first flag."""
     pairs: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--") or word == "-h":
@@ -32,20 +32,20 @@ def sort_words(words: Sequence[str]) -> Arguments:
         elif pairs:
             pairs[-1][1].append(word)
         else:
-            raise ConfigError(f"Got {word!r} before any flag. Everything is given by a flag. Write --name {word}.")
+            raise ConfigError(f"The first argument must be a flag, got {word!r}. Write --name {word}.")
     reserved = {name.replace("-", "_"): values for name, values in pairs if name.replace("-", "_") in RESERVED}
     file = reserved.get("config")
     if file is not None and len(file) != 1:
-        raise ConfigError(f"Got {len(file)} files for --config. It takes one. Write --config run.json.")
+        raise ConfigError(f"--config must be followed by one file, got {len(file)}. Write --config run.json.")
     if reserved.get("print_config"):
-        raise ConfigError(f"Got {reserved['print_config']} after --print-config. It takes no value. Leave it out.")
+        raise ConfigError(f"--print-config takes no value, got {' '.join(reserved['print_config'])!r}.")
     settings = [(name, values) for name, values in pairs if name.replace("-", "_") not in RESERVED]
     settings.sort(key=lambda setting: setting[0].count("."))
     return Arguments(settings, file[0] if file else None, "print_config" in reserved, reserved.get("help"))
 
 
 def find_flag(name: str, flags: dict[str, Flag]) -> Flag:
-    """Return the flag of that name, where - and _ are the same. Raises ConfigError with the nearest right name."""
+    """Return the flag called `name`; - and _ are equivalent. Raises ConfigError with the nearest known name."""
     plain = name.replace("-", "_")
     found = flags.get(name) or {path.replace("-", "_"): flag for path, flag in flags.items()}.get(plain)
     if found is not None:
@@ -53,19 +53,15 @@ def find_flag(name: str, flags: dict[str, Flag]) -> Flag:
     head, dot, last = plain.rpartition(".")
     negated = flags.get(f"{head}{dot}{last.removeprefix('no_')}")
     if negated is not None and negated.is_switch:
-        raise ConfigError(
-            f"Got --{name}. A switch is turned off by its value. Write --{negated.path} False.",
-        )
+        raise ConfigError(f"Unknown flag --{name}. To turn the switch off, write --{negated.path} False.")
     owners = components_with(plain, flags)
     if owners:
         place, names = owners
-        has = f"{' and '.join(names)} have it" if len(names) > 1 else f"{names[0]} has it"
-        raise ConfigError(
-            f"--{name} must be a flag of the chosen component, got none of that name. {has}: --{place} {names[0]}."
-        )
+        choices = " or ".join(f"--{place} {each}" for each in names)
+        raise ConfigError(f"The chosen component has no flag --{name}. The flag is available with {choices}.")
     same_name = [path for path in flags if path.rpartition(".")[2] == last]
     if same_name:
         advice = f"Did you mean {' or '.join(f'--{path}' for path in same_name[:4])}?"
     else:
         advice = nearest(f"--{plain}", [f"--{path}" for path in flags])
-    raise ConfigError(f"Got the flag --{name}. There is none of that name. {advice}")
+    raise ConfigError(f"Unknown flag --{name}. {advice}")

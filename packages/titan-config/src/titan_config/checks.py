@@ -1,6 +1,7 @@
-"""Checks of values against annotations, compiled once a field: `compile_check(annotation)(value)` is what to store.
+"""Checks of values against annotations, compiled once per field.
 
-That is the value itself, or what it is stored as (an int given for a float becomes a float). Else it is a Mismatch.
+`compile_check(annotation)(value)` returns the value to store: `value` itself, or its converted form (an int given for a
+float becomes a float). It raises Mismatch for a value of another type.
 """
 
 from __future__ import annotations
@@ -14,36 +15,36 @@ from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
 from titan_config.errors import join, label
-from titan_config.local_path import plain, remote_advice, scheme_of
+from titan_config.local_path import as_written, remote_advice, scheme_of
 from titan_config.tree import Node
 
 Check = Callable[[Any], Any]
 
 
 class Mismatch(Exception):
-    """A value is not what its annotation asks for; `path` says which item inside a container."""
+    """A value that does not match its annotation; `path` is the item inside a container, `advice` the fix or ""."""
 
-    def __init__(self, value: Any, need: str, do: str, path: str = "") -> None:
-        super().__init__(value, need, do, path)
-        self.value, self.need, self.do, self.path = value, need, do, path
+    def __init__(self, value: Any, expected: str, advice: str = "", path: str = "") -> None:
+        super().__init__(value, expected, advice, path)
+        self.value, self.expected, self.advice, self.path = value, expected, advice, path
 
 
-class Unfit(Mismatch):
-    """A path that no field takes, whatever else it takes: it has a scheme."""
+class RemotePath(Mismatch):
+    """A path with a scheme, which is an error even where another member of a union would accept the value."""
 
 
 def is_callable(annotation: Any) -> bool:
-    """Say whether an annotation is `Callable`, with arguments or without."""
+    """Return whether an annotation is `Callable`, with or without arguments."""
     return get_origin(annotation) is collections.abc.Callable or annotation in (Callable, typing.Callable)
 
 
 def is_dtype(annotation: Any) -> bool:
-    """Say whether an annotation is `torch.dtype`, without importing torch."""
+    """Return whether an annotation is `torch.dtype`, without importing torch."""
     return isinstance(annotation, type) and (annotation.__module__, annotation.__name__) == ("torch", "dtype")
 
 
 def describe(annotation: Any) -> str:
-    """Return an annotation as people write it: "list[int]", "Norm.Config or None", "one of 'full', 'none'"."""
+    """Return an annotation as readable text: "list[int]", "Norm.Config or None", "one of 'full', 'none'"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is None or annotation is type(None):
         return "None"
@@ -64,19 +65,19 @@ def describe(annotation: Any) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Return a value and its type on one short line; a path with a scheme as it was written."""
+    """Return a value, cut to 80 characters, and its type as one line; a path with a scheme as the user wrote it."""
     if isinstance(value, os.PathLike) and scheme_of(value):
-        return plain(value)
+        return as_written(value)
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python limits the conversion of integers to 4300 digits
         text = f"{value:#x}" if isinstance(value, int) else "..."
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if value is None or isinstance(value, type) else f"{text} ({label(type(value))})"
 
 
 def compile_check(annotation: Any) -> Check:
-    """Return the check for `annotation`. Raises TypeError for an annotation a config field cannot have."""
+    """Return the check for `annotation`. Raises TypeError for an annotation that a config field cannot have."""
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return lambda value: value
@@ -126,7 +127,7 @@ def _check_float(value: Any) -> float:
         try:
             return float(value)
         except OverflowError:
-            raise Mismatch(value, "float", "The largest is 1.8e308.") from None
+            raise Mismatch(value, "float", "The largest float is 1.8e308.") from None
     raise Mismatch(value, "float", _number_advice(value, float))
 
 
@@ -139,7 +140,7 @@ def _number_advice(value: Any, kind: type) -> str:
             pass
     if isinstance(value, float) and value.is_integer():
         return f"Write {int(value)}."
-    return f"Give it a number such as {'8' if kind is int else '0.1'}."
+    return ""
 
 
 def _check_str(value: Any) -> str:
@@ -147,7 +148,7 @@ def _check_str(value: Any) -> str:
         return value
     if isinstance(value, str):
         return str.__str__(value)
-    raise Mismatch(value, "str", f'Write it with quotes: "{value}".')
+    raise Mismatch(value, "str", f'Write "{value}" with quotes.')
 
 
 def _instance_check(kind: type) -> Check:
@@ -167,14 +168,12 @@ def _instance_advice(value: Any, kind: type) -> str:
     if issubclass(kind, os.PathLike):
         return f'Write Path("{os.fspath(value) if isinstance(value, (str, os.PathLike)) else "..."}").'
     if is_dtype(kind):
-        return (
-            f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16, say."
-        )
+        return f"Write torch.{value}." if isinstance(value, str) and value.isidentifier() else "Write torch.bfloat16."
     if kind is type(None):
-        return "Write None."
+        return ""
     if isinstance(value, type) and hasattr(value, "Config"):
         return f"Write {label(value)}.Config(...)."
-    return f"Write {label(kind)}(...), or a config of a class derived from it."
+    return f"Write {label(kind)}(...) or the Config of a subclass."
 
 
 def _path_check(check_type: Check) -> Check:
@@ -182,7 +181,7 @@ def _path_check(check_type: Check) -> Check:
         path = check_type(value)
         scheme = scheme_of(path)
         if scheme:
-            raise Unfit(value, "a local path", remote_advice(scheme))
+            raise RemotePath(value, "a local path", remote_advice(scheme))
         return path
 
     return check
@@ -193,7 +192,7 @@ def _literal_check(annotation: Any, choices: tuple[Any, ...]) -> Check:
         for choice in choices:
             if value == choice and type(value) is type(choice):
                 return value
-        raise Mismatch(value, describe(annotation), f"Write one of these, such as {choices[0]!r}.")
+        raise Mismatch(value, describe(annotation))
 
     return check
 
@@ -205,20 +204,20 @@ def _union_check(annotation: Any, checks: list[Check]) -> Check:
         for member in checks:
             try:
                 result = member(value)
-            except Unfit:
+            except RemotePath:
                 raise
             except Mismatch as mismatch:
                 failures.append(mismatch)
                 continue
-            if result is value:  # fits as it is; a member that would convert it comes second
+            if result is value:  # an exact match is preferred to one that converts
                 return value
             stored.append(result)
         if stored:
             return stored[0]
         inside = [mismatch for mismatch in failures if mismatch.path]
-        if len(inside) == 1:  # the container was right, one of its items is not
+        if len(inside) == 1:  # the container matches, one of its items does not
             raise inside[0]
-        raise Mismatch(value, describe(annotation), next(f.do for f in failures))
+        raise Mismatch(value, describe(annotation), failures[0].advice)
 
     return check
 
@@ -226,7 +225,7 @@ def _union_check(annotation: Any, checks: list[Check]) -> Check:
 def _callable_check(value: Any) -> Any:
     if callable(value):
         return value
-    raise Mismatch(value, "a function", "Give it the function itself or a functools.partial of it.")
+    raise Mismatch(value, "a function", "Pass the function itself or a functools.partial of it.")
 
 
 def _items_check(container: Any, annotation: Any, check_item: Check) -> Check:
@@ -244,7 +243,7 @@ def _fixed_tuple_check(annotation: Any, checks: list[Check]) -> Check:
         if not isinstance(value, tuple):
             raise Mismatch(value, describe(annotation), _container_advice(value, tuple))
         if len(value) != len(checks):
-            raise Mismatch(value, describe(annotation), f"Give it {len(checks)} items.")
+            raise Mismatch(value, describe(annotation), f"The tuple must have {len(checks)} items.")
         items = [_checked_item(checks[index], item, index) for index, item in enumerate(value)]
         return value if all(map(_same, items, value)) else tuple(items)
 
@@ -254,7 +253,7 @@ def _fixed_tuple_check(annotation: Any, checks: list[Check]) -> Check:
 def _dict_check(check_key: Check, check_value: Check) -> Check:
     def check(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise Mismatch(value, "dict", "Write it with braces: {...}.")
+            raise Mismatch(value, "dict", "Write {key: value}.")
         items = {
             _checked_item(check_key, key, key): _checked_item(check_value, item, key) for key, item in value.items()
         }
@@ -271,13 +270,12 @@ def _checked_item(check: Check, item: Any, place: object) -> Any:
     try:
         return check(item)
     except Mismatch as mismatch:
-        raise Mismatch(mismatch.value, mismatch.need, mismatch.do, join(str(place), mismatch.path)) from None
+        path = join(str(place), mismatch.path)
+        raise Mismatch(mismatch.value, mismatch.expected, mismatch.advice, path) from None
 
 
 def _container_advice(value: Any, container: Any) -> str:
     kinds = (list, tuple, set, frozenset)
     if isinstance(value, kinds):
         return f"Write {container(value)!r}."
-    return (
-        f"Write {container([value])!r}." if isinstance(value, (str, int, float)) else f"Give it a {container.__name__}."
-    )
+    return f"Write {container([value])!r}." if isinstance(value, (str, int, float)) else ""

@@ -1,10 +1,10 @@
-"""Configs to plain data and back without loss: `to_dict` and `from_dict`.
+"""Lossless conversion between configs and plain data: `to_dict` and `from_dict`.
 
-What JSON has is itself; anything else is an object with a tag:
+JSON types are stored unchanged; every other type is an object with a tag:
 
     {"$type": "titan_models.norm:RMSNorm.Config", "dim": 64}       a config
     {"$tuple": [1, 2]}   {"$set": [1, 2]}   {"$frozenset": [1]}    containers
-    {"$dict": [[key, value], ...]}                                 a dict whose keys are not plain strings
+    {"$dict": [[key, value], ...]}                                 a dict with keys that are not strings or begin with $
     {"$path": "outputs"}   {"$dtype": "bfloat16"}   {"$float": "nan"}
     {"$enum": "package.module:Color", "name": "RED"}
     {"$function": "torch.nn.init:zeros_"}
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from titan_config.checks import describe_value
-from titan_config.configurable import Config, check, fill_whole
+from titan_config.configurable import Config, check, fill_all
 from titan_config.errors import ConfigError, join, label, nearest
 from titan_config.importing import DEFAULT_ALLOW, find_class, find_function, path_of
 from titan_config.json_text import require_shallow
@@ -29,29 +29,33 @@ from titan_config.tree import children
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return a config as plain JSON data, checked first (types and `validate` rules, over the whole tree)."""
+    """Return a config as plain JSON data.
+
+    Raises ConfigError if a type or `validate` rule is violated anywhere in the tree, or a value cannot be saved.
+    """
     check(config, finite=False)
     return encode(config)
 
 
 def from_dict(data: dict[str, Any], allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
-    """Return the config that `to_dict` made `data` from; fields that `data` lacks take their defaults.
+    """Return the config that `to_dict` encoded as `data`; fields missing from `data` take their defaults.
 
-    Only what `allow` lists is imported (see `titan_config.importing`). Raises ConfigError with the path in the tree.
+    Only modules listed in `allow` are imported (see `titan_config.importing`). Raises ConfigError with the path in the
+    tree.
     """
     if not (isinstance(data, dict) and "$type" in data):
         raise ConfigError(
-            f"Got {describe_value(data)}. A config is an object that names its class. Give it a "
-            '"$type": "package.module:Owner.Config".'
+            f'A saved config must be an object with "$type": "package.module:Owner.Config", got {describe_value(data)}.'
         )
     require_shallow(data)
     return decode(data, allow)
 
 
 def encode(value: Any, path: str = "", strict: bool = True) -> Any:
-    """Return any value that a config can hold as JSON data.
+    """Return any value of a config as JSON data.
 
-    Raises ConfigError for what could not be read back; with `strict` off that becomes text, good for reading only.
+    Raises ConfigError for a value that `decode` could not restore; with `strict=False` such a value becomes text for
+    display.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -97,9 +101,8 @@ def _encode_other(value: Any, path: str, strict: bool) -> dict[str, Any]:
     if callable(value) or not strict:
         return {"$function": _saved_path(value, path, strict)}
     raise ConfigError(
-        f"Got {describe_value(value)}, which cannot be saved. A config holds numbers, strings, paths, dtypes, enums, "
-        "functions, configs, and lists, tuples, dicts and sets of these. Use one of them, or hand the object to "
-        "build(**runtime).",
+        "A saved value must be a number, string, path, dtype, enum, function, config, or a list, tuple, dict or set of "
+        f"these, got {describe_value(value)}. Pass live objects to build(**runtime).",
         path,
     )
 
@@ -115,14 +118,15 @@ def _saved_path(value: Any, path: str, strict: bool) -> str:
     if not strict:
         return f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
     raise ConfigError(
-        f"Got {describe_value(value)}, which cannot be found by an import path. What is saved by its path must stand "
-        "at the top of a module or in a class. Define it there: no lambda, no method of an object, nothing local.",
+        "A saved class or function must have an import path, got "
+        f"{describe_value(value)}. Define it at the top level of a module or class: lambdas, bound methods and local "
+        "definitions have none.",
         path,
     )
 
 
 def decode(data: Any, allow: Sequence[str]) -> Any:
-    """Return the value that `encode` made `data` from."""
+    """Return the value that `encode` encoded as `data`. Raises ConfigError for malformed data or forbidden imports."""
     if isinstance(data, list):
         return [_decode_part(item, allow, index) for index, item in enumerate(data)]
     if not isinstance(data, dict):
@@ -131,7 +135,7 @@ def decode(data: Any, allow: Sequence[str]) -> Any:
     if tag is None:
         return {key: _decode_part(item, allow, key) for key, item in data.items()}
     if tag not in _DECODERS:
-        raise ConfigError(f"Got the tag {tag}. A tag says what kind of value follows. {nearest(tag, _DECODERS)}")
+        raise ConfigError(f"Unknown tag {tag} in a saved config. {nearest(tag, _DECODERS)}")
     if tag != "$type" and data.keys() != {tag, *_COMPANIONS.get(tag, ())}:
         _malformed(data, tag)
     return _DECODERS[tag](data, allow)
@@ -148,18 +152,18 @@ def _decode_part(data: Any, allow: Sequence[str], name: object) -> Any:
 def _decode_config(data: dict[str, Any], allow: Sequence[str]) -> Config:
     cls = find_class(_text(data, "$type"), allow)
     if not issubclass(cls, Config):
-        raise ConfigError(f"Got the type {label(cls)}. A $type names a Config class. Use $enum for an enum.")
-    config = object.__new__(cls)  # its __post_init__ ran before it was saved
-    fill_whole(config, {name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
+        raise ConfigError(f"$type must name a Config class, got {label(cls)}. Use $enum for an enum.")
+    config = object.__new__(cls)  # skips __post_init__, which ran before the config was saved
+    fill_all(config, {name: _decode_part(item, allow, name) for name, item in data.items() if name != "$type"})
     return config
 
 
 def _decode_enum(data: dict[str, Any], allow: Sequence[str]) -> enum.Enum:
     cls, name = find_class(_text(data, "$enum"), allow), _text(data, "name")
     if not issubclass(cls, enum.Enum):
-        raise ConfigError(f"Got the enum {label(cls)}. An $enum names an enum. Use $type for a config.")
+        raise ConfigError(f"$enum must name an enum, got {label(cls)}. Use $type for a config.")
     if name not in cls.__members__:
-        raise ConfigError(f"Got the name {name}. {label(cls)} has no such member. {nearest(name, cls.__members__)}")
+        raise ConfigError(f"{label(cls)} has no member {name!r}. {nearest(name, cls.__members__)}")
     return cls.__members__[name]
 
 
@@ -190,13 +194,16 @@ def _decode_dtype(data: dict[str, Any], allow: Sequence[str]) -> Any:
 
 
 def find_dtype(name: str) -> Any:
-    """Return torch's dtype of that name. Imports torch."""
+    """Return the torch.dtype called `name` ("bfloat16" or "torch.bfloat16"). Imports torch.
+
+    Raises ConfigError for an unknown name.
+    """
     import torch
 
     found = vars(torch).get(name.removeprefix("torch."))
     if not isinstance(found, torch.dtype):
         dtypes = [key for key, value in vars(torch).items() if isinstance(value, torch.dtype)]
-        raise ConfigError(f"Got the dtype {name}. torch has none of that name. {nearest(name, dtypes)}")
+        raise ConfigError(f"torch has no dtype {name!r}. {nearest(name, dtypes)}")
     return found
 
 
@@ -220,7 +227,7 @@ def _decode_items(container: Callable[[list[Any]], Any]) -> Callable[..., Any]:
 def _collected(container: Callable[[list[Any]], Any], items: list[Any], data: dict[str, Any], tag: str) -> Any:
     try:
         return container(items)
-    except TypeError:  # a key of a dict or an item of a set that cannot be one
+    except TypeError:  # an unhashable dict key or set item
         _malformed(data, tag)
 
 
@@ -231,7 +238,7 @@ def _text(data: dict[str, Any], key: str) -> str:
 
 def _malformed(data: dict[str, Any], key: str) -> NoReturn:
     raise ConfigError(
-        f"Got {describe_value(data)}. What belongs to {key} is missing or of the wrong kind. Write what to_dict writes."
+        f"An object with the key {key} must have the format that to_dict writes, got {describe_value(data)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line of a config: `cli(config)` returns it with everything set that was asked for, and checked."""
+"""The command line of a config: `cli(config)` applies the flags and returns the checked config."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ C = TypeVar("C", bound=Config)
 
 
 def cli(config: C | Callable[[], C], argv: Sequence[str] | None = None, allow: Sequence[str] = DEFAULT_ALLOW) -> C:
-    """Return a copy of `config` (or of what it returns) with the flags of `argv` (the program's by default) applied.
+    """Return a copy of `config` with the flags of `argv` (default: `sys.argv[1:]`) applied.
 
-    Ends the program: with code 2 and one short message where something is wrong, with 0 after --help and
-    --print-config. What the words of the command line name by an import path may be imported. A file (--config) may use
-    that, what the program has imported, and what `allow` lists, see `titan_config.importing`.
+    `config` is a config or a function that returns one. Exits with code 2 and a short message on an error, with code 0
+    after --help and --print-config. Import paths given on the command line may be imported. A file (--config) may
+    name those paths, classes that the program has imported, and entries of `allow`; see `titan_config.importing`.
     """
     try:
         return _run(config, list(sys.argv[1:] if argv is None else argv), allow)
     except ConfigError as error:
-        _say(f"{_program()}: {error}", sys.stderr)
+        _print_on_rank_0(f"{_program()}: {error}", sys.stderr)
         sys.exit(2)
 
 
@@ -43,7 +43,8 @@ def _run(source: Any, words: list[str], allow: Sequence[str]) -> Any:
     taken = [name for name in RESERVED if name in type(config)._fields]
     if taken:
         raise ConfigError(
-            f"Got a field {label(type(config))}.{taken[0]}. --{taken[0]} means something else. Rename the field."
+            f"Field {label(type(config))}.{taken[0]} must not have the name of the built-in flag --{taken[0]}. "
+            "Rename the field."
         )
     arguments = sort_words(words)
     allow = (*allow, *paths_in([word for _, values in arguments.settings for word in values]))
@@ -70,14 +71,14 @@ def _loaded(arguments: Arguments, recipe: Config, allow: Sequence[str]) -> Confi
     except NotAllowed as error:
         do = f"add --{error.path} {error.import_path}" if error.path else "import its module in the recipe"
         raise NotAllowed(
-            "A class or function in a config file must be one that this program imports or that the command line "
-            f"names, got {error.import_path}. If you trust its code, {do}.",
+            "Classes and functions in a config file must be imported by the program or named on the command line, got "
+            f"{error.import_path}. If you trust that code, {do}.",
             error.path,
             file,
         ) from error
     if not (isinstance(config, expected) or issubclass(expected, type(config))):
         raise ConfigError(
-            f"Got a {label(type(config))}. This program runs a {label(expected)}. Give it the saved config of one.",
+            f"The config file must contain a {label(expected)}, got a {label(type(config))}.",
             file=file,
         )
     return config
@@ -86,7 +87,7 @@ def _loaded(arguments: Arguments, recipe: Config, allow: Sequence[str]) -> Confi
 def _apply(
     config: Config, settings: list[tuple[str, list[str]]], allow: Sequence[str], only_components: bool
 ) -> tuple[Any, set[str]]:
-    """Apply settings, components before the flags they bring; return the config and the paths set."""
+    """Apply settings, each component before its own flags. Return the config and the paths that were set."""
     from titan_config.arguments import find_flag
     from titan_config.components import read_components
     from titan_config.flags import flags_of
@@ -117,11 +118,11 @@ def _with_value(config: Config, flag: Any, words: list[str], allow: Sequence[str
         raise ConfigError(error.message, f"--{flag.path}") from error
     except ValueError as error:
         spec = spec_of(flag.annotation, allow)
-        got = f"Got {_shortened(' '.join(words))!r} for" if words else "Got no value for"
+        got = repr(_shortened(" ".join(words))) if words else "no value"
         advice = f"Write --{flag.path} {spec.metavar}."
         if spec.choices and words:
             advice = nearest(words[0], spec.choices)
-        raise ConfigError(f"{got} --{flag.path}. It must be {describe(flag.annotation)}. {advice}") from error
+        raise ConfigError(f"--{flag.path} must be {describe(flag.annotation)}, got {got}. {advice}") from error
 
 
 def _shortened(text: str) -> str:
@@ -133,7 +134,7 @@ def _check_complete(config: Config) -> None:
         missing = [name for name in node._fields if name not in vars(node)]
         if missing:
             flag = f"--{join(path, missing[0])}"
-            raise ConfigError(f"Got no {flag}. {label(type(node))} needs it. Add {flag} and its value.")
+            raise ConfigError(f"Required flag {flag} is missing: {label(type(node))}.{missing[0]} has no default.")
 
 
 def _print_help(config: Config, sections: list[str], allow: Sequence[str]) -> NoReturn:
@@ -145,7 +146,10 @@ def _print_help(config: Config, sections: list[str], allow: Sequence[str]) -> No
 
 
 def _print_config(config: Config, start: Config, file: str | None, given: set[str]) -> NoReturn:
-    """Print every value and where it came from. A chosen component brings defaults, and what it shares with the old."""
+    """Print every value and its origin: default, recipe, config file or command line.
+
+    Of a component chosen on the command line, fields copied from the old component keep their origin.
+    """
     before, values = flatten(start), flatten(config)
     saved = flatten(read_json(file)) if file else before
     nodes = {path for path, _ in traverse(config)}
@@ -157,7 +161,7 @@ def _print_config(config: Config, start: Config, file: str | None, given: set[st
             origin = "command line"
         elif path in saved and repr(before.get(path)) == repr(values[path]):
             origin = file or "recipe"
-        _say(f"{line:{width}}  # {origin}", sys.stdout)
+        _print_on_rank_0(f"{line:{width}}  # {origin}", sys.stdout)
     sys.exit(0)
 
 
@@ -166,10 +170,10 @@ def _program() -> str:
 
 
 def _is_first_rank() -> bool:
-    """Of the processes that torchrun starts with the same words, one speaks."""
+    """Return whether this process should print: torchrun starts every rank with the same command line."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say(text: str, stream: Any) -> None:
+def _print_on_rank_0(text: str, stream: Any) -> None:
     if _is_first_rank():
         print(text, file=stream)

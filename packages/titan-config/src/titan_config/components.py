@@ -1,4 +1,4 @@
-"""Choosing components on the command line: `--optimizer Muon`, `--optimizer package.muon:Muon`, `--validator None`."""
+"""Component selection on the command line: `--optimizer Muon`, `--optimizer package.muon:Muon`, `--validator None`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_config.tree import children
 
 
 def known_components(types: Sequence[type[Config]]) -> dict[str, list[type[Config]]]:
-    """Return {name: config classes} of all that is imported and may stand for `types`; abstract owners are left out."""
+    """Return {name: config classes} of all imported subclasses of `types`, without those of abstract owners."""
     found: dict[str, dict[str, type[Config]]] = {}
     for cls in (cls for kind in types for cls in _with_subclasses(kind)):
         if cls is not Config and not getattr(cls._owner, "__abstractmethods__", None):
@@ -28,7 +28,10 @@ def _with_subclasses(cls: type[Config]) -> Iterator[type[Config]]:
 
 
 def components_with(path: str, flags: dict[str, Flag]) -> tuple[str, list[str]] | None:
-    """Return the flag that chooses a component with the flag `path`, and the names of those that have it."""
+    """Return the component flag above `path` and the names of up to three components that have the flag `path`.
+
+    None if no imported component has it.
+    """
     place = path
     while "." in place:
         place = place.rpartition(".")[0]
@@ -45,25 +48,26 @@ def components_with(path: str, flags: dict[str, Flag]) -> tuple[str, list[str]] 
 
 
 def _related(annotated: type[Config], value: Any) -> list[type[Config]]:
-    """Return what stands for the annotated type: where that is any config, those with a base in common with `value`."""
+    """Return the base class of the candidates for a field: `annotated`, or the root class of `value` for any config."""
     if annotated is not Config:
         return [annotated]
     return [base for base in type(value).__mro__ if issubclass(base, Config) and base is not Config][-1:]
 
 
 def name_of(cls: type[Config]) -> str:
-    """Return what a component is called on the command line: the name of the class its config builds."""
+    """Return the name of a component on the command line: the name of the class that its config builds."""
     return (cls._owner or cls).__name__
 
 
 def read_components(flag: Flag, words: Sequence[str], allow: Sequence[str]) -> Any:
-    """Return what the words after a flag choose: a component, None, or for a list or tuple one component a word."""
+    """Return the value that the words after a flag select.
+
+    That is a component, None, or, for a field that is a list or tuple, one component per word. Raises ConfigError for
+    an unknown or unsuitable component.
+    """
     if flag.component_types:
         if len(words) != 1:
-            raise ConfigError(
-                f"Got {len(words)} values for --{flag.path}. It takes the name of one component. Write --{flag.path} "
-                "NAME."
-            )
+            raise ConfigError(f"--{flag.path} must be followed by the name of one component, got {len(words)} values.")
         return _choose(words[0], flag.component_types, flag.value, flag, allow)
     if list(words) == ["None"] and flag.is_optional:
         return None
@@ -73,16 +77,16 @@ def read_components(flag: Flag, words: Sequence[str], allow: Sequence[str]) -> A
 
 
 def _choose(name: str, types: Sequence[type[Config]], old: Any, flag: Flag, allow: Sequence[str]) -> Any:
-    """Return the component called `name`, filled with what the shared base of it and the `old` one holds.
+    """Return the component called `name`, with the fields of its common base class with `old` copied from `old`.
 
-    Fields that neither the old component nor a default fills are left out: the command line still has to give them.
+    Fields that have neither an old value nor a default are left unset: the command line must set them.
     """
     if name == "None" and flag.is_optional and flag.component_types:
         return None
     cls = find_config(name, allow) if ":" in name else _by_name(name, types, flag)
     if not issubclass(cls, tuple(types)):
         raise ConfigError(
-            f"Got {name} for --{flag.path}. It must be {' or '.join(map(name_of, types))}, or derive from it. "
+            f"--{flag.path} must be {' or '.join(map(name_of, types))} or a subclass, got {name}. "
             f"{nearest(name, known_components(types))}"
         )
     if type(old) is cls:
@@ -105,11 +109,11 @@ def _by_name(name: str, types: Sequence[type[Config]], flag: Flag) -> type[Confi
     if candidates:
         paths = ", ".join(str(path_of(cls._owner or cls)) for cls in candidates)
         raise ConfigError(
-            f"Got {name} for --{flag.path}, a name of several components. One of them must be chosen. Write one of: "
-            f"{paths}."
+            f"--{flag.path} must name exactly one component, got {name}, the name of {len(candidates)} components. "
+            f"Write one of: {paths}."
         )
-    need = "It must name a component, or be an import path such as package.module:Class"
+    need = "must be the name of a component or an import path such as package.module:Class"
     if name == "None":
-        need = f"{label(flag.owner)} cannot do without it"
+        need = f"must be a component (the field of {label(flag.owner)} is not optional)"
     names = [*known, "None"] if flag.is_optional else list(known)
-    raise ConfigError(f"Got {name} for --{flag.path}. {need}. {nearest(name, names)}")
+    raise ConfigError(f"--{flag.path} {need}, got {name}. {nearest(name, names)}")

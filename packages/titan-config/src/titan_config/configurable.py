@@ -1,4 +1,4 @@
-"""`Configurable` and its `Config`: a typed config that builds the object that owns it."""
+"""`Configurable` and its `Config`: a typed config that builds its owner class."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from titan_config.tree import Node, children, copied, same
 class Configurable:
     """An object built from a config: `class Config(Configurable.Config)` inside it states the fields.
 
-    A subclass without a `Config` of its own gets one, so that `B.Config()` builds a `B`.
+    A subclass that defines no `Config` gets one automatically, so that `B.Config()` builds a `B`.
     """
 
     @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
     class Config(Node):
-        """Base of all configs: a keyword-only dataclass whose every assignment is checked for name and type."""
+        """Base class of all configs: a keyword-only dataclass that checks field name and type on every assignment."""
 
         def __init_subclass__(cls, **kwargs: Any) -> None:
             super().__init_subclass__(**kwargs)
@@ -32,22 +32,24 @@ class Configurable:
             cls._scope = scope_of(sys._getframe(1), cls.__qualname__)
 
         def validate(self) -> None:
-            """Raise ConfigError or ValueError (three sentences: got, need, do) where fields do not go together.
+            """Raise ConfigError or ValueError if the values of the fields are inconsistent; override in a subclass.
 
-            Runs over the whole tree at build, saving and on the command line, after names and types were checked.
+            Called for every config of the tree by `build`, when saving and by `cli`, after names and types are checked.
+            Messages follow the pattern "X must be Y, got Z."
             """
 
         def build(self, **runtime: Any) -> Any:
-            """Return the owner, made from a private frozen copy of this config and from `runtime` objects.
+            """Return an instance of the owner class, built from a private frozen copy of this config and `runtime`.
 
-            Raises ConfigError, with its path in the tree, for a value of the wrong type or a `validate` that fails.
+            `runtime` holds live objects (devices, meshes, tokenizers), passed on as keyword arguments. Raises
+            ConfigError, with the path in the tree, if a value has the wrong type or `validate` fails.
             """
             owner = _concrete_owner(type(self))
             shadowed = sorted(runtime.keys() & vars(self).keys())
             if shadowed:
                 raise ConfigError(
-                    f"Got {shadowed[0]} as an argument of {label(type(self))}.build(). It is a field of the "
-                    f"config, and a value has one place. Set config.{shadowed[0]} instead."
+                    f"Arguments of {label(type(self))}.build() must not be fields of the config, got {shadowed[0]}. "
+                    f"Set config.{shadowed[0]} instead."
                 )
             if not self._frozen:
                 check(self)
@@ -67,7 +69,7 @@ class Configurable:
                 raise _unknown(type(self), name)
 
         def __delattr__(self, name: str) -> None:
-            raise ConfigError(f"Got del of {label(type(self))}.{name}. A config has all of its fields. Set it to None.")
+            raise ConfigError(f"Field {label(type(self))}.{name} cannot be deleted. Assign None if its type allows it.")
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return copied(self)
@@ -107,13 +109,13 @@ def _concrete_owner(config: type[Config]) -> Callable[..., Any]:
     owner: type[Configurable] | None = config._owner
     if owner is None or owner is Configurable:
         raise ConfigError(
-            f"Got build() of {label(config)}, which belongs to no class. Only a Config that a Configurable class holds "
-            "can be built. Write it inside the class it builds, or read its fields as they are."
+            f"build() needs a Config that is defined inside a Configurable class, got {label(config)}. Move its "
+            "definition into the class that it builds."
         )
     if getattr(owner, "__abstractmethods__", None):
         raise ConfigError(
-            f"Got build() of {label(config)}, whose class is abstract. Only a class with all its methods can be built. "
-            f"Use the config of a class derived from {label(owner)}."
+            f"build() needs the Config of a concrete class, got {label(config)} of an abstract class. "
+            f"Use the Config of a concrete subclass of {label(owner)}."
         )
     return owner
 
@@ -121,22 +123,22 @@ def _concrete_owner(config: type[Config]) -> Callable[..., Any]:
 def _adopt(owner: type[Configurable], config: Any) -> None:
     if not (isinstance(config, type) and issubclass(config, Config)):
         raise ConfigError(
-            f"Got {label(owner)}.Config = {config!r}. The Config of a Configurable derives from "
-            "Configurable.Config. Write class Config(Configurable.Config) inside the class."
+            f"{label(owner)}.Config must be a subclass of Configurable.Config, got {config!r}. "
+            f"Write class Config(Configurable.Config) inside {label(owner)}."
         )
     if list(config._fields.values()) != list(dataclasses.fields(config)):  # type: ignore[arg-type]
         raise ConfigError(already_a_dataclass(config))
     if config._owner is not None:
         raise ConfigError(
-            f"Got {config.__module__}.{label(config)} as the Config of {label(owner)}. It builds "
-            f"{label(config._owner)} already, and a Config has one owner. Leave the line out, or write "
-            f"class Config({label(config._owner)}.Config) inside {label(owner)}."
+            f"{label(owner)}.Config must be a new class, got {config.__module__}.{label(config)}, which builds "
+            f"{label(config._owner)}. Remove the assignment, or write class Config({label(config._owner)}.Config) "
+            f"inside {label(owner)}."
         )
     config._owner = owner
 
 
 def checks_of(cls: type[Config]) -> dict[str, Check]:
-    """Return the compiled check of every field, in order; compiled when the class is first used."""
+    """Return the compiled check of every field, in field order. The checks are compiled on first use of the class."""
     checks: dict[str, Check] | None = cls.__dict__.get("_checks")
     if checks is None:
         checks = {name: compile_field(cls, name, annotation) for name, annotation in annotations_of(cls).items()}
@@ -145,23 +147,24 @@ def checks_of(cls: type[Config]) -> dict[str, Check]:
 
 
 def _unknown(cls: type[Config], name: str) -> UnknownName:
-    return UnknownName(f"Got the name {name}. {label(cls)} has no such field. {nearest(name, checks_of(cls))}")
+    return UnknownName(f"{label(cls)} has no field {name!r}. {nearest(name, checks_of(cls))}")
 
 
 def _wrong_type(cls: type[Config], name: str, wrong: Mismatch) -> ConfigError:
     path = join(name, wrong.path)
-    return ConfigError(f"Got {describe_value(wrong.value)}. {label(cls)}.{path} must be {wrong.need}. {wrong.do}", path)
+    need = f"{label(cls)}.{path} must be {wrong.expected}, got {describe_value(wrong.value)}."
+    return ConfigError(f"{need} {wrong.advice}".rstrip(), path)
 
 
 def _checked(config: Config, name: str, value: Any) -> Any:
-    """Return `value` as it is stored in the field `name`, or raise ConfigError."""
+    """Return `value` in the form stored in the field `name`. Raises ConfigError for an unknown name or a wrong type."""
     check_value = checks_of(type(config)).get(name)
     if check_value is None:
         raise _unknown(type(config), name)
     if config._frozen:
         raise ConfigError(
-            f"Got {label(type(config))}.{name} = {value!r} in a built config. A built config no longer changes. "
-            "Make the change before build(), or in a copy.deepcopy of the config.",
+            f"A built config is read-only, got {label(type(config))}.{name} = {value!r}. "
+            "Change the config before build(), or change a copy.deepcopy of it.",
             name,
         )
     try:
@@ -174,25 +177,25 @@ def _initialize(config: Config, args: tuple[Any, ...], values: dict[str, Any]) -
     cls = type(config)
     if args:
         raise ConfigError(
-            f"Got {describe_value(args[0])} by position. The fields of {label(cls)} are given by name. Write "
-            f"{label(cls)}({next(iter(checks_of(cls)), 'name')}=...)."
+            f"{label(cls)} takes keyword arguments only, got the positional argument {describe_value(args[0])}. "
+            f"Write {label(cls)}({next(iter(checks_of(cls)), 'name')}=...)."
         )
-    fill_whole(config, values)
+    fill_all(config, values)
     after: Callable[[Config], None] | None = getattr(cls, "__post_init__", None)
     if after is not None:
         after(config)
 
 
-def fill_whole(config: Config, values: dict[str, Any]) -> None:
-    """Set the fields of an empty config from `values` and defaults. Raises ConfigError where one has neither."""
+def fill_all(config: Config, values: dict[str, Any]) -> None:
+    """Set the fields of an empty config from `values` and defaults. Raises ConfigError if a field has neither."""
     missing = fill(config, values)
     if missing:
         cls, name = label(type(config)), missing[0]
-        raise ConfigError(f"Got no {name}. {cls} needs it. Write {cls}({name}=...).", name)
+        raise ConfigError(f"Required field {cls}.{name} is missing. Write {cls}({name}=...).", name)
 
 
 def fill(config: Config, values: dict[str, Any]) -> list[str]:
-    """Set the fields of an empty config from `values` and defaults; return the names of those that have neither."""
+    """Set the fields of an empty config from `values` and defaults. Return the names of fields that have neither."""
     cls, missing = type(config), []
     for name in values:
         if name not in checks_of(cls):
@@ -210,10 +213,10 @@ def fill(config: Config, values: dict[str, Any]) -> list[str]:
 
 
 def check(config: Config, path: str = "", finite: bool = True) -> None:
-    """Check names, types and the `validate` rules of a whole tree, parts first. Errors carry the path.
+    """Check names, types and the `validate` rules of a whole tree, nested configs first.
 
-    With `finite`, numbers must be finite too, except in fields whose default is not, or whose `metadata` says so:
-    `dataclasses.field(default=1.0, metadata={"finite": False})`.
+    Raises ConfigError with the path in the tree. With `finite`, numbers must also be finite, except in fields whose
+    default is not finite or that opt out: `dataclasses.field(default=1.0, metadata={"finite": False})`.
     """
     for name, check_value in checks_of(type(config)).items():
         try:
@@ -252,11 +255,11 @@ def _check_finite(config: Config) -> None:
         if found:
             place, number = found
             need = f"{label(type(config))}.{place} must be a finite number, got {number}."
-            raise ConfigError(f"{need} Give it a number such as 0.1.", place)
+            raise ConfigError(need, place)
 
 
 def _first_not_finite(value: Any, place: str) -> tuple[str, float] | None:
-    """Return the first number in a value of a field that is not finite, and its place; configs inside are not asked."""
+    """Return the path and value of the first non-finite number in a field's value. Nested configs are not searched."""
     if isinstance(value, float):
         return None if math.isfinite(value) else (place, value)
     if isinstance(value, Config):

@@ -1,4 +1,4 @@
-"""What happens when a Config class is made: it becomes a dataclass, and what dataclasses silently ignore is refused."""
+"""Creation of Config classes: each becomes a dataclass, and mistakes that dataclasses silently ignore are errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _DESCRIPTORS = (property, classmethod, staticmethod, functools.cached_property)
 
 
 def declare(cls: type[Node]) -> None:
-    """Make `cls` a keyword-only dataclass in place, or raise ConfigError for what would not do what it seems to."""
+    """Make `cls` a keyword-only dataclass in place.
+
+    Raises ConfigError for definitions that dataclasses silently ignore, such as an override without an annotation.
+    """
     if "__dataclass_fields__" in cls.__dict__:
         raise ConfigError(already_a_dataclass(cls))
     annotations = inspect.get_annotations(cls)
@@ -31,33 +34,32 @@ def declare(cls: type[Node]) -> None:
                 setattr(cls, name, dataclasses.field(default_factory=functools.partial(copied, value)))
         elif name not in class_vars and (name in inherited or not _needs_no_annotation(cls, name, value)):
             raise ConfigError(
-                f"Got {label(cls)}.{name} = {value!r} without an annotation. A field states its type, also "
-                f"where a subclass only gives it another default. Write {name}: <type> = ..., or ClassVar[...] for "
-                "what is no field."
+                f"{label(cls)}.{name} must have a type annotation, got {name} = {value!r}. Write {name}: <type> = ..., "
+                "also to override a default, or annotate with ClassVar[...] to declare a class variable."
             )
     dataclasses.dataclass(kw_only=True, init=False, repr=False, eq=False, match_args=False)(cls)
     cls._fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in annotations:
         if not _is_class_var(cls, name) and (name not in cls._fields or not cls._fields[name].init):
             raise ConfigError(
-                f"Got {label(cls)}.{name} as an InitVar or with init=False. A config is finished data: what it "
-                "is given is what it holds. Write a plain field, and derive the value where the owner is built."
+                f"{label(cls)}.{name} must be a plain field, got an InitVar or init=False. Compute derived values in "
+                "the class that the config builds."
             )
 
 
 def already_a_dataclass(cls: type) -> str:
-    """Return what is said about a Config class with a dataclass decorator."""
+    """Return the error message for a Config class with a dataclass decorator."""
     return (
-        f"Got @dataclass on {label(cls)}. A Config class becomes a keyword-only dataclass by itself, and a "
-        "second time loses its defaults. Remove the decorator."
+        f"{label(cls)} must not be decorated with @dataclass: a Config class is a dataclass already, and decorating it "
+        "again loses its defaults. Remove the decorator."
     )
 
 
 def _check_field_name(cls: type, name: str) -> None:
     if name.startswith("_") and not _is_class_var(cls, name):
         raise ConfigError(
-            f"Got a field {label(cls)}.{name}. Names of fields do not begin with an underscore: they are flags "
-            f"on the command line. Call it {name.lstrip('_')}, or annotate it as ClassVar."
+            f"Field names must not begin with an underscore (they are command-line flags), got {label(cls)}.{name}. "
+            f"Rename the field to {name.lstrip('_')}, or annotate it with ClassVar."
         )
     for base in cls.__mro__:
         shadowed = base.__dict__.get(name)
@@ -68,8 +70,8 @@ def _check_field_name(cls: type, name: str) -> None:
             and _is_method(base, name, shadowed)
         ):
             raise ConfigError(
-                f"Got a field {label(cls)}.{name}. {label(base)}.{name} is a method, which the field "
-                "would hide. Give the field another name."
+                f"Field {label(cls)}.{name} must not have the name of the method {label(base)}.{name}. "
+                "Rename the field."
             )
 
 
@@ -89,9 +91,9 @@ def _needs_no_annotation(cls: type, name: str, value: Any) -> bool:
 
 
 def scope_of(frame: types.FrameType, qualname: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the globals and locals in which a class made in `frame` reads annotations that are strings.
+    """Return the globals and locals for resolving the string annotations of a class defined in `frame`.
 
-    Python forgets the locals of functions and of enclosing class bodies; `qualname` says how many of these there are.
+    Python discards the locals of functions and of enclosing class bodies; `qualname` tells how many to look through.
     """
     names: dict[str, Any] = {}
     current: types.FrameType | None = frame
@@ -104,7 +106,7 @@ def scope_of(frame: types.FrameType, qualname: str) -> tuple[dict[str, Any], dic
 
 
 def annotations_of(cls: type[Node]) -> dict[str, Any]:
-    """Return {field: annotation} in the order of the fields, each resolved where it was written."""
+    """Return {field: annotation} in field order, each annotation resolved in the scope of its class."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         own = inspect.get_annotations(base)
@@ -116,24 +118,24 @@ def annotations_of(cls: type[Node]) -> dict[str, Any]:
 
 def _resolved(cls: type, annotations: dict[str, Any]) -> dict[str, Any]:
     global_names, local_names = cls.__dict__.get("_scope", ({}, {}))
-    owner = getattr(cls, "_owner", None)  # in a function, its own name is not known yet when the Config is made
+    owner = getattr(cls, "_owner", None)  # of a class in a function: its name is unbound when its Config is created
     names = {owner.__name__: owner, **local_names} if owner else local_names
     try:
         return typing.get_type_hints(types.SimpleNamespace(__annotations__=annotations), global_names, names)
     except NameError as error:
         raise ConfigError(
-            f"Got an annotation in {label(cls)} that cannot be read: {error}. Annotations of fields are read "
-            "when the program runs. Import the name outside of TYPE_CHECKING."
+            f"Annotations of {label(cls)} must be resolvable at run time, got {error}. "
+            "Import the name outside of TYPE_CHECKING."
         ) from error
 
 
 def compile_field(cls: type, name: str, annotation: Any) -> Check:
-    """Return the check of one field of `cls`."""
+    """Return the check of one field of `cls`. Raises ConfigError for an annotation of an unsupported type."""
     try:
         return compile_check(annotation)
     except TypeError as error:
         raise ConfigError(
-            f"Got the annotation {error} for {label(cls)}.{name}. A field holds what can be saved: numbers, "
-            "strings, paths, dtypes, enums, Literals, functions, configs, and lists, tuples, dicts and sets of "
-            "these. Choose one of them: objects enter through build(**runtime), an owner as Owner.Config."
-        ) from None
+            f"The type of {label(cls)}.{name} must be one that can be saved (number, string, path, dtype, enum, "
+            "Literal, function, config, or a list, tuple, dict or set of these), got "
+            f"{error}. Pass live objects to build(**runtime); annotate a component as Owner.Config."
+        ) from error

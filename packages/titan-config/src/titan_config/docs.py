@@ -1,4 +1,4 @@
-"""Attribute docstrings: the string under a field says what it is, and becomes its help on the command line."""
+"""Attribute docstrings: the string literal below a field is its help text on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_config.configurable import Config
 
 
 def field_doc(cls: type[Config], name: str) -> str:
-    """Return the docstring of a field, from the class that states it last; "" where there is none."""
+    """Return the docstring of a field from the most derived class that has one; "" if there is none."""
     for base in cls.__mro__:
         file = getattr(sys.modules.get(base.__module__), "__file__", None)
         if file and issubclass(base, Config):
@@ -24,7 +24,7 @@ def field_doc(cls: type[Config], name: str) -> str:
 
 
 def class_doc(cls: type[Any]) -> str:
-    """Return the first sentence of a class's docstring, "" where there is none of its own."""
+    """Return the first sentence of the docstring of `cls` itself (not inherited); "" if there is none."""
     text = " ".join((cls.__dict__.get("__doc__") or "").split())
     return text.split(". ")[0].removesuffix(".") + "." if text else ""
 

@@ -1,4 +1,4 @@
-"""What a config raises: errors of three sentences (got, need, do) that know where in the tree they happened."""
+"""Exceptions of configs, with the path in the tree and the file in which they occurred."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A config is wrong.
+    """An error in a config.
 
-    `message` says what was got, what is needed, what to do; `path` where in the tree ("model.norm.eps", "" for the root
-    and where it is not known); `file` which file, with the line where that helps ("run.json:12").
+    `message` states the constraint, the invalid value and the fix ("X must be Y, got Z."); `path` is the place in the
+    tree ("model.norm.eps", "" for the root or if unknown); `file` is the file, with the line if known ("run.json:12").
     """
 
     def __init__(self, message: str, path: str = "", file: str = "") -> None:
@@ -22,32 +22,32 @@ class ConfigError(ValueError):
         return ": ".join(part for part in (self.file, self.path, self.message) if part)
 
     def add_parent(self, path: str) -> None:
-        """Make `path` the place of the config that the error has been about so far."""
+        """Prepend the path of a parent config to the path of the error."""
         self.path = join(path, self.path)
 
 
 class UnknownName(ConfigError, AttributeError):
-    """A config was asked for, or given, a name that is none of its fields."""
+    """Access to, or assignment of, a field that the config does not have."""
 
 
 class NotAllowed(ConfigError):
-    """An `import_path` that the allow-list does not hold."""
+    """An `import_path` that is not on the allow-list."""
 
     import_path = ""
 
 
 def label(cls: type) -> str:
-    """Return the qualified name of a class, without the functions that it is defined in."""
+    """Return the qualified name of a class, without the functions in which it is defined."""
     return cls.__qualname__.rpartition("<locals>.")[2]
 
 
 def join(path: str, name: object) -> str:
-    """Return the path of the part `name` of what lies at `path` ("" is the root)."""
+    """Return the path of the child `name` of the node at `path` ("" is the root)."""
     return f"{path}.{name}" if path and str(name) else f"{path}{name}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the advice for a wrong `name`: the closest of `names`, or those there are when none is close."""
+    """Return the advice for an unknown `name`: the closest of `names`, or the first 12 of them if none is close."""
     import difflib
 
     known = sorted(names)

@@ -1,4 +1,4 @@
-"""Configs as JSON text and JSON files."""
+"""Save and load configs as JSON text and JSON files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from titan_config.local_path import require_local
 
 
 def to_json(config: Config) -> str:
-    """Return a config as JSON text that `from_json` reads back without loss."""
+    """Return a config as JSON text that `from_json` restores without loss. Raises ConfigError for an invalid config."""
     import json
 
     return json.dumps(to_dict(config), indent=2, allow_nan=False)
 
 
 def from_json(text: str, allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
-    """Return the config that `to_json` wrote. Raises ConfigError with the line, or with the path of a bad value."""
+    """Return the config in JSON text written by `to_json`. Raises ConfigError with the line or the path in the tree."""
     return from_dict(parse_json(text, "JSON"), allow)
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
-    """Write a config to a JSON file, whole or not at all; folders that are missing are made."""
+    """Write a config to a JSON file atomically, creating missing folders. Raises ConfigError for an invalid config."""
     require_local(path, "A config file")
     text, path = to_json(config) + "\n", os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -39,7 +39,7 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], allow: Sequence[str] = DEFAULT_ALLOW) -> Any:
-    """Return the config that `save` wrote. Raises ConfigError with the file, and the line or the path in the tree."""
+    """Return the config in a file written by `save`. Raises ConfigError with the file and the line or tree path."""
     data = read_json(path)
     try:
         return from_dict(data, allow)
@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str], allow: Sequence[str] = DEFAULT_ALLOW) -> 
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the JSON data in a file. Raises ConfigError with file and line."""
+    """Return the JSON data in a file. Raises ConfigError with the file and the line."""
     require_local(path, "A config file")
     name = os.fspath(path)
     try:
@@ -59,16 +59,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             return parse_json(file.read(MAX_CHARACTERS + 1), name)
     except OSError as error:
         raise ConfigError(
-            f"Got no text from this file: {error.strerror}. A saved config is a JSON file. Give the path of one.",
+            f"The config file cannot be read: {error.strerror}.",
             file=name,
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"Got bytes that are not UTF-8 text ({error.reason}). A saved config is a JSON file. Give the path of one.",
+            f"A config file must be UTF-8 text, got invalid bytes ({error.reason}).",
             file=name,
         ) from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file; a fifo that nobody writes to is opened at once."""
+    """Open a file without blocking, so that a fifo with no writer does not hang."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -1,4 +1,4 @@
-"""The flags of a config: one for each field in the tree, and each item of lists, tuples and dicts that hold configs."""
+"""The flags of a config: one per field of the tree, and one per item of dicts and of lists and tuples of configs."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from titan_config.errors import join
 from titan_config.tree import Node, children
 
 UNSET: Any = object()
-"""The value of a field that a component chosen on the command line still needs."""
+"""Placeholder for a required field of a component chosen on the command line, until the field is set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One place in the tree that the command line can set: `--path`."""
+    """A place in the tree that the command line can set: `--path`."""
 
     path: str
     annotation: Any
     value: Any
     owner: type[Config]
-    """The config class whose field this is, or holds this."""
+    """The config class with the field at `path`, or with the container field that holds the item at `path`."""
 
     @property
     def component_types(self) -> tuple[type[Config], ...]:
-        """The config classes that may stand here (for an optional or a union, each of them); none for a plain value."""
+        """The config classes that the annotation allows (all members of a union); empty for a plain value."""
         return config_types(self.annotation) or ((Config,) if isinstance(self.value, Node) else ())
 
     @property
     def item_types(self) -> tuple[type[Config], ...]:
-        """The config classes that may stand in this list or tuple; none for any other field."""
+        """The config classes that the annotation allows as items of a list or tuple; empty for any other field."""
         return tuple(kind for part in members(self.annotation) for kind in config_types(_item_annotation(part, "0")))
 
     @property
@@ -47,7 +47,7 @@ class Flag:
 
 
 def flags_of(config: Config) -> dict[str, Flag]:
-    """Return {path: flag} for every place in the tree below `config`."""
+    """Return {path: flag} for every field, and every item with a flag, in the tree below `config`."""
     return {flag.path: flag for flag in _fields(config, "")}
 
 
@@ -69,7 +69,7 @@ def _place(flag: Flag) -> Iterator[Flag]:
 
 
 def holds_config(value: Any) -> bool:
-    """Say whether a list, tuple or dict holds a config, at any depth."""
+    """Return whether a value is a config, or a list, tuple or dict that contains one at any depth."""
     return isinstance(value, Config) or (
         isinstance(value, (list, tuple, dict)) and any(holds_config(part) for _, part in children(value))
     )
@@ -88,7 +88,7 @@ def config_types(annotation: Any) -> tuple[type[Config], ...]:
 
 
 def _item_annotation(annotation: Any, name: str) -> Any:
-    """Return the annotation of the item called `name` in a list, tuple or dict; None where there is none."""
+    """Return the annotation of the item `name` of a list, tuple or dict; None if the annotation has no items."""
     origin, args = get_origin(annotation), get_args(annotation)
     if not args or origin is collections.abc.Callable:
         return None

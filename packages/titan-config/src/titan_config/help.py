@@ -1,4 +1,4 @@
-"""`--help`: every flag with its type, its value and its docstring, rendered by tyro; `--help optimizer`: a section."""
+"""`--help`: all flags with type, default and docstring, rendered by tyro; `--help optimizer` prints one section."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from titan_config.values import spec_of
 
 _MAX_CHOICES = 8
 DESCRIPTION = """\
-Give any flag below a value. --SECTION NAME chooses another component, whose own flags then exist. \
+Every field is a flag. --SECTION NAME chooses another component and adds its flags. \
 --help SECTION shows one section. --config FILE starts from a saved run. \
---print-config shows every value and where it came from."""
+--print-config shows every value and its origin."""
 
 
 class Section:
-    """A group of flags: entries are flags or sections, by name."""
+    """A group of flags; `entries` maps names to flags or nested sections."""
 
     def __init__(self, doc: str = "") -> None:
         self.doc = doc
@@ -39,12 +39,14 @@ class Section:
 
 
 def print_help(config: Config, program: str, sections: Sequence[str], allow: Sequence[str]) -> None:
-    """Print the flags of `config`, or those of some sections. Raises ConfigError for a section that does not exist."""
+    """Print the flags of `config`, or only those of `sections`. Raises ConfigError for an unknown section."""
     flags = flags_of(config)
     names = [name.lstrip("-").replace("-", "_") for name in sections]
     for name in names:
         if name not in flags:
-            raise ConfigError(f"Got --help {name}. It takes a section or a flag. {nearest(name, flags)}")
+            raise ConfigError(
+                f"--help must be followed by the name of a section or flag, got {name}. {nearest(name, flags)}"
+            )
     shown = {path: flag for path, flag in flags.items() if not names or any(_is_in(path, name) for name in names)}
     tyro.cli(
         Section,
@@ -62,12 +64,12 @@ def _is_in(path: str, section: str) -> bool:
 
 
 def _section(flags: dict[str, Flag]) -> Section:
-    """Nest flags by the parts of their paths; a component or a container of them is a section of its own."""
+    """Return the flags nested by their paths; each component, and each container of components, is a section."""
     root = Section()
     for path, flag in flags.items():
         *parents, name = path.split(".")
         section = root
-        for parent in parents:  # always a section: a flag with flags below it is one
+        for parent in parents:  # a flag with flags below it is always a section
             section = cast(Section, section.entries.setdefault(parent, Section()))
         is_section = any(other.startswith(f"{path}.") for other in flags)
         section.entries[name] = Section(_component_doc(flag)) if is_section else flag
@@ -80,7 +82,7 @@ def _component_doc(flag: Flag) -> str:
         return doc
     others = list(known_components(flag.component_types)) + ["None"] * flag.is_optional
     named = f"one of {', '.join(others)}" if len(others) <= _MAX_CHOICES else "another component"
-    choice = f"Now {name_of(type(flag.value))}; --{flag.path} chooses {named}." if len(others) > 1 else ""
+    choice = f"Currently {name_of(type(flag.value))}; --{flag.path} chooses {named}." if len(others) > 1 else ""
     return " ".join(part for part in (doc or class_doc(type(flag.value)._owner or type(flag.value)), choice) if part)
 
 
@@ -114,13 +116,13 @@ def _field(name: str, entry: Section | Flag, allow: Sequence[str]) -> StructFiel
 def _state(value: Any) -> str:
     if value is UNSET:
         return "required"
-    if isinstance(value, Config):  # one without fields, else it were a section
+    if isinstance(value, Config):  # a config without fields: one with fields is a section
         return f"default: {name_of(type(value))}"
     return f"default: {readable(encode(value, strict=False))!r}"
 
 
 def metavar(flag: Flag, allow: Sequence[str]) -> str:
-    """Return what stands for the value of a flag in help and errors: INT, {a,b}, {None,AdamW,Muon}."""
+    """Return the metavar of a flag, the placeholder for its value in help texts: INT, {a,b}, {None,AdamW,Muon}."""
     types = flag.component_types or flag.item_types
     if not types:
         return spec_of(flag.annotation, allow).metavar

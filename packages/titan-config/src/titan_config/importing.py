@@ -1,7 +1,8 @@
-"""Import paths of classes and functions ("module:qualname"), and the way back, through a list of what may be imported.
+"""Import paths of classes and functions ("module:qualname"), and importing by path, restricted by an allow-list.
 
-A class that a package re-exports in its `__all__` goes by the package's name: "titan_models:RMSNorm.Config", wherever
-its module lies. A class of the script that runs as `__main__` goes by the script's name: "llama3_debug:Run.Config".
+The path of a class that a package re-exports in its `__all__` has the name of the package, whatever its module:
+"titan_models:RMSNorm.Config". The path of a class of the script that runs as `__main__` has the name of the script:
+"llama3_debug:Run.Config".
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ DEFAULT_ALLOW: tuple[str, ...] = (
     *("titan_ckpt.*", "titan_config.*", "titan_data.*", "titan_ft.*", "titan_models.*", "titan_parallel.*"),
     *("titan_trainer.*", "torch.nn.init", "torch.nn.functional"),
 )
-"""What a file alone may name: Titan's seven packages and torch's functions, as installed.
+"""The default allow-list of config files: Titan's seven installed packages and functions of torch.
 
-The packages of this list are never imported from the current folder. The script that runs as `__main__` may always be
-named. A caller adds entries:
+Packages on this list are never imported from the current folder. The script that runs as `__main__` is always allowed.
+A caller may add entries of these forms:
 
-"pkg" allows the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (those of a
-submodule need it listed: "pkg.inits"). "pkg.*" allows the functions of submodules, too. "family_" allows all of every
-package whose name begins so: a file may then name any such module that Python finds. "folder/recipe.py" allows that
-file, loaded by its path. "pkg.losses:ZLoss" allows that one class with its config, or that one function.
+- "pkg": the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (for the functions
+  of a submodule, list the submodule: "pkg.inits").
+- "pkg.*": also the functions of all submodules.
+- "prefix_": everything in every package whose name begins with "prefix_", so a file may name any such module that
+  Python finds.
+- "folder/recipe.py": that file, loaded by its path.
+- "pkg.losses:ZLoss": that one class with its config, or that one function.
 
-A module that was not imported before is imported only if its source defines the name that is asked for.
+A module that is not yet imported is imported only if its source defines the requested name.
 """
 
 _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
 def path_of(value: Any) -> str | None:
-    """Return "module:qualname" for a class or function that can be found there again, None for any other."""
-    if isinstance(value, types.BuiltinFunctionType):  # torch's name the private module they come from
+    """Return "module:qualname" of a class or function, or None if that path does not lead back to `value`."""
+    if isinstance(value, types.BuiltinFunctionType):  # those of torch have the name of a private module
         for public in ("torch.nn.functional", "torch"):
             if _lookup(sys.modules.get(public), value.__name__) is value:
                 return f"{public}:{value.__name__}"
@@ -49,7 +53,7 @@ def path_of(value: Any) -> str | None:
 
 
 def _public(module: str, qualname: str, value: Any) -> str:
-    """Return the outermost package around `module` whose `__all__` offers `value`, else `module`."""
+    """Return the outermost package around `module` that exports `value` in `__all__`, else `module`."""
     names = module.split(".")
     for depth in range(1, len(names)):
         package = sys.modules.get(".".join(names[:depth]))
@@ -59,47 +63,47 @@ def _public(module: str, qualname: str, value: Any) -> str:
 
 
 def find_class(path: str, allow: Sequence[str]) -> type:
-    """Return the Config class or the enum at `path`. Raises ConfigError where it is not allowed, or another thing."""
+    """Return the Config class or enum at `path`.
+
+    Raises ConfigError if `path` is not allowed, cannot be imported, or does not name a Config class or enum defined
+    there.
+    """
     found = _find(path, allow, _allowed(path, allow))
-    if not (isinstance(found, type) and issubclass(found, (Config, enum.Enum)) and _says(found, path)):
-        raise _lie(path, found, "a Config class or an enum")
+    if not (isinstance(found, type) and issubclass(found, (Config, enum.Enum)) and _is_defined_at(found, path)):
+        raise _wrong_target(path, found, "a Config class or an enum")
     return found
 
 
 def find_config(path: str, allow: Sequence[str]) -> type[Config]:
-    """Return the Config class at `path`, or that of the Configurable class there. Raises as `find_class` does."""
+    """Return the Config class at `path`, or the Config of the Configurable class there. Raises as `find_class` does."""
     found = _find(path, allow, _allowed(path, allow))
-    if isinstance(found, type) and issubclass(found, (Configurable, Config)) and _says(found, path):
+    if isinstance(found, type) and issubclass(found, (Configurable, Config)) and _is_defined_at(found, path):
         return found.Config if issubclass(found, Configurable) else found
-    raise _lie(path, found, "a component")
+    raise _wrong_target(path, found, "a component")
 
 
 def find_function(path: str, allow: Sequence[str]) -> Any:
-    """Return the function (or the class used as one) at `path`. Raises as `find_class` does."""
+    """Return the function at `path`, or the class there for use as a function. Raises as `find_class` does."""
     found = _find(path, allow, _listed(path, allow))
     module, _, name = path.partition(":")
     is_public_builtin = isinstance(found, types.BuiltinFunctionType) and path_of(found) == f"{module}:{name}"
-    if not (is_public_builtin or (isinstance(found, _CALLABLES) and _says(found, path))):
-        raise _lie(path, found, "a function")
+    if not (is_public_builtin or (isinstance(found, _CALLABLES) and _is_defined_at(found, path))):
+        raise _wrong_target(path, found, "a function")
     return found
 
 
 def _find(path: str, allow: Sequence[str], allowed: bool) -> Any:
     if isinstance(allow, str):
-        raise ConfigError(
-            f"Got allow={allow!r}. It is a list of names, each of them allowed. Write allow=({allow!r},)."
-        )
+        raise ConfigError(f"allow must be a sequence of strings, got a string. Write allow=({allow!r},).")
     module, _, qualname = path.partition(":")
-    plain = module.replace("-", "_")  # scripts and folders may have names with a dash
+    plain = module.replace("-", "_")  # names of scripts and folders may contain dashes
     names = plain.split(".")
     if not all(part.isidentifier() for part in [*names, *qualname.split(".")]) or "__main__" in names[1:]:
-        raise ConfigError(
-            f'Got the import path {path!r}. An import path is "module:name". Write it as "package.module:Class".'
-        )
+        raise ConfigError(f'An import path must have the form "package.module:Name", got {path!r}.')
     if not allowed:
         error = NotAllowed(
-            f"Got the import path {path}, which the allow-list does not hold. Only what is listed may be imported: "
-            f'{", ".join(_listing(allow))}. If you trust that code, pass allow=(..., "{module}").'
+            f"The import path {path} is not on the allow-list ({', '.join(_listing(allow))}). "
+            f'If you trust that code, pass allow=(..., "{module}").'
         )
         error.import_path = path
         raise error
@@ -142,7 +146,7 @@ def _script_name() -> str:
 
 
 def _import(module: str, allow: Sequence[str], qualname: str) -> types.ModuleType | None:
-    """The module, or None for one that would have to be imported and does not define the name."""
+    """Return the module, importing it if necessary; None if it is not yet imported and does not define the name."""
     import importlib.util
 
     if module == _script_name():
@@ -151,7 +155,7 @@ def _import(module: str, allow: Sequence[str], qualname: str) -> types.ModuleTyp
     if scripts and module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, scripts[0])
         if spec is None or spec.loader is None:
-            raise ConfigError(f"Got {scripts[0]}, which Python cannot load. A recipe is a .py file. Correct allow.")
+            raise ConfigError(f"A file in allow must be a .py file that Python can load, got {scripts[0]}.")
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
     try:
@@ -164,13 +168,13 @@ def _import(module: str, allow: Sequence[str], qualname: str) -> types.ModuleTyp
         raise ConfigError(f"The module {module} must be valid Python, got {error}.") from error
     except ImportError as error:
         raise ConfigError(
-            f"Got the module {module}, which cannot be imported: {error}. Loading needs the code that the config was "
-            "made with. Install the package, or run from where it can be found."
+            f"The module {module} cannot be imported: {error}. "
+            "Install its package, or run from the folder that contains it."
         ) from error
 
 
 def _check_installed(package: str) -> None:
-    """Raise ConfigError for a package of `DEFAULT_ALLOW` that Python would take from the current folder."""
+    """Raise ConfigError for a package of `DEFAULT_ALLOW` that Python would import from the current folder."""
     import importlib.util
     import os
 
@@ -187,7 +191,7 @@ def _check_installed(package: str) -> None:
 
 
 def _defines(module: str, name: str) -> bool:
-    """Return whether the source of a module defines the name, or takes it from a submodule. True without a source."""
+    """Return whether a module's source defines `name` or imports it from a submodule; True if there is no source."""
     import ast
     import importlib.util
 
@@ -203,7 +207,7 @@ def _defines(module: str, name: str) -> bool:
 
 
 def _imported_from(module: str, qualname: str) -> str | None:
-    """Return the import path from which the source of a module takes the name; None where it does not import it."""
+    """Return the import path from which a module's source imports `qualname`; None if the source does not import it."""
     import ast
     import importlib.util
 
@@ -223,7 +227,7 @@ def _imported_from(module: str, qualname: str) -> str | None:
 
 
 def _nodes_of(spec: ModuleSpec | None) -> list[Any] | None:
-    """Return the syntax tree of a module's source as a list; None where there is no source. Raises SyntaxError."""
+    """Return the nodes of the syntax tree of a module's source; None if there is no source. Raises SyntaxError."""
     import ast
     from importlib.abc import InspectLoader
 
@@ -232,31 +236,32 @@ def _nodes_of(spec: ModuleSpec | None) -> list[Any] | None:
     try:
         source = spec.loader.get_source(spec.name)
         return None if source is None else list(ast.walk(ast.parse(source)))
-    except ValueError as error:  # bytes that are no text, or are zero
+    except ValueError as error:  # undecodable bytes or null bytes
         raise SyntaxError(str(error)) from error
 
 
 def _lookup(root: Any, qualname: str) -> Any:
-    """Follow a dotted name through namespaces as they are: no `__getattr__` runs."""
+    """Return the object at a dotted name, None if absent; reads `__dict__` only, so that no `__getattr__` runs."""
     for part in qualname.split("."):
         root = getattr(root, "__dict__", {}).get(part)
     return root
 
 
-def _says(found: Any, path: str) -> bool:
+def _is_defined_at(found: Any, path: str) -> bool:
+    """Return whether `__module__` and `__qualname__` of `found` agree with the import path that led to it."""
     module, _, qualname = path.partition(":")
     home = "__main__" if module == _script_name() else module
     return f"{found.__module__}.".startswith(f"{home}.") and found.__qualname__ == qualname
 
 
-def _lie(path: str, found: Any, need: str) -> ConfigError:
+def _wrong_target(path: str, found: Any, need: str) -> ConfigError:
     module, _, name = path.partition(":")
-    must = f"The import path {path} must be that of {need} defined in {module}"
+    must = f"The import path {path} must name {need} defined in {module}"
     if found is not None:
         kind = "class" if isinstance(found, type) else "function" if callable(found) else type(found).__qualname__
         name = getattr(found, "__qualname__", type(found).__qualname__)
-        return ConfigError(f"{must}, got the {kind} {getattr(found, '__module__', '')}:{name}. Correct the path.")
+        return ConfigError(f"{must}, got the {kind} {getattr(found, '__module__', '')}:{name}.")
     home = _imported_from(module, name)
     if home is not None:
-        return ConfigError(f"{must}, got a name that is imported there, not defined. Write {home}.")
-    return ConfigError(f"{must}, got a name that does not exist there. Correct the path.")
+        return ConfigError(f"{must}, got a name that {module} only imports. Write {home}.")
+    return ConfigError(f"{must}, got a name that does not exist in {module}.")

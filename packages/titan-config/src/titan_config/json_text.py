@@ -1,4 +1,4 @@
-"""JSON text to data, strictly: no key twice, finite numbers, and sizes that a config can have."""
+"""Strict JSON parser: unique keys, finite numbers, and limits on size and depth."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from titan_config.errors import ConfigError
 MAX_CHARACTERS = 64 * 2**20
 MAX_DEPTH = 100
 MAX_DIGITS = 4300
-"""Of an integer; Python reads no more, either."""
+"""Maximum digits of an integer; Python's own limit for converting a string to int."""
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Return the data in JSON `text`; `name` is what an error calls it. Raises ConfigError with the line."""
+    """Return the data in JSON `text`. Raises ConfigError with the file `name` and the line."""
     import json
 
     try:
@@ -22,8 +22,7 @@ def parse_json(text: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         line = text[: error.pos].rpartition("\n")[2] + text[error.pos :].partition("\n")[0]
         raise ConfigError(
-            f"A saved config must be JSON, got {line.strip()[:80]!r}, column {error.colno}: {error.msg}. Correct the "
-            "line.",
+            f"A saved config must be JSON, got {line.strip()[:80]!r}, column {error.colno}: {error.msg}.",
             file=f"{name}:{error.lineno}",
         ) from error
     except ConfigError as error:
@@ -32,11 +31,14 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def parse_strictly(text: str) -> Any:
-    """Return the data in JSON `text`. Raises json.JSONDecodeError for what is no JSON, ConfigError for odd JSON."""
+    """Return the data in JSON `text`.
+
+    Raises json.JSONDecodeError for invalid JSON, ConfigError for duplicate keys, non-finite numbers or exceeded limits.
+    """
     import json
 
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(f"The text of a config must have at most {MAX_CHARACTERS:,} characters, got more.")
+        raise ConfigError(f"A saved config must have at most {MAX_CHARACTERS:,} characters, got more.")
     try:
         data = json.loads(
             text,
@@ -52,7 +54,7 @@ def parse_strictly(text: str) -> Any:
 
 
 def require_shallow(data: Any) -> None:
-    """Raise ConfigError where lists and objects are nested more than `MAX_DEPTH` deep."""
+    """Raise ConfigError if lists and objects are nested more than `MAX_DEPTH` levels deep."""
     level = [data]
     for _ in range(MAX_DEPTH):
         level = [part for item in level if isinstance(item, (list, dict)) for part in _parts(item)]
@@ -67,12 +69,12 @@ def _parts(data: list[Any] | dict[str, Any]) -> Any:
 
 
 def _too_deep() -> ConfigError:
-    return ConfigError(f"Lists and objects must be nested at most {MAX_DEPTH} deep, got deeper ones.")
+    return ConfigError(f"Lists and objects must be nested at most {MAX_DEPTH} levels deep, got more levels.")
 
 
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ConfigError(f"An integer must have at most {MAX_DIGITS} digits, got one of {len(text)}.")
+        raise ConfigError(f"An integer must have at most {MAX_DIGITS} digits, got {len(text)}.")
     return int(text)
 
 
@@ -81,7 +83,7 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ConfigError(
             f"A number in JSON must be finite, got {text[:80]}. "
-            'Write {"$float": "inf"} or {"$float": "nan"} for a field that takes it.'
+            'For a field that allows it, write {"$float": "inf"} or {"$float": "nan"}.'
         )
     return number
 
@@ -91,5 +93,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"A key must be in an object once, got {twice} twice.")
+        raise ConfigError(f"Keys of a JSON object must be unique, got {twice} more than once.")
     return data

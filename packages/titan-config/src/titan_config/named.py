@@ -1,6 +1,6 @@
-"""Import paths that a user has named: on the command line, or by a program that imports the class.
+"""Import paths that the user trusts: given on the command line, or of classes that the program has imported.
 
-A config file alone names nothing: its paths are looked up among these.
+A config file adds no trusted path: it may use only the paths collected here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.-]*:[A-Za-z_][\w.]*")
 
 
 def paths_in(words: Sequence[str]) -> tuple[str, ...]:
-    """Return the import paths ("module:name") among the words of a command line, those inside of JSON included."""
+    """Return the import paths ("module:name") among the words of a command line, including those inside JSON."""
     return tuple(path for word in words for path in _IMPORT_PATH.findall(word))
 
 
 def import_components(settings: Sequence[tuple[str, list[str]]], flags: dict[str, Any], allow: Sequence[str]) -> None:
-    """Import the components that a command line chooses by their paths. Raises ConfigError where there is none."""
+    """Import the components that a command line chooses by import path. Raises ConfigError for an invalid path."""
     for name, words in settings:
         flag = flags.get(name.replace("-", "_"))
         if flag is not None and (flag.component_types or flag.item_types):
@@ -34,7 +34,7 @@ def import_components(settings: Sequence[tuple[str, list[str]]], flags: dict[str
 
 
 def paths_of_program(config: Config) -> tuple[str, ...]:
-    """Return the paths of all Config classes that the program has imported, and of what `config` and defaults hold."""
+    """Return the import paths of all imported Config classes, and of the values in `config` and in field defaults."""
     found = set(_paths_in_value(config))
     pending = [Config]
     while pending:
@@ -43,7 +43,7 @@ def paths_of_program(config: Config) -> tuple[str, ...]:
         found.update(_paths_in_value(cls))
         for field in cls._fields.values():
             found.update(_paths_in_value(field.default))
-            if isinstance(field.default_factory, functools.partial):  # the copy of a default that can change
+            if isinstance(field.default_factory, functools.partial):  # copies a mutable default
                 found.update(path for value in field.default_factory.args for path in _paths_in_value(value))
     return tuple(found)
 

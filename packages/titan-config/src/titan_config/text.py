@@ -1,6 +1,6 @@
-"""Configs for people: sorted `key: value` text for golden files, and the difference of two configs.
+"""Readable configs: sorted `path: value` text for golden files, and the difference between two configs.
 
-Both work on plain data, so that two saved runs can be compared where their code is not installed.
+Both work on plain data, so two saved runs can be compared without their code being installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ABSENT = "(absent)"
 
 
 class Name(str):
-    """Text shown without quotes: the path of a class or function, a dtype, a folder."""
+    """Text printed without quotes: the import path of a class or function, a dtype, a folder."""
 
     __slots__ = ()
 
@@ -27,7 +27,7 @@ class Name(str):
 
 
 class Change(NamedTuple):
-    """One difference between two configs; `old` or `new` is "(absent)" where only one side has the path."""
+    """A difference between two configs; `old` or `new` is "(absent)" if only the other config has the path."""
 
     path: str
     old: Any
@@ -38,14 +38,17 @@ class Change(NamedTuple):
 
 
 def to_text(config: Config | dict[str, Any]) -> str:
-    """Return sorted `path: value` lines, one for each field and one for the class of each config in the tree."""
+    """Return a config or its data as sorted `path: value` lines: one per field and one per config for its class."""
     return "".join(f"{path or '$type'}: {value!r}\n" for path, value in sorted(flatten(config).items()))
 
 
 def diff(
     old: Config | dict[str, Any] | str | os.PathLike[str], new: Config | dict[str, Any] | str | os.PathLike[str]
 ) -> list[Change]:
-    """Return what changed from one config, its data or its file to another: sorted (path, old value, new value)."""
+    """Return the changes from `old` to `new`, sorted by path, as (path, old value, new value).
+
+    Each argument is a config, its data (`to_dict`) or the path of its file. Imports nothing that the files name.
+    """
     before, after = flatten(_data(old)), flatten(_data(new))
     pairs = (
         (path, before.get(path, Name(ABSENT)), after.get(path, Name(ABSENT)))
@@ -59,7 +62,7 @@ def _data(source: Config | dict[str, Any] | str | os.PathLike[str]) -> Any:
 
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """Return {path: value} of a config or its data: the class of each config as a Name, each field in readable form."""
+    """Return {path: value} of a config or its data: each class as a Name, each field in its `readable` form."""
     return dict(_flatten(encode(config, strict=False) if isinstance(config, Config) else config, ""))
 
 
@@ -92,7 +95,7 @@ def _parts(data: Any) -> list[tuple[str, Any]]:
 
 
 def readable(data: Any) -> Any:
-    """Return encoded data as a Python value that prints well; classes, functions, dtypes and paths become Names."""
+    """Return encoded data as a Python value for printing; classes, functions, dtypes and paths become Names."""
     if isinstance(data, list):
         return [readable(item) for item in data]
     if not isinstance(data, dict):

@@ -1,6 +1,6 @@
-"""The tree a config is: its nodes, walking them, copying them, replacing them.
+"""The config tree: traverse, copy and replace its nodes.
 
-Nodes are configs. Lists, tuples and dicts between them are part of the path: "layers.0.norm", "experts.shared".
+Nodes are configs. Lists, tuples and dicts between nodes are part of the path: "layers.0.norm", "experts.shared".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from titan_config.errors import ConfigError, join, label, nearest
 
 
 class Node:
-    """What every Config is: it holds the values of its fields, and nothing else, in its `vars`."""
+    """Base class of every Config: its `vars` hold the values of its fields and nothing else."""
 
     _owner: ClassVar[Any] = None
     _fields: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
@@ -25,13 +25,13 @@ class Node:
 
 def _refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise ConfigError(
-        f"Got a change of {repr(list(self))[:80]}, which belongs to a built config. A built config no longer changes. "
-        "Make the change before build(), or in a copy.deepcopy of the config."
+        f"A built config is read-only, got a change of {repr(list(self))[:80]}. "
+        "Change the config before build(), or change a copy.deepcopy of it."
     )
 
 
 class FrozenList(list[Any]):
-    """A list inside a built config."""
+    """A read-only list inside a built config."""
 
     append = extend = insert = remove = pop = clear = sort = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
@@ -44,7 +44,7 @@ class FrozenList(list[Any]):
 
 
 class FrozenDict(dict[Any, Any]):
-    """A dict inside a built config."""
+    """A read-only dict inside a built config."""
 
     clear = pop = popitem = setdefault = update = _refuse
     __setitem__ = __delitem__ = __ior__ = _refuse
@@ -57,7 +57,7 @@ class FrozenDict(dict[Any, Any]):
 
 
 class FrozenSet(set[Any]):
-    """A set inside a built config."""
+    """A read-only set inside a built config."""
 
     add = clear = difference_update = discard = intersection_update = pop = remove = _refuse
     symmetric_difference_update = update = __ior__ = __iand__ = __isub__ = __ixor__ = _refuse
@@ -70,7 +70,7 @@ class FrozenSet(set[Any]):
 
 
 def copied(value: Any, frozen: bool = False) -> Any:
-    """Return a copy that shares no config, list, dict or set with the tree; `frozen`: one that no longer changes."""
+    """Return a copy that shares no config, list, dict or set with `value`; a read-only one if `frozen`."""
     if isinstance(value, Node):
         if frozen and value._frozen:
             return value
@@ -91,7 +91,7 @@ def copied(value: Any, frozen: bool = False) -> Any:
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, part) for what a config or a container holds directly; nothing for any other value."""
+    """Yield (name, child) for the direct children of a config or a container; nothing for any other value."""
     if isinstance(value, Node):
         held = vars(value)
         yield from ((name, held[name]) for name in value._fields if name in held)
@@ -102,7 +102,7 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def traverse(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, config) for every config of the tree, the root ("") first, parents before their parts."""
+    """Yield (path, config) for every config of the tree, the root ("") first, parents before children."""
     yield from _traverse(config, "")
 
 
@@ -114,7 +114,10 @@ def _traverse(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Say whether two trees hold equal values of equal types; a nan equals a nan, a partial one with equal parts."""
+    """Return whether two trees hold equal values of equal types.
+
+    NaN equals NaN, and two partials are equal if their functions and arguments are.
+    """
     if _kind(first) is not _kind(second):
         return False
     if isinstance(first, functools.partial):
@@ -136,21 +139,21 @@ def _kind(value: Any) -> type:
 
 
 def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
-    """Return a copy of `config` with the part at a path, or every config that a predicate picks, replaced.
+    """Return a copy of `config` in which the value at a path, or every config that matches a predicate, is replaced.
 
-    By path, `new` is the value: `replace(c, "model.norm.eps", 1e-6)`. By predicate, `new` is a config, or a function
-    from the config that was there (a copy, whose own parts are done) to the new one:
+    If `where` is a path, `new` is the value: `replace(c, "model.norm.eps", 1e-6)`. If `where` is a predicate, `new` is
+    a config, or a function from the old config (a copy, with replacements inside it already made) to the new one:
     `replace(c, lambda node: isinstance(node, Linear.Config), lambda old: LoRA.Config(linear=old))`.
-    Raises ConfigError where nothing matches.
+    Raises ConfigError if nothing matches.
     """
     if isinstance(where, str):
         return replaced_at(copied(config), where, copied(new))
-    picked = where
+    predicate = where
     count = 0
 
     def change(value: Any) -> Any:
         nonlocal count
-        matches = isinstance(value, Node) and picked(value)
+        matches = isinstance(value, Node) and predicate(value)
         part = _with_parts(value, {name: change(part) for name, part in children(value)})
         if not matches:
             return part
@@ -160,27 +163,30 @@ def replace(config: Any, where: str | Callable[[Any], bool], new: Any) -> Any:
     result = change(copied(config))
     if not count:
         raise ConfigError(
-            "Got a predicate that picks none of the configs in the tree. A replacement that changes nothing is a "
-            "mistake. Look at what traverse(config) yields."
+            "The predicate must match at least one config of the tree, got no match. "
+            "traverse(config) yields all configs of the tree."
         )
     return result
 
 
 def replaced_at(value: Any, path: str, new: Any) -> Any:
-    """Put `new` at `path`, in place where there are configs on the way; return the root (a new one if it is none)."""
+    """Set the value at `path` to `new` and return the root. Configs on the path change in place; containers are copied.
+
+    Raises ConfigError for a path that does not exist.
+    """
     parts = dict(children(value))
     names = value._fields if isinstance(value, Node) else parts
     matching = [name for name in names if f"{path}.".startswith(f"{name}.")]
     if not matching:
         name = path.partition(".")[0]
-        raise ConfigError(f"Got the path {path}. There is no {name} in {label(type(value))}. {nearest(name, names)}")
-    name = max(matching, key=len)  # the keys of a dict may hold dots
+        raise ConfigError(f"{label(type(value))} has no {name!r} (path {path}). {nearest(name, names)}")
+    name = max(matching, key=len)  # keys of a dict may contain dots
     rest = path[len(name) + 1 :]
     return _with_parts(value, {name: replaced_at(parts[name], rest, new) if rest else new})
 
 
 def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
-    """Put `parts` in the place of those of `value`, in place where it can change, and return it."""
+    """Return `value` with the children in `parts` replaced: a config is changed in place, a container is copied."""
     if isinstance(value, Node):
         for name, part in parts.items():
             setattr(value, name, part)

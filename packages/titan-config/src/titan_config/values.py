@@ -1,4 +1,4 @@
-"""Values from the words of a command line, by the type of the field. tyro knows how; functions and dtypes are added."""
+"""Command-line parsing of values by the type of the field: tyro's rules, plus rules for functions and dtypes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from titan_config.json_text import parse_strictly
 
 
 def spec_of(annotation: Any, allow: Sequence[str]) -> PrimitiveConstructorSpec[Any]:
-    """Return how a value of this type is written: how many words, what they are called, and the value they mean."""
+    """Return tyro's parser of a value of this type: number of words, metavar, and the function that makes the value."""
     with _registry(allow):
         spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(annotation, set()))
     if isinstance(spec, PrimitiveConstructorSpec) and not any(map(_holds_lists, members(annotation))):
         return spec
-    return _one("JSON", lambda text: _json(text, allow))
+    return _single_word("JSON", lambda text: _json(text, allow))
 
 
 def _holds_lists(annotation: Any) -> bool:
-    """Say whether one word a value would not tell where an inner list ends."""
+    """Return whether an annotation is a container of containers, which separate words cannot express."""
     return _is_list(annotation) and any(_is_list(part) for inner in get_args(annotation) for part in members(inner))
 
 
@@ -39,17 +39,17 @@ def _registry(allow: Sequence[str]) -> ConstructorRegistry:
     @registry.primitive_rule
     def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if is_callable(info.type):
-            return _one("MODULE:FUNCTION", lambda text: find_function(text, allow))
+            return _single_word("MODULE:FUNCTION", lambda text: find_function(text, allow))
         if info.type is bool:
-            return _one("True|False", _bool)
+            return _single_word("True|False", _bool)
         if is_dtype(info.type):
-            return _one("DTYPE", find_dtype)
+            return _single_word("DTYPE", find_dtype)
         return None
 
     return registry
 
 
-def _one(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
+def _single_word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -73,7 +73,7 @@ def _json(text: str, allow: Sequence[str]) -> Any:
 
 
 def read_value(annotation: Any, words: Sequence[str], allow: Sequence[str]) -> Any:
-    """Return the value that `words` mean. Raises ValueError where they mean none."""
+    """Parse `words` as a value of type `annotation` and return it. Raises ValueError if they are not one."""
     others = [member for member in members(annotation) if member is not type(None)]
     if len(others) < len(members(annotation)) and list(words) == ["None"]:
         return None
@@ -86,5 +86,5 @@ def read_value(annotation: Any, words: Sequence[str], allow: Sequence[str]) -> A
     try:
         with _registry(allow):
             return spec.instance_from_str(list(words))
-    except (TypeError, IndexError, AssertionError) as error:  # how tyro's readers of tuples and dicts say too few words
+    except (TypeError, IndexError, AssertionError) as error:  # raised by tyro for tuples and dicts with too few words
         raise ValueError(words) from error

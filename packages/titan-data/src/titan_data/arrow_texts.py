@@ -1,4 +1,4 @@
-"""A column of an Arrow table as documents."""
+"""Source of documents from a column of an Arrow table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from titan_data.source import MapSource
 
 
 class ArrowTexts(MapSource):
-    """The texts of one column of a `datasets.Dataset`, which lies on disk and is mapped into memory, not read.
+    """Source of the texts in one column of a `datasets.Dataset`, memory-mapped from disk.
 
-    Raises ValueError where the column is missing, holds no text, or lacks it in some row.
+    Raises ValueError if the column is missing, is not of strings, or has a null.
     """
 
     def __init__(self, dataset: Any, text_field: str, name: str, identity: dict[str, Any]) -> None:
@@ -38,24 +38,24 @@ class ArrowTexts(MapSource):
 
 
 def require_strings(kind: Any, text_field: str, place: str) -> None:
-    """Raise ValueError unless an Arrow type is one of strings: plain, large, a view (Polars), or a dictionary's."""
+    """Raise ValueError unless an Arrow type is a string, large string, string view (Polars) or dictionary of these."""
     import pyarrow.types as kinds
 
     inner = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_string_view(inner)):
-        raise ValueError(f"{place}: the field {text_field!r} must hold strings, got {kind}. Set text_field.")
+        raise ValueError(f"{place}: the field {text_field!r} must be of strings, got {kind}. Set text_field.")
 
 
 def missing_field(field: str, fields: list[str], place: str) -> ValueError:
-    """Return the error for a record of `fields` that lacks `field`."""
+    """Return the error for a record with `fields` that has no `field`."""
     return ValueError(
         f"{place} must have the field {field!r}, got the fields: {', '.join(fields) or 'none'}. Set text_field."
     )
 
 
 def missing_text(field: str, count: int, first: str) -> ValueError:
-    """Return the error for records of which `field` is null."""
+    """Return the error for `count` records in which `field` is null; `first` is the place of the first of them."""
     return ValueError(
-        f"{first}: the field {field!r} must be a string, got null (as in {count:,} records). Remove them, or set "
-        f"text_field."
+        f"{first}: the field {field!r} must be a string, got null (in {count:,} records). Remove these records, or set "
+        "text_field."
     )

@@ -1,4 +1,4 @@
-"""What a training step is made of: token rows, and what travels with them."""
+"""The micro-batch of a training step."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import dataclasses
 from torch import Tensor
 
 IGNORED_LABEL = -100
-"""The label of a token that has none: the last of a document, and padding."""
+"""The label of tokens without one: the last token of a document, and padding (`ignore_index` of torch)."""
 
 PADDING_ID = -1
-"""The document id of padding: the last rows of a finite loader, and what fills up ranks that got fewer rows."""
+"""The document id of padding: in the last sequences of a finite loader, and on ranks with fewer sequences."""
 
 
 @dataclasses.dataclass
 class Batch:
-    """One micro-batch of B rows of T tokens; dim 0 of every tensor is the row.
+    """A micro-batch of B sequences of T tokens; dim 0 of every tensor is the batch dim.
 
-    inputs: `tokens`, `positions` (from 0 at the first token of each document in the row) and `document_ids` (the
-    document's place in the global order, never the same twice), each int64 [B, T].
-    targets: `labels`, int64 [B, T]: the token that follows in the same document, -100 where there is none.
-    sequence_dims: name of a tensor -> its dim that is the sequence.
-    sample_ids: per row, the ids of the documents in it, in order.
+    inputs: `tokens`, `positions` (from 0 at the first token of each document in the sequence) and `document_ids` (the
+    position of the document in the global order, unique across epochs), each int64 [B, T].
+    targets: `labels`, int64 [B, T]: the next token of the same document, -100 if there is none.
+    sequence_dims: tensor name -> its sequence dim.
+    sample_ids: for each sequence, the ids of its documents in order.
     """
 
     inputs: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Raw bytes as tokens."""
+"""Byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from titan_data.tokenizer import Ids, Tokenizer, well_formed
 
 
 class ByteTokenizer(Tokenizer):
-    """The UTF-8 bytes of the text are its ids; 256 begins and 257 ends a document. Needs no file."""
+    """Byte-level tokenizer: the ids of a text are its UTF-8 bytes; BOS is 256, EOS 257. Needs no file."""
 
     class Config(Tokenizer.Config):
         pass

@@ -1,4 +1,4 @@
-"""A folder of files made from other files: unpacked once, shared by the ranks of a machine and by later runs."""
+"""Cache of files derived from other files (such as decompressed ones), shared by the ranks of a machine and by runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from filelock import FileLock
 from titan_config import require_local
 
 END_BYTES = 65_536
-"""Bytes at both ends of a file that its key covers; Parquet keeps its schema, offsets and statistics at the end."""
+"""Bytes at each end of a file in its cache key; Parquet has its schema, offsets and statistics at the end."""
 
 
 def cached(source: Path, kind: str, cache_dir: str | Path | None, make: Callable[[BinaryIO], None]) -> Path:
-    """Return the file that `make` writes for `source`, written at most once while `source` stays the same.
+    """Return the cached file that `make` writes for `source`; `make` is called again only after `source` changes.
 
-    kind: what decides the content beside the source. cache_dir: None means `titan-data` in the user's cache folder.
-    The file appears complete or not at all: it is written under a temporary name and renamed.
+    kind: a key for the kind of content; its first word is the file extension. cache_dir: None means `titan-data` in
+    the user's cache folder. The file is written under a temporary name and then renamed, so that it is never partial.
     """
     folder = _folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def _folder(cache_dir: str | Path | None) -> Path:
 
 def _key(source: Path, kind: str) -> str:
     status = source.stat()
-    told = [str(source.resolve()), kind, status.st_size, status.st_mtime_ns, status.st_ino]
-    digest = hashlib.sha256(repr(told).encode())
+    attributes = [str(source.resolve()), kind, status.st_size, status.st_mtime_ns, status.st_ino]
+    digest = hashlib.sha256(repr(attributes).encode())
     with source.open("rb") as file:
         digest.update(file.read(END_BYTES))
         file.seek(max(0, status.st_size - END_BYTES))

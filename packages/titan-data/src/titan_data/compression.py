@@ -1,4 +1,4 @@
-"""Compressed files: gzip, Zstandard, xz and bzip2, told apart by their first bytes, not by their names."""
+"""Decompression of gzip, Zstandard, xz and bzip2, detected by the first bytes of a file, not by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 18
 
 
 class Format(NamedTuple):
-    """A compression: its name, the first bytes of each of its frames, and a decompressor of one frame."""
+    """A compression format: its name, the first bytes of each frame, and a function that makes a frame decompressor."""
 
     name: str
     magic: bytes
@@ -35,12 +35,12 @@ FORMATS = (
     Format("xz", b"\xfd7zXZ\x00", lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ)),
     Format("bzip2", b"BZh", bz2.BZ2Decompressor),
 )
-_SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # frames of Zstandard that hold no data (pzstd begins with one)
-_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # after BZh and a digit; a text may begin with BZh, too
+_SKIPPABLE = range(0x184D2A50, 0x184D2A60)  # Zstandard frames without data (pzstd writes one first)
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # follow BZh and a digit; text may also begin with BZh
 
 
 def compression_of(path: Path) -> Format | None:
-    """Return how `path` is compressed; None: not at all. Raises ValueError for an archive that cannot be read."""
+    """Return the compression format of `path`, None if uncompressed. Raises ValueError for an unsupported format."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     require_readable(head, path)
@@ -48,14 +48,14 @@ def compression_of(path: Path) -> Format | None:
 
 
 def require_readable(head: bytes, path: Path) -> None:
-    """Raise ValueError if the first bytes of a file are those of an archive, or of a format that cannot be read."""
+    """Raise ValueError if the first bytes of a file are those of an archive or of another unsupported format."""
     kind = kind_of(head)
     if kind is not None:
         raise ValueError(f"{path} must be text, plain or compressed with gzip, zstd, xz or bzip2, got {kind}.")
 
 
 def unpacked(path: Path, cache_dir: str | Path | None) -> Path:
-    """Return `path`, or the file in the cache that holds its decompressed bytes. Raises ValueError as `read_all`."""
+    """Return `path`, or if it is compressed, the cached file with its decompressed bytes. Raises as `read_all` does."""
     compression = compression_of(path)
     if compression is None:
         return path
@@ -68,13 +68,13 @@ def unpacked(path: Path, cache_dir: str | Path | None) -> Path:
 
 
 def read_all(path: Path) -> bytes:
-    """Return the bytes of `path`, decompressed. Raises ValueError naming file and position where it is damaged."""
+    """Return the decompressed bytes of `path`. Raises ValueError with file and position if it is damaged."""
     compression = compression_of(path)
     return path.read_bytes() if compression is None else b"".join(_decompressed(path, compression))
 
 
 def _decompressed(path: Path, compression: Format) -> Iterator[bytes]:
-    """Yield the bytes of all frames; several may follow each other, as `cat a.gz b.gz` and pzstd write them."""
+    """Yield the decompressed bytes of all frames; `cat a.gz b.gz` and pzstd write files with several frames."""
     made, read = 0, 0
     frame, data, begun = compression.decompressor(), b"", False
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def _decompressed(path: Path, compression: Format) -> Iterator[bytes]:
             if not begun and not _begins_frame(data, file, compression):
                 if not data.strip(b"\0") and not file.read().strip(b"\0"):
                     return  # padding
-                raise _damaged(path, compression, read, made, "something else follows there")
+                raise _damaged(path, compression, read, made, "the data after the last frame is not a frame")
             begun = True
             try:
                 piece = frame.decompress(data)
@@ -96,11 +96,11 @@ def _decompressed(path: Path, compression: Format) -> Iterator[bytes]:
             if frame.eof:
                 frame, begun = compression.decompressor(), False
     if begun:
-        raise _damaged(path, compression, read, made, "it ends in the middle; the file was cut short")
+        raise _damaged(path, compression, read, made, "the file is truncated")
 
 
 def _begins_frame(data: bytes, file: BinaryIO, compression: Format) -> bool:
-    if len(data) < 16:  # a frame that begins at the end of a chunk
+    if len(data) < 16:  # the frame begins at the end of a chunk
         position = file.tell()
         data += file.read(16)
         file.seek(position)
@@ -108,7 +108,7 @@ def _begins_frame(data: bytes, file: BinaryIO, compression: Format) -> bool:
 
 
 def format_of(head: bytes) -> Format | None:
-    """Return the compression of which the first bytes (at least 16) of a file tell."""
+    """Return the compression format of a file by its first bytes (at least 16), None if it is uncompressed."""
     zstandard = next(each for each in FORMATS if each.name == "Zstandard")
     if int.from_bytes(head[:4], "little") in _SKIPPABLE:
         return zstandard
@@ -120,6 +120,6 @@ def format_of(head: bytes) -> Format | None:
 
 def _damaged(path: Path, compression: Format, read: int, made: int, what: str) -> ValueError:
     return ValueError(
-        f"{path} must be a whole {compression.name} file, got damage at byte {read:,} of the file (byte {made:,} of "
-        f"its text): {what}. Fetch it again."
+        f"{path} must be a valid {compression.name} file, got damage at byte {read:,} of the file (byte {made:,} of "
+        f"the decompressed data): {what}. Download it again."
     )

@@ -1,10 +1,11 @@
-"""Rewrite a `tokenizer.json` so that no text becomes a control token, whatever the file's model and flags say.
+"""Rewrite a `tokenizer.json` so that text is never encoded as a control token, whatever its model and flags.
 
-A name such as `<s>` becomes its id in two ways: `added_tokens` are cut out of the text before the model sees it, and
-the model itself may hold the name (Unigram and WordLevel pieces, BPE with `ignore_merges` or a merge that ends in it),
-also where it arises only after normalization. Two rewritten tokenizers take care of both. In the *detecting* one each
-name has a marker id beyond the vocabulary, and is cut out of the text wherever it stands: a text without markers has
-the ids of the file. A text with markers is encoded again by the *spelling* one, which knows no name at all.
+A name such as `<s>` can become its id in two ways: `added_tokens` are extracted from the text before the model runs,
+and the vocabulary of the model may contain the name (Unigram and WordLevel pieces, BPE with `ignore_merges` or a merge
+that produces it), even if the name appears only after normalization. Two rewritten tokenizers prevent both. In the
+*detecting* tokenizer, each name has a marker id beyond the vocabulary and is extracted wherever it occurs; a text
+without markers has the ids of the original file. A text with markers is encoded again with the *spelling* tokenizer,
+whose vocabulary has no names at all.
 """
 
 from __future__ import annotations
@@ -18,31 +19,31 @@ UNMISTAKABLE = re.compile(
     r"|\[(?:unused|control_)\d+\]|\[[gs]MASK\]|<</?SYS>>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|IMG_BREAK|IMG_END)\]"
 )
-"""Names that are control tokens wherever a vocabulary holds them: no other text is written so."""
+"""Names that are control tokens in every vocabulary that contains them: ordinary text does not look like this."""
 CONVENTIONAL = re.compile(
     r"</?s>|<(?:unk|pad|mask|bos|eos|sep|cls|eod|eop|eot|eom|sop)>|<(?:UNK|PAD|MASK|BOS|EOS|SEP|CLS|EOD|EOP|EOT)>"
     r"|\[(?:UNK|PAD|MASK|BOS|EOS|SEP|CLS|EOD|EOP|EOT|PREFIX|MIDDLE|SUFFIX)\]|</?(?:think|tool_call|tool_response)>"
     r"|<(?:fim_\w+|file_sep|repo_name|jupyter_\w+|issue_(?:start|comment|closed)|commit_(?:before|msg|after))>"
 )
-"""Names that are control tokens where no merge makes them; one that merges make was learned from text, as `<s>` from
+"""Names that are control tokens unless a BPE merge produces them: such a merge was learned from text, like `<s>` from
 HTML."""
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_ORIGINAL = "\U0010fffe{}\U0010fffe"  # in place of a name at its id; a noncharacter, which no text holds
+_ORIGINAL = "\U0010fffe{}\U0010fffe"  # replaces a name at its id; contains a noncharacter, which no text contains
 
 
 class Names(NamedTuple):
-    """The names of a tokenizer's control and added tokens, and the added tokens that are text all the same."""
+    """The names of the control and added tokens of a tokenizer, and the added tokens that count as text, with ids."""
 
     control: frozenset[str]
     text: dict[str, int]
 
 
 def names_in(document: dict[str, Any], chosen: set[str], text_tokens: set[str]) -> Names:
-    """Collect the names from a whole `tokenizer.json`; `chosen` are those that the user or files beside it name.
+    """Return the names in a parsed `tokenizer.json`; `chosen` are further control tokens, from the config or files.
 
-    Pieces of the vocabulary with such a name count too, also after a mark of the model (`▁<s>`, `##[SEP]`). Added
-    tokens that are white space (runs of spaces of GPT-NeoX) and not special are text, as are `text_tokens`.
+    Vocabulary pieces with such a name are included, also with a word mark of the model (`▁<s>`, `##[SEP]`). Added
+    tokens that are white space (runs of spaces in GPT-NeoX) and not special count as text, as do `text_tokens`.
     """
     model, added = document["model"], document.get("added_tokens") or []
     text = {
@@ -62,7 +63,7 @@ def names_in(document: dict[str, Any], chosen: set[str], text_tokens: set[str]) 
 
 
 def rewritten(document: dict[str, Any], names: Names, vocab_size: int, *, detecting: bool) -> dict[str, Any]:
-    """Return the detecting or the spelling tokenizer as a `tokenizer.json`; see above."""
+    """Return the detecting or the spelling tokenizer as a `tokenizer.json`; see the module docstring."""
     control = sorted(names.control)
     markers = {name: vocab_size + number for number, name in enumerate(control)} if detecting else {}
     model = {key: value for key, value in document["model"].items() if key not in ("vocab", "merges")}
@@ -81,14 +82,14 @@ def rewritten(document: dict[str, Any], names: Names, vocab_size: int, *, detect
             for pair in _merges(document["model"])
             if detecting or names.control.isdisjoint((*pair, _joined(pair, document["model"])))
         ]
-        model["dropout"] = None  # ids are a function of the text
+        model["dropout"] = None  # makes encoding deterministic
     added = [token for token in document.get("added_tokens") or [] if token["content"] in names.text]
-    added += [_cut_out(name, number) for name, number in markers.items()]
+    added += [_extracted_token(name, number) for name, number in markers.items()]
     return {**document, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def unknown_id(model: dict[str, Any]) -> int | None:
-    """Return the id that the model gives to what it does not know; None: it drops such text, or raises."""
+    """Return the id of the unknown token; None if there is none, so that the model drops unknown text or raises."""
     if model["type"] == "Unigram":
         return model.get("unk_id")
     return model["vocab"].get(model.get("unk_token"))
@@ -97,7 +98,10 @@ def unknown_id(model: dict[str, Any]) -> int | None:
 def _unigram_vocab(
     model: dict[str, Any], names: Names, vocab_size: int, markers: dict[str, int]
 ) -> list[tuple[str, float]]:
-    """Pieces are known by their place: names give way to placeholders, and follow beyond all ids as markers."""
+    """Return a Unigram vocabulary, in which the id of a piece is its index, with names replaced by placeholders.
+
+    The names in `markers` are appended after all ids.
+    """
     pieces = [tuple(piece) for piece in model["vocab"]]
     scores, least = dict(pieces), min(score for _, score in pieces)
     text = {number: name for name, number in names.text.items()}
@@ -110,7 +114,7 @@ def _unigram_vocab(
 
 
 def _by_pattern(document: dict[str, Any], special: set[str], text_tokens: set[str]) -> set[str]:
-    """Return the pieces that are control names: by pattern, or as one of `special` behind a mark of the model."""
+    """Return the pieces that are control-token names: by pattern, or one of `special` with a word mark of the model."""
     model, mark = document["model"], "|".join(map(re.escape, _marks(document)))
     marks = re.compile(rf"^(?:{mark}|\s)+|(?:{mark}|\s)+$")
     merged = {_joined(pair, model) for pair in _merges(model)}
@@ -126,7 +130,7 @@ def _by_pattern(document: dict[str, Any], special: set[str], text_tokens: set[st
 
 
 def _marks(document: dict[str, Any]) -> list[str]:
-    """Return what a model writes before or after a piece for a space, or where a word goes on or ends."""
+    """Return the word marks of a model: the strings that denote a space, a continued word or the end of a word."""
     model = document["model"]
     found = {"▁", "Ġ", "##", "</w>"}
     found |= {model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")}
@@ -142,7 +146,7 @@ def _marks(document: dict[str, Any]) -> list[str]:
 
 
 def _pieces(model: dict[str, Any]) -> dict[str, int]:
-    """Return piece -> id."""
+    """Return the vocabulary as piece -> id."""
     if model["type"] == "Unigram":
         return {piece: number for number, (piece, _) in enumerate(model["vocab"])}
     return model["vocab"]
@@ -154,7 +158,7 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _joined(pair: tuple[str, str], model: dict[str, Any]) -> str:
-    """Return the token that a merge makes: a prefix such as `##` of the second part is left out."""
+    """Return the token that a merge produces; the continuation prefix (`##`) of the second part is removed."""
     return pair[0] + pair[1].removeprefix(model.get("continuing_subword_prefix") or "")
 
 
@@ -166,7 +170,7 @@ def _unknown(model: dict[str, Any]) -> set[str]:
 
 
 def _in_template(part: Any) -> set[str]:
-    """Return the tokens that a post-processor puts around texts: names of templates, `cls` and `sep` of BERT's."""
+    """Return the tokens that a post-processor adds around texts: those of templates, and BERT's `cls` and `sep`."""
     if isinstance(part, list):
         return set().union(*map(_in_template, part))
     if not isinstance(part, dict):
@@ -176,6 +180,6 @@ def _in_template(part: Any) -> set[str]:
     return found | _in_template(part.get("processors"))
 
 
-def _cut_out(name: str, number: int) -> dict[str, Any]:
+def _extracted_token(name: str, number: int) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     return {"id": number, "content": name, **flags}

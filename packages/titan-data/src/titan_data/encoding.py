@@ -1,4 +1,4 @@
-"""UTF-8 text from bytes, and errors that say which other encoding the bytes seem to be in."""
+"""UTF-8 decoding, with errors that name the probable encoding of other text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from titan_data.compression import format_of, require_readable
 
 UTF8_MARK = codecs.BOM_UTF8
 SAMPLE_BYTES = 1 << 16
-_MARKS = {  # the longer before their prefixes
+_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -21,22 +21,24 @@ _OTHERS = ["cp932", "euc_jp", "gb18030", "big5", "euc_kr", "cp1251", "koi8_r", "
 
 
 def require_utf8(head: bytes, path: Path) -> None:
-    """Raise ValueError if the first bytes of a file, decompressed, are not those of text in UTF-8.
+    """Raise ValueError if the decompressed file cannot be UTF-8 text, judged by its first bytes `head`.
 
-    They may be those of an archive, of a file compressed twice, or of UTF-16 or UTF-32, with or without a byte order
-    mark: an ASCII character has a zero byte there, which no text has.
+    Detects archives, files compressed twice, and UTF-16 or UTF-32 with or without a byte order mark: in these
+    encodings an ASCII character has a zero byte, which UTF-8 text does not contain.
     """
     require_readable(head, path)
     compression = format_of(head)
     if compression is not None:
-        raise ValueError(f"{path} must be compressed once, got {compression.name} inside. Decompress it first.")
+        raise ValueError(
+            f"{path} must be compressed only once, got {compression.name} data inside. Decompress it first."
+        )
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None) or _by_zeros(head)
     if name is not None:
-        raise ValueError(f"{path} must be UTF-8, got what seems to be {name}. {_fix(path, name)}")
+        raise ValueError(f"{path} must be UTF-8, got probably {name}. {_fix(path, name)}")
 
 
 def decoded(content: bytes, path: Path) -> str:
-    """Return the text of a whole file, without a byte order mark. Raises ValueError naming line and encoding."""
+    """Return the text of a file without its byte order mark. Raises ValueError with the line and probable encoding."""
     require_utf8(content[:SAMPLE_BYTES], path)
     try:
         return content.decode("utf-8-sig")
@@ -46,17 +48,17 @@ def decoded(content: bytes, path: Path) -> str:
 
 
 def not_utf8(content: bytes, position: int, place: str, path: Path) -> ValueError:
-    """Return the error for bytes of `content` that are no UTF-8 at `position`."""
+    """Return the error for invalid UTF-8 at byte `position` of `content`."""
     sample = content[max(0, position - SAMPLE_BYTES // 2) : position + SAMPLE_BYTES // 2]
     column = position - content.rfind(b"\n", 0, position)
-    byte = f"the byte 0x{content[position]:02x} at position {column:,} of the line"
+    byte = f"byte 0x{content[position]:02x} at position {column:,} of the line"
     if _SURROGATE.match(content, position):
-        return ValueError(f"{place} must be UTF-8, got half of a surrogate pair ({byte}). Write the text again.")
+        return ValueError(f"{place} must be UTF-8, got an unpaired surrogate ({byte}). Write the file again as UTF-8.")
     names = [] if _is_mostly_utf8(sample) else _guesses(sample)
     if len(names) == 1:
-        return ValueError(f"{place} must be UTF-8, got what seems to be {names[0]}. {_fix(path, names[0])}")
-    perhaps = f" ({', '.join(names[:-1])} or {names[-1]}, perhaps)" if names else ""
-    return ValueError(f"{place} must be UTF-8, got {byte}{perhaps}. {_fix(path, None)}")
+        return ValueError(f"{place} must be UTF-8, got probably {names[0]}. {_fix(path, names[0])}")
+    candidates = f" (possibly {', '.join(names[:-1])} or {names[-1]})" if names else ""
+    return ValueError(f"{place} must be UTF-8, got {byte}{candidates}. {_fix(path, None)}")
 
 
 def _by_zeros(head: bytes) -> str | None:
@@ -72,17 +74,17 @@ def _by_zeros(head: bytes) -> str | None:
     else:
         return None
     text = codecs.getincrementaldecoder(name)("replace").decode(head)
-    return None if "\0" in text or "\ufffd" in text else name  # numbers in binary
+    return None if "\0" in text or "\ufffd" in text else name  # otherwise binary numbers
 
 
 def _is_mostly_utf8(sample: bytes) -> bool:
-    """Return True where more characters outside ASCII are whole than damaged."""
-    beyond = re.sub(r"[\x00-\x7f]", "", sample.decode(errors="replace"))
-    return 2 * beyond.count("\ufffd") < len(beyond)
+    """Return whether more of the non-ASCII characters are valid than invalid UTF-8."""
+    non_ascii = re.sub(r"[\x00-\x7f]", "", sample.decode(errors="replace"))
+    return 2 * non_ascii.count("\ufffd") < len(non_ascii)
 
 
 def _guesses(sample: bytes) -> list[str]:
-    """Return probable encodings: letters of Western Europe stand alone among ASCII, those of others in runs."""
+    """Return the probable encodings. Non-ASCII letters stand alone in Western European text, and in runs in others."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     if sum(len(run) == 1 for run in runs) > len(runs) / 2 and not re.search(rb"[\x80-\x9f]", b"".join(runs)):
         return ["ISO-8859-1"]
@@ -90,7 +92,7 @@ def _guesses(sample: bytes) -> list[str]:
         return ["WINDOWS-1252"]
     import charset_normalizer
 
-    matches = list(charset_normalizer.from_bytes(sample, cp_isolation=_OTHERS))  # the best first
+    matches = list(charset_normalizer.from_bytes(sample, cp_isolation=_OTHERS))  # best match first
     return [match.encoding for match in matches if match.chaos <= matches[0].chaos + 0.1]
 
 

@@ -1,4 +1,4 @@
-"""How predictable a text is from token frequencies alone: the mark a language model has to get below."""
+"""Unigram entropy of a data set: the loss of a prediction from token frequencies alone, as a baseline."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from titan_data.tokenizer import Tokenizer
 
 
 def unigram_entropy(source: Source, tokenizer: Tokenizer) -> float:
-    """Return the entropy of the single tokens of all documents of `source`, in nats per token.
+    """Return the entropy of the token frequencies over all documents of `source`, in nats per token.
 
-    An EOS after each document is counted where the tokenizer has one. Reads the whole source once.
+    If the tokenizer has an EOS token, one per document is counted. Reads the whole source once.
     """
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for document in source.stream(0, 1, 0, Order(seed=0, shuffle=False, infinite=False)):

@@ -1,4 +1,4 @@
-"""Kinds of files that are not text, told by their first bytes."""
+"""Detection of files that are not text by their first bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tarfile
 import zlib
 
 HEAD_BYTES = tarfile.BLOCKSIZE
-"""Bytes from the beginning of a file that tell its kind."""
+"""Number of bytes at the beginning of a file that `kind_of` examines."""
 _MAGIC = {
     b"PK\x03\x04": "a ZIP archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
@@ -16,12 +16,12 @@ _MAGIC = {
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
 }
-_ZLIB = (b"x\x01", b"x^", b"x\x9c", b"x\xda")  # a text may begin with x^, too
+_ZLIB = (b"x\x01", b"x^", b"x\x9c", b"x\xda")  # text may also begin with x^
 _LZMA = b"]\0\0"
 
 
 def kind_of(head: bytes) -> str | None:
-    """Return what a file is that begins with `head` (512 bytes) if it cannot be read as text; None: perhaps text."""
+    """Return the kind of a non-text file that begins with `head` (512 bytes); None if the file may be text."""
     if _is_tar(head[:HEAD_BYTES]):
         return "a tar archive"
     if head.startswith(_ZLIB) and _unpacks(zlib.decompressobj(), head):

@@ -1,4 +1,4 @@
-"""Find the local files that a config names, with errors that name the nearest existing one."""
+"""Lookup of local files, with errors that suggest the nearest existing name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ TOKENIZER_FILES = ("tokenizer.json", "*.tiktoken", "*.model")
 
 
 def find_file(path: str | Path) -> Path:
-    """Return `path` as a regular file that exists, one of data. Raises as `find_tokenizer`."""
+    """Return `path` of a data file, checked to be an existing regular file. Raises as `find_tokenizer` does."""
     file = Path(path).expanduser()
     if file.is_dir():
         require_local(path, "path")
         raise IsADirectoryError(
-            f"path must be a file, got the folder {file}. Name a file in it, or a pattern such as {file / '*'}. "
+            f"path must be a file, got the folder {file}. Use a file in this folder or a pattern such as {file / '*'}. "
             f"{_contents(file, ('*',))}"
         )
     return _existing(path, ("*",))
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """Return `path` as a regular file that exists; errors name the tokenizer files that are in its place.
+    """Return `path` of a tokenizer file, checked to be an existing regular file.
 
-    Raises ValueError for a URL, a pipe or a device, FileNotFoundError with the nearest name, IsADirectoryError.
+    Raises ValueError for a URL, a pipe or a device, FileNotFoundError with the nearest name, and IsADirectoryError with
+    the tokenizer files in the folder.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -52,10 +53,10 @@ def _existing(path: str | Path, kinds: tuple[str, ...]) -> Path:
 
 
 def find_files(pattern: str | Path) -> list[Path]:
-    """Return the files that a path or a pattern such as `data/*.jsonl` names, in order of name.
+    """Return the files that match a path or a glob pattern such as `data/*.jsonl`, sorted by name.
 
-    A pattern passes over names that begin with `_` or `.`, where Spark and Hadoop put what is not data
-    (`_SUCCESS`, `.part-0.crc`), unless its own last part begins so. Raises as `find_file`.
+    Names that begin with `_` or `.` do not match, unless the file name in the pattern begins with that character: Spark
+    and Hadoop use them for metadata (`_SUCCESS`, `.part-0.crc`). Raises as `find_file` does.
     """
     require_local(pattern, "path")
     if not glob.has_magic(os.fspath(pattern)) or Path(pattern).exists():
@@ -74,7 +75,7 @@ def _advice(file: Path, kinds: tuple[str, ...]) -> str:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     if folder != file.parent:
-        return f"There is no folder {file.parent}; the nearest that exists is {folder.absolute()}."
+        return f"The folder {file.parent} does not exist; the nearest existing folder is {folder.absolute()}."
     near = difflib.get_close_matches(file.name, _names(folder, kinds), n=1, cutoff=0.5)
     return f"The nearest name is {folder / near[0]}." if near else _contents(folder.absolute(), kinds)
 
@@ -82,9 +83,9 @@ def _advice(file: Path, kinds: tuple[str, ...]) -> str:
 def _contents(folder: Path, kinds: tuple[str, ...]) -> str:
     names, whole = _names(folder, kinds), kinds == ("*",)
     if not names:
-        return f"The folder {folder} is empty." if whole else f"{folder} holds no tokenizer file ({', '.join(kinds)})."
+        return f"The folder {folder} is empty." if whole else f"{folder} has no tokenizer file ({', '.join(kinds)})."
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    return f"The folder {folder} holds: {shown}." if whole else f"Tokenizer files in {folder}: {shown}."
+    return f"Files in {folder}: {shown}." if whole else f"Tokenizer files in {folder}: {shown}."
 
 
 def _names(folder: Path, kinds: tuple[str, ...]) -> list[str]:

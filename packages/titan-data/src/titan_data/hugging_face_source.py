@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, and whatever else `datasets.load_dataset` reads."""
+"""Source of Hugging Face datasets: everything that `datasets.load_dataset` reads."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from titan_data.streamed_texts import StreamedTexts
 
 
 class HuggingFaceSource(Source):
-    """A dataset by name, streamed, or downloaded once and then read in any order.
+    """Source of a Hugging Face dataset, streamed, or downloaded once and read with random access.
 
-    `path="allenai/c4", name="en"` is a dataset of the hub; `path="json", data_files="data/*.jsonl"` reads local files.
-    Streams are tied to file shards: for speed let `num_streams` be no more than the dataset has shards. Resuming a
-    stream reads again all it has had. Raises FileNotFoundError or ConnectionError where the dataset cannot be
-    reached, ValueError for records without text.
+    `path="allenai/c4", name="en"` is a dataset on the hub; `path="json", data_files="data/*.jsonl"` reads local files.
+    If streaming, each stream reads its own file shards: for speed, choose `num_streams` at most the number of shards.
+    Resuming a stream then reads again everything before its cursor. Raises FileNotFoundError or ConnectionError if the
+    dataset cannot be reached, ValueError for records without text.
     """
 
     class Config(Source.Config):
         path: str
-        """The dataset's name on the hub, a folder, or a format: json, parquet, csv, text, arrow."""
+        """The name of a dataset on the hub, a folder, or a format: json, parquet, csv, text, arrow."""
         name: str | None = None
-        """The dataset's configuration, such as `en`."""
+        """The configuration of the dataset, such as `en`."""
         split: str = "train"
-        """The part of it."""
+        """The split of the dataset."""
         revision: str | None = None
         """The commit or tag on the hub; None: the newest, which may change between two runs."""
         data_files: str | list[str] | None = None
-        """The files to read, or patterns of them; None: all. Here, and only here, URLs are read: `hf://`, `https://`,
-        and what fsspec has a package for, such as `s3://`."""
+        """Files or glob patterns to read; None: all files. This is the only field that accepts URLs: `hf://`,
+        `https://`, and protocols with an installed fsspec package, such as `s3://`."""
         streaming: bool = True
-        """Read while training; otherwise download it all first, and shuffle it perfectly. `datasets` downloads every
-        split of `path`: to have one alone, name its files in `data_files`."""
+        """Read the dataset while training; False downloads it first and shuffles over all documents. `datasets`
+        downloads every split of `path`: to download one only, list its files in `data_files`."""
         text_field: str = "text"
-        """The field that holds the text."""
+        """The field with the text."""
         shuffle_buffer: int = 1000
-        """Documents a stream shuffles among, when streaming; the order of shards is shuffled too."""
+        """Size of the shuffle buffer of each stream in documents, if streaming; the order of shards is shuffled too."""
         cache_dir: str | Path | None = None
-        """Where downloads are kept; None: where `datasets` keeps them."""
+        """The folder for downloads; None: the default of `datasets`."""
 
         def validate(self) -> None:
             if self.shuffle_buffer < 1:
@@ -52,8 +52,8 @@ class HuggingFaceSource(Source):
     def __init__(self, config: Config) -> None:
         if "://" in config.path:
             raise ValueError(
-                f"path must be a dataset of the hub, a folder or a format, got {config.path!r}. URLs go into "
-                f'data_files, with their format as path: path="parquet", data_files="{config.path}".'
+                f"path must be a dataset on the hub, a folder or a format, got {config.path!r}. For a URL, set path to "
+                f'the file format and data_files to the URL: path="parquet", data_files="{config.path}".'
             )
         if config.cache_dir is not None:
             require_local(config.cache_dir, "cache_dir")
@@ -91,23 +91,26 @@ class HuggingFaceSource(Source):
 
 
 def load_dataset(path: str, name: str | None = None, *, cache_dir: str | Path | None, **choices: Any) -> Any:
-    """Call `datasets.load_dataset`; what it cannot load is an error that says what was asked for."""
+    """Return `datasets.load_dataset(...)`; errors name the dataset and the split.
+
+    Raises FileNotFoundError or ConnectionError if the dataset cannot be reached, ValueError if it cannot be loaded.
+    """
     import datasets
 
     where = None if cache_dir is None else str(cache_dir)
-    told = f"The dataset {path}{f' ({name})' if name else ''}, split {choices.get('split')},"
+    what = f"The dataset {path}{f' ({name})' if name else ''}, split {choices.get('split')},"
     try:
         return datasets.load_dataset(path, name, cache_dir=where, **choices)
     except FileNotFoundError as error:
-        raise FileNotFoundError(_advice(told, error)) from error
+        raise FileNotFoundError(_message(what, error)) from error
     except ConnectionError as error:
-        raise ConnectionError(_advice(told, error)) from error
+        raise ConnectionError(_message(what, error)) from error
     except (datasets.exceptions.DatasetsError, ValueError) as error:
-        raise ValueError(_advice(told, error.__cause__ or error)) from error
+        raise ValueError(_message(what, error.__cause__ or error)) from error
 
 
-def _advice(told: str, error: BaseException) -> str:
+def _message(what: str, error: BaseException) -> str:
     return (
-        f"{told} must be on the hub and reachable, in the local cache, or in local files, got an error: {error}. "
-        f"Check the name, the files and the connection."
+        f"{what} cannot be loaded from the hub, the local cache or local files: {error}. "
+        "Check the name, the files and the network connection."
     )

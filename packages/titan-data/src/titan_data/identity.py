@@ -1,4 +1,4 @@
-"""What makes two loaders give the same rows, and what becomes of a saved state when it is not the same."""
+"""The identity of the data: compare it with that of a saved state, and adapt cursors after a permitted change."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from titan_data.packing import Cursor
 
 KEEPS_PLACES = ("seq_len", "global_batch_size")
-"""Changes that leave a stream at the very token where it stood."""
+"""Settings whose change leaves every stream at the same token."""
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], allow_changes: bool) -> None:
-    """Raise ValueError naming each difference, old -> new, unless changes are allowed."""
+    """Raise ValueError listing each difference as `old -> new`, unless changes are allowed."""
     found = list(differences(saved, current))
     if found and not allow_changes:
         raise ValueError(
-            f"A resumed run must have the data it began with, got {'; '.join(found)}. Set these back, begin in another "
-            "folder, or set allow_changes of the loader (a flag: --dataloader.allow_changes) to go on with other rows."
+            f"A resumed run must have the data and settings of the saved state, got {'; '.join(found)}. Restore them, "
+            "use another output folder, or set allow_changes (--dataloader.allow_changes) to continue with the change."
         )
 
 
@@ -32,20 +32,21 @@ def differences(saved: Any, current: Any, name: str = "") -> Iterator[str]:
 
 
 def carried_over(cursors: list[Cursor], saved: dict[str, Any], current: dict[str, Any]) -> list[Cursor]:
-    """Return where the streams begin when the identity went from `saved` to `current`.
+    """Return the cursors with which streams continue after the identity changed from `saved` to `current`.
 
-    Another row length or global batch: at the same tokens. Another number of streams: at the first position that no old
-    stream has begun, so that no text comes twice in an epoch. Anything else: at the beginning of the same documents.
+    If only the sequence length or the global batch size changed, streams continue at the same tokens. If the number of
+    streams changed, they continue after the last document that an old stream has begun, so that no text is repeated in
+    an epoch. After any other change, they continue at the beginning of the same documents.
     """
     if saved["num_streams"] != current["num_streams"]:
-        return _redealt(cursors, current["num_streams"])
+        return _redistributed(cursors, current["num_streams"])
     changed = {key for key in current if saved.get(key) != current[key]}
     if changed <= set(KEEPS_PLACES):
         return cursors
     return [Cursor(cursor.documents, 0) for cursor in cursors]
 
 
-def _redealt(cursors: list[Cursor], num_streams: int) -> list[Cursor]:
+def _redistributed(cursors: list[Cursor], num_streams: int) -> list[Cursor]:
     begun = (cursor.documents + (cursor.tokens > 0) for cursor in cursors)
     first = max(index + (count - 1) * len(cursors) + 1 if count else 0 for index, count in enumerate(begun))
     return [Cursor(max(0, -(-(first - index) // num_streams)), 0) for index in range(num_streams)]

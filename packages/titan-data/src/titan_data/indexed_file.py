@@ -1,4 +1,4 @@
-"""Lines of a file by number, through an index of where they begin and end."""
+"""Random access to the lines of a file through an index of their byte offsets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from titan_data.encoding import SAMPLE_BYTES, UTF8_MARK, require_utf8
 
 MAX_OPEN = 256
-"""Files of a source that are open at once; a process may usually have 1,024."""
+"""Maximum number of open files of a source; the usual limit of a process is 1,024."""
 
 
 class IndexedFile:
-    """The lines of a file that are not blank; a byte order mark before one is passed over.
+    """The non-blank lines of a file, without byte order marks.
 
-    path: the file to name in errors. content: the file to read, another one if `path` is compressed.
-    size, checksum: of the whole content. `is_open` is shared by the files of a source.
+    path: the file named in errors. content: the file to read, which differs from `path` if that is compressed.
+    is_open: the file descriptors in use, shared by the files of a source. size, checksum: of the whole content.
     Raises ValueError for UTF-16 and UTF-32, and for a file that has changed since it was opened.
     """
 
@@ -32,7 +32,7 @@ class IndexedFile:
             self.size = self.checksum = 0
             for line in file:
                 begin = self.size
-                if line.startswith(UTF8_MARK):  # each part of joined files may have one
+                if line.startswith(UTF8_MARK):  # in concatenated files, each may begin with a mark
                     begin += len(UTF8_MARK)
                 if line[begin - self.size :].strip():
                     self.starts.append(begin)
@@ -41,17 +41,18 @@ class IndexedFile:
                 self.checksum = zlib.crc32(line, self.checksum)
 
     def line(self, number: int) -> bytes:
+        """Return line `number`, counted from 0 without blank lines."""
         return self._read(self.starts[number], self.ends[number])
 
     def line_number(self, number: int) -> int:
-        """Return the line's number in the file, from 1, blank lines counted."""
+        """Return the line number in the file, from 1 and including blank lines."""
         count, end = 1, self.starts[number]
         for begin in range(0, end, 1 << 20):
             count += self._read(begin, min(end, begin + (1 << 20))).count(b"\n")
         return count
 
     def _read(self, begin: int, end: int) -> bytes:
-        """Read from an open file, not from mapped memory: a mapped file that is cut short kills the process."""
+        """Return bytes `begin` to `end`. Uses pread: a memory-mapped file that is truncated would kill the process."""
         descriptor = self._descriptor()
         content = os.pread(descriptor, end - begin, begin)
         while 0 < len(content) < end - begin:
@@ -72,14 +73,14 @@ class IndexedFile:
         return self._is_open[self]
 
     def _require_unchanged(self, descriptor: int) -> None:
-        """Accept a file that was touched or replaced if its bytes are the same; raise ValueError otherwise."""
+        """Raise ValueError if the content has changed; a file touched or replaced with the same bytes is accepted."""
         stamp, size, checksum = _stamp(descriptor), 0, 0
         while piece := os.pread(descriptor, 1 << 20, size):
             size += len(piece)
             checksum = zlib.crc32(piece, checksum)
         if (size, checksum) != (self.size, self.checksum):
             raise ValueError(
-                f"{self.path} must stay as it is while it is read, got other content ({self.size:,} bytes before, "
+                f"{self.path} must not change while it is in use, got other content ({self.size:,} bytes before, "
                 f"{size:,} now). Write new data to a new file."
             )
         self._stamp = stamp

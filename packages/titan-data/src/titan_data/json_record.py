@@ -1,4 +1,4 @@
-"""One JSON object from one line, strictly: what two readers could read differently is an error."""
+"""Strict parser of one JSON object per line: input that parsers may interpret differently is an error."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name}, which is no JSON number")
+    raise ValueError(f"{name}, which is not a JSON number")
 
 
 _decode = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number).decode
 
 
 def text_of(line: bytes, field: str) -> str:
-    """Return the string in `field`. Raises any of ValueError, TypeError, KeyError, RecursionError; see `bad_line`."""
+    """Return the string in `field` of a JSON object.
+
+    Raises ValueError, TypeError, KeyError or RecursionError; `bad_line` turns them into a readable error.
+    """
     text = _decode(line.decode())[field]
     if not isinstance(text, str):
         raise TypeError(field)
@@ -34,14 +37,14 @@ def text_of(line: bytes, field: str) -> str:
 
 
 def bad_line(line: bytes, field: str, path: Path, number: int) -> ValueError:
-    """Return the error for a line of which `text_of` raised, in one sentence with file and line."""
+    """Return the error for a line for which `text_of` raised, with file and line."""
     where = f"{path}, line {number}"
     try:
         record = _decode(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return not_utf8(line, error.start, where, path)
     except RecursionError:
-        return ValueError(f"{where} must be a JSON object, got one that is nested too deeply to be read.")
+        return ValueError(f"{where} must be a JSON object, got one that is nested too deeply.")
     except ValueError as error:
         return ValueError(f"{where} must be a JSON object, got {_problem(error)}.")
     if not isinstance(record, dict):
@@ -50,12 +53,14 @@ def bad_line(line: bytes, field: str, path: Path, number: int) -> ValueError:
         names = ", ".join(_shown(name, quoted=False) for name in list(record)[:10]) or "none"
         return ValueError(f"{where} must have the field {field!r}, got the fields: {names}. Set text_field.")
     kind = type(record[field]).__name__
-    return ValueError(f"{where}: the field {field!r} must be a string, got {kind}. Set text_field, or correct it.")
+    return ValueError(
+        f"{where}: the field {field!r} must be a string, got {kind}. Set text_field, or correct the line."
+    )
 
 
 def _problem(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"what is not JSON ({error.msg}, column {error.colno})"
+        return f"invalid JSON ({error.msg}, column {error.colno})"
     if "integer string conversion" in str(error):
         return "an integer of more than 4,300 digits"
     return str(error)

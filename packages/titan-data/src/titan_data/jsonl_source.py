@@ -1,4 +1,4 @@
-"""Local JSONL files, read in any order through an index of their lines."""
+"""Source of local JSONL files, with random access through an index of their lines."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from titan_data.source import MapSource, Source
 
 
 class JsonlSource(MapSource):
-    """A JSON object a line, one document each; blank lines and byte order marks are passed over.
+    """Source of JSONL files: one JSON object per line is one document; blank lines and byte order marks are skipped.
 
-    Files may be compressed with gzip, zstd, xz or bzip2; their text is unpacked to a cache once. Opening reads every
-    file once (1 GB takes about a second, three with `check`) and keeps 16 bytes a document. Raises FileNotFoundError,
-    and ValueError that names file and line for a line that is no JSON object or has no text, and for a file that is
-    not UTF-8, that is damaged, or that has changed while it was read.
+    Files may be compressed with gzip, zstd, xz or bzip2; they are decompressed once to a cache. Opening reads every
+    file once (about 1 s per GB, 3 s with `check`) and uses 16 bytes of memory per document. Raises FileNotFoundError,
+    and ValueError with file and line for a line that is not a JSON object or has no text, and for a file that is not
+    UTF-8, is damaged, or changed after it was opened.
     """
 
     class Config(Source.Config):
         path: str | Path
-        """A file, or a pattern such as `data/*.jsonl.gz`."""
+        """A file, or a glob pattern such as `data/*.jsonl.gz`."""
         text_field: str = "text"
-        """The field that holds the text."""
+        """The field with the text."""
         check: bool = True
-        """Parse every line on opening, not only when its turn comes."""
+        """Parse every line when the file is opened; False parses each line when it is read."""
         cache_dir: str | Path | None = None
-        """Where compressed files are unpacked; None: `titan-data` in the user's cache folder."""
+        """The folder for decompressed files; None: `titan-data` in the user's cache folder."""
 
     def __init__(self, config: Config) -> None:
         self._field = config.text_field
@@ -45,7 +45,7 @@ class JsonlSource(MapSource):
         for file in self._files:
             self._firsts.append(self._firsts[-1] + len(file.starts))
         if not len(self):
-            raise ValueError(f"{config.path} must hold at least one JSON object, got no line that is not blank.")
+            raise ValueError(f"{config.path} must have at least one JSON object, got no non-blank line.")
         if config.check:
             for index in range(len(self)):
                 self.text(index)

@@ -1,4 +1,4 @@
-"""The loader of a training run: rows of token streams dealt out to any number of ranks, step by step."""
+"""The data loader of a training run: packed token sequences, distributed over any number of ranks at each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from titan_data.batch import Batch
 from titan_data.identity import carried_over, check_identity
 from titan_data.mtp import with_mtp_targets
 from titan_data.order import Order
-from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, RowStream
+from titan_data.packing import COLUMNS, ENDED, Cursor, Packing, SequenceStream
 from titan_data.saved_state import check_range, cursors_in
 from titan_data.source import MapSource, Source
 from titan_data.step import Share, Step, make_step
@@ -24,45 +24,48 @@ from titan_data.tokenizer import Tokenizer
 
 
 class TokenLoader(Configurable):
-    """Draws the same global batch at step k, whoever draws it.
+    """Data loader whose global batch at step k is the same on any number of ranks.
 
-    Row i of the global batch is the next row of stream i (mod the number of streams). The ranks of a step split the
-    rows into contiguous parts; who they are may change at every step. `commit` with the sum of all ranks' `cursor_delta()`
-    makes a step final, `rollback` gives its rows back. Reads ahead in one thread; an error there is raised by the
-    `next_batches` it concerns. `build` takes `tokenizer`, `seq_len`, `global_batch_size` and `local_batch_size` (in rows), and
-    `seed`.
+    Sequence i of the global batch is the next sequence of stream i (modulo the number of streams). The ranks of a step
+    split the sequences into contiguous slices, and the number of ranks may change at every step. `commit` with the sum
+    of all ranks' `cursor_delta()` makes a step final; after `rollback`, `next_batches` returns the step again.
+
+    One thread prefetches; `next_batches` raises the errors of the step it returns. `build` takes `tokenizer`,
+    `seq_len` (tokens), `global_batch_size` and `local_batch_size` (sequences), and `seed`.
     """
 
     class Config(Configurable.Config):
         source: Source.Config
-        """Where the documents are."""
+        """The source of the documents."""
         num_streams: int | None = None
-        """Streams the documents are dealt to; None: as many as rows in the global batch, which it must divide."""
+        """Number of streams over which the documents are distributed; must divide the global batch size. None: the
+        global batch size."""
         shuffle: bool = True
-        """A new random order in every epoch; otherwise the source's own."""
+        """Shuffle the documents anew in every epoch; False keeps the order of the source."""
         infinite: bool = True
-        """Begin again after each epoch; otherwise end after one, with padding in the last rows."""
+        """Repeat the data epoch after epoch; False ends after one epoch, with padding in the last sequences."""
         prefetch: int = 4
-        """Steps made ahead, in a thread; 0: none, each step is made when it is drawn."""
+        """Number of steps prepared ahead in a background thread; 0 prepares each step in `next_batches`."""
         add_bos: bool = False
-        """Begin each document with the tokenizer's BOS."""
+        """Add the BOS token of the tokenizer before each document."""
         add_eos: bool = False
-        """End each document with the tokenizer's EOS."""
+        """Add the EOS token of the tokenizer after each document."""
         mtp: bool = False
-        """Batches hold the token after each, and the label after each, for models that predict two tokens."""
+        """Add `next_tokens` and `next_labels` to batches, for models with multi-token prediction (MTP)."""
         allow_changes: bool = False
-        """Resume from the state of other data or settings, where that is what is wanted."""
+        """Resume although the data or the settings differ from those of the saved state."""
 
         def validate(self) -> None:
             if self.num_streams is not None:
                 _require_positive("num_streams", self.num_streams)
             if self.prefetch < 0:
-                raise ValueError(
-                    f"Got prefetch {self.prefetch}. It is a number of steps, 0 or more. Set it to 4, or to 0 for none."
-                )
+                raise ValueError(f"prefetch must be at least 0 steps, got {self.prefetch}.")
 
         def batch_spec(self, *, seq_len: int, global_batch_size: int, local_batch_size: int) -> tuple[Batch, Tensor]:
-            """A micro-batch and an `cursor_delta` of a loader, without reading anything: shapes on the meta device."""
+            """Return a micro-batch and a `cursor_delta` on the meta device, with the shapes of the loader's.
+
+            Sizes are in tokens (`seq_len`) and sequences. Reads no data.
+            """
             shape = (local_batch_size, seq_len)
             columns = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name in COLUMNS}
             labels = columns.pop("labels")
@@ -82,26 +85,23 @@ class TokenLoader(Configurable):
         seed: int,
     ) -> None:
         if tokenizer is None:
-            raise ValueError(
-                "Got no tokenizer for a loader of texts. It makes the rows of a batch from their ids. Give the run a "
-                "tokenizer, such as TiktokenTokenizer."
-            )
+            raise ValueError("TokenLoader needs a tokenizer, got None. Set one, for example TiktokenTokenizer.")
         _require_positive("seq_len", seq_len)
         _require_positive("global_batch_size", global_batch_size)
         _require_positive("local_batch_size", local_batch_size)
         self._config = config
         self._tokenizer = tokenizer
-        self._num_rows, self._micro_rows = global_batch_size, local_batch_size
+        self._global_batch_size, self._micro_batch_size = global_batch_size, local_batch_size
         if global_batch_size % local_batch_size:
             raise ValueError(
-                f"Got a global batch of {global_batch_size} rows in micro-batches of {local_batch_size}. Micro-batches "
-                f"are whole. Set local_batch_size to {_divisors(global_batch_size)}."
+                f"local_batch_size must divide global_batch_size ({global_batch_size} sequences), got "
+                f"{local_batch_size}. Use one of: {_divisors(global_batch_size)}."
             )
         self._num_streams = config.num_streams or global_batch_size
         if global_batch_size % self._num_streams:
             raise ValueError(
-                f"Got {self._num_streams} streams for a global batch of {global_batch_size} rows. Each stream gives "
-                f"the same number of rows a step. Set num_streams to {_divisors(global_batch_size)}."
+                f"num_streams must divide global_batch_size ({global_batch_size} sequences), got {self._num_streams}. "
+                f"Use one of: {_divisors(global_batch_size)}."
             )
         self._source: Source = config.source.build()
         bos_id = _special_id(tokenizer.bos_id, "bos") if config.add_bos else None
@@ -110,72 +110,71 @@ class TokenLoader(Configurable):
         self._order = Order(seed, config.shuffle, config.infinite)
         self._cursors = [Cursor(0, 0)] * self._num_streams
         self._share: Share | None = None
-        self._streams: dict[int, RowStream] = {}
-        self._ahead: deque[Future[Step]] = deque()
-        self._drawn: Step | None = None
-        self._pool = ThreadPoolExecutor(1, "titan-data") if config.prefetch else _InThisThread()
-        self._end_thread = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._streams: dict[int, SequenceStream] = {}
+        self._prefetched: deque[Future[Step]] = deque()
+        self._current_step: Step | None = None
+        self._pool = ThreadPoolExecutor(1, "titan-data") if config.prefetch else _SameThreadExecutor()
+        self._finalizer = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def next_batches(self, rank: int, num_ranks: int) -> list[Batch]:
-        """Return this rank's micro-batches of the step: `local_batch_size` rows each; none after a finite loader's end.
+        """Return the micro-batches of data rank `rank` for this step, each of `local_batch_size` sequences.
 
-        All ranks get as many: where the batch does not split evenly (ranks come and go), some get one of padding.
-        All see the end at the same step; until then a stream that has ended gives rows of padding. Raises ValueError
-        for a document that is no text; RuntimeError for a second draw without `commit` or `rollback`.
+        All ranks get the same number of micro-batches: if the global batch does not split evenly (as when ranks join or
+        leave), some ranks get one of padding. After the end of a finite loader the list is empty, on all ranks at the
+        same step; until then a stream that has ended yields padding. Raises ValueError for a document without valid
+        text, RuntimeError if the previous step was neither committed nor rolled back.
         """
-        if self._drawn is not None:
-            raise RuntimeError(
-                "Got a second draw of one step. A step that was drawn ends with commit or rollback. "
-                "Call one of them first."
-            )
+        if self._current_step is not None:
+            raise RuntimeError("The previous step must be finished before next_batches(). Call commit() or rollback().")
         share = self._new_share(rank, num_ranks)
         if all(cursor.tokens == ENDED for cursor in self._cursors):
             return []
         try:
             if share != self._share:
                 self._take_over(share)
-            if len(self._ahead) <= self._config.prefetch // 2:  # several at once: fewer turns between the threads
-                missing = self._config.prefetch + 1 - len(self._ahead)
-                self._ahead += [self._pool.submit(make_step, self._streams, share) for _ in range(missing)]
-            self._drawn = self._ahead[0].result()
+            if len(self._prefetched) <= self._config.prefetch // 2:  # submit several at once: fewer thread switches
+                missing = self._config.prefetch + 1 - len(self._prefetched)
+                self._prefetched += [self._pool.submit(make_step, self._streams, share) for _ in range(missing)]
+            self._current_step = self._prefetched[0].result()
         except BaseException:
-            self._forget()  # what was read ahead is lost; the next draw begins where the last commit was
+            self._forget()  # drops prefetched steps; the next call starts from the last commit
             raise
-        batches = self._drawn.batches
+        batches = self._current_step.batches
         return [with_mtp_targets(batch) for batch in batches] if self._config.mtp else batches
 
     def cursor_delta(self) -> Tensor:
-        """Return how far this rank's draw moved each stream: int64 [streams, 2] (documents, tokens).
+        """Return this rank's advance of each stream in the current step: int64 [streams, 2] (documents, tokens).
 
-        Zero for streams another rank answers for: the sum over the ranks of the step moves each stream once.
+        It is 0 for streams that another rank owns, so that the sum over all ranks advances each stream once.
         """
-        drawn = self._moves_drawn()
-        owned = [] if self._drawn is None else self._drawn.share.owned
-        return torch.tensor([drawn[index] if index in owned else (0, 0) for index in range(self._num_streams)])
+        moves = self._moves_of_current_step()
+        owned = [] if self._current_step is None else self._current_step.share.owned
+        return torch.tensor([moves[index] if index in owned else (0, 0) for index in range(self._num_streams)])
 
     def commit(self, cursor_delta: Tensor) -> None:
         """Make the step final. `cursor_delta` is the sum of `cursor_delta()` over all ranks of the step.
 
-        A rank that drew nothing may commit what the others drew. Raises ValueError where this is not the sum of all.
+        A rank that took no part in the step commits the sum of the other ranks. Raises ValueError if `cursor_delta`
+        cannot be that sum.
         """
         moves = [(documents, tokens) for documents, tokens in cursor_delta.tolist()]
         self._check_moves(moves)
-        if self._drawn is None:
+        if self._current_step is None:
             self._forget()
         else:
-            self._ahead.popleft()
-            self._drawn = None
+            self._prefetched.popleft()
+            self._current_step = None
         self._cursors = [
             Cursor(cursor.documents + documents, cursor.tokens + tokens)
             for cursor, (documents, tokens) in zip(self._cursors, moves, strict=True)
         ]
 
     def rollback(self) -> None:
-        """Give the rows of the step back: the next draw returns them again."""
-        self._drawn = None
+        """Discard the current step: `next_batches` will return the same sequences again."""
+        self._current_step = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the committed state as JSON values: two integers a stream, and the identity of the data."""
+        """Return the committed state as JSON values: two integers per stream, and the identity of the data."""
         cursors = self._cursors
         return {
             "documents": [cursor.documents for cursor in cursors],
@@ -184,10 +183,10 @@ class TokenLoader(Configurable):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, on any ranks.
+        """Resume from `state`, on any number of ranks.
 
-        Raises ValueError naming what changed, unless `allow_changes`, and for a state that no loader can have saved;
-        the loader is then as it was.
+        Raises ValueError for an invalid state and, unless `allow_changes` is set, for data or settings that differ from
+        those of the saved state, listing each difference. The loader is unchanged after an error.
         """
         cursors, identity = cursors_in(state), self.identity()
         check_identity(state["identity"], identity, self._config.allow_changes)
@@ -198,12 +197,12 @@ class TokenLoader(Configurable):
         self._forget()
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the rows, as JSON values."""
+        """Return everything that determines the sequences, as JSON values."""
         return {
             "tokenizer": self._tokenizer.fingerprint,
             "source": self._source.identity(),
             "seq_len": self._packing.seq_len,
-            "global_batch_size": self._num_rows,
+            "global_batch_size": self._global_batch_size,
             "num_streams": self._num_streams,
             "seed": self._order.seed,
             "shuffle": self._order.shuffle,
@@ -213,66 +212,68 @@ class TokenLoader(Configurable):
         }
 
     def close(self) -> None:
-        """End the thread that reads ahead, and wait for it. The loader cannot be drawn from afterwards."""
-        self._end_thread.detach()
+        """Stop the prefetch thread and wait for it. `next_batches` cannot be called afterwards."""
+        self._finalizer.detach()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._forget()
 
     def _new_share(self, rank: int, num_ranks: int) -> Share:
         if not 0 <= rank < num_ranks:
-            raise ValueError(f"Got rank {rank} of {num_ranks}. Ranks count from 0. Set rank to 0 to {num_ranks - 1}.")
-        whole = self._num_rows // self._micro_rows
-        begin, end = (place * whole // num_ranks * self._micro_rows for place in (rank, rank + 1))
-        sizes = self._num_rows, self._num_streams, self._micro_rows
+            raise ValueError(f"rank must be from 0 to {num_ranks - 1} ({num_ranks} ranks), got {rank}.")
+        whole = self._global_batch_size // self._micro_batch_size
+        begin, end = (place * whole // num_ranks * self._micro_batch_size for place in (rank, rank + 1))
+        sizes = self._global_batch_size, self._num_streams, self._micro_batch_size
         return Share(begin, end, *sizes, num_micro=-(-whole // num_ranks), seq_len=self._packing.seq_len)
 
     def _take_over(self, share: Share) -> None:
-        """Make the streams of `share` ours: those we have go on with what was read ahead, others begin anew."""
+        """Switch to the streams of `share`: streams already open keep their prefetched sequences, others are opened."""
         kept = self._streams
-        steps = [future.result() for future in _stopped(self._ahead)]
+        steps = [future.result() for future in _stopped(self._prefetched)]
         for step in reversed(steps):
-            for index, rows in step.rows.items():
-                kept[index].give_back(rows)
+            for index, sequences in step.sequences.items():
+                kept[index].give_back(sequences)
         self._share = share
         self._streams = {index: kept.get(index) or self._open(index) for index in share.read}
 
-    def _open(self, index: int) -> RowStream:
+    def _open(self, index: int) -> SequenceStream:
         cursor = self._cursors[index]
-        return RowStream(self._source, self._tokenizer, self._packing, self._order, index, self._num_streams, cursor)
+        return SequenceStream(
+            self._source, self._tokenizer, self._packing, self._order, index, self._num_streams, cursor
+        )
 
     def _forget(self) -> None:
-        """Drop all that was read and not committed."""
-        for future in self._ahead:
+        """Drop everything that was read and not committed."""
+        for future in self._prefetched:
             future.cancel()
-        self._share, self._streams, self._ahead, self._drawn = None, {}, deque(), None
+        self._share, self._streams, self._prefetched, self._current_step = None, {}, deque(), None
 
-    def _moves_drawn(self) -> dict[int, tuple[int, int]]:
-        """How far the step that was drawn moves each stream it read."""
+    def _moves_of_current_step(self) -> dict[int, tuple[int, int]]:
+        """Return the advance (documents, tokens) of each stream that this rank read in the current step."""
         moves = {}
-        for index, rows in ({} if self._drawn is None else self._drawn.rows).items():
-            before, after = self._cursors[index], rows[-1].after
+        for index, sequences in ({} if self._current_step is None else self._current_step.sequences).items():
+            before, after = self._cursors[index], sequences[-1].after
             moves[index] = (after.documents - before.documents, after.tokens - before.tokens)
         return moves
 
     def _check_moves(self, moves: list[tuple[int, int]]) -> None:
         still = [i for i, cursor in enumerate(self._cursors) if cursor.tokens != ENDED and not any(moves[i])]
-        other = [i for i, move in self._moves_drawn().items() if moves[i] != move]
+        other = [i for i, move in self._moves_of_current_step().items() if moves[i] != move]
         if still or other:
+            got = "no advance of" if still else "an advance that differs from that of this rank for"
             raise ValueError(
-                f"Got an cursor_delta that {'does not move' if still else 'is not what was drawn for'} streams "
-                f"{still or other}. Each stream moves as far as the rank that owns it drew. Commit the sum of "
-                f"cursor_delta() over all data ranks."
+                "The argument of commit() must be the sum of cursor_delta() over all data ranks, got "
+                f"{got} streams {still or other}."
             )
 
 
 def _stopped(futures: deque[Future[Step]]) -> list[Future[Step]]:
-    """Cancel what has not begun, the last first; return the rest."""
-    begun = [future for future in reversed(futures) if not future.cancel()]
+    """Cancel the futures that have not started, last to first; return the others in order."""
+    started = [future for future in reversed(futures) if not future.cancel()]
     futures.clear()
-    return begun[::-1]
+    return started[::-1]
 
 
-class _InThisThread(Executor):
+class _SameThreadExecutor(Executor):
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(function(*args, **kwargs))
@@ -282,15 +283,15 @@ class _InThisThread(Executor):
 def _special_id(number: int | None, name: str) -> int:
     if number is None:
         raise ValueError(
-            f"Got add_{name} with a tokenizer that has no {name}. It needs the id of that token. "
-            f"Set the tokenizer's {name}, or add_{name} to False."
+            f"add_{name} needs a tokenizer with a {name.upper()} token, got one without. "
+            f"Set {name} of the tokenizer, or add_{name}=False."
         )
     return number
 
 
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"Got {name} {value}. It must be 1 or more. Set {name} to a positive number.")
+        raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _divisors(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Batches for models that predict the token after next, too."""
+"""Inputs and targets for multi-token prediction (MTP) of one additional token."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from titan_data.batch import IGNORED_LABEL, Batch
 
 
 def with_mtp_targets(batch: Batch) -> Batch:
-    """The batch with `next_tokens` among its inputs, and `next_labels` among its targets: each int64 [B, T].
+    """Return the batch with `next_tokens` added to its inputs and `next_labels` to its targets, each int64 [B, T].
 
-    `next_tokens` are the tokens that labels are, and 0 where there is none; `next_labels` the labels of these tokens:
-    the second token that follows in the same document, -100 where the row does not hold it. They are made of whole
-    rows, so that whoever splits a sequence over ranks splits them with it.
+    `next_tokens` equals `labels`, with 0 for a missing label. `next_labels` are the labels of these tokens: the second
+    next token of the same document, -100 if it is not in the sequence. Both are computed from whole sequences, before
+    context parallelism splits them over ranks.
     """
     labels = batch.targets["labels"]
     followed = labels != IGNORED_LABEL

@@ -1,4 +1,4 @@
-"""The global order of documents: a function of the seed alone, with no memory and no regard to ranks."""
+"""The global order of documents: a function of the seed alone, computed without memory, independent of the ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NUM_ROUNDS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """How the documents of a source follow each other.
+    """The order in which the documents of a source are read.
 
-    seed: decides the order; `shuffle`: a new one in every epoch, or the source's own; `infinite`: one epoch after the
-    other, or a single one.
+    seed: determines the order. shuffle: a new order in every epoch if True, the order of the source if False.
+    infinite: epoch after epoch if True, a single epoch if False.
     """
 
     seed: int
@@ -28,11 +28,12 @@ class Order:
 
 
 def shuffled(positions: Uint64s, count: int, seed: int) -> Uint64s:
-    """Return the document (0 to `count` - 1) at each position of the endless order, uint64 as `positions`.
+    """Return the index (0 to `count` - 1) of the document at each position of the infinite order, as uint64.
 
-    Epoch e holds positions e * count to (e + 1) * count - 1 and every document once. A Feistel network, keyed by
-    (seed, epoch), permutes a rectangle just large enough; what lands outside is sent through again until it is inside
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalized Feistel, cycle walking).
+    Epoch e consists of positions e * count to (e + 1) * count - 1 and contains every document once. A Feistel network,
+    keyed by (seed, epoch), permutes the smallest sufficient rectangle; values outside [0, count) are permuted again
+    until they are inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains": generalized Feistel, cycle
+    walking).
     """
     epochs, documents = positions // np.uint64(count), positions % np.uint64(count)
     keys = _mixed(epochs ^ _seed_key(seed))
@@ -46,16 +47,16 @@ def shuffled(positions: Uint64s, count: int, seed: int) -> Uint64s:
 
 
 def _feistel(values: Uint64s, keys: Uint64s, width: np.uint64, height: np.uint64) -> Uint64s:
-    """Permute 0 .. width * height - 1: column and row, each shifted in turn by a hash of the other."""
+    """Permute 0 .. width * height - 1: shift column and row in turn, each by a hash of the other."""
     column, row = values % width, values // width
-    for number in range(1, 2 * NUM_ROUNDS, 2):  # hashes of their own for each round, or small domains come out skewed
+    for number in range(1, 2 * NUM_ROUNDS, 2):  # each round has its own hash; otherwise small domains are biased
         column = (column + _mixed(row + keys * np.uint64(number)) % width) % width
         row = (row + _mixed(column - keys * np.uint64(number)) % height) % height
     return row * width + column
 
 
 def _mixed(values: Uint64s) -> Uint64s:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014): 64 bits to 64 bits, each depending on all; wraps around."""
+    """Hash 64 bits to 64 bits with the finalizer of SplitMix64 (Steele, Lea, Flood 2014); arithmetic modulo 2^64."""
     values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -67,5 +68,5 @@ def _seed_key(seed: int) -> np.uint64:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return a seed of its own for an epoch, for orders that somebody else shuffles."""
+    """Return a separate seed for an epoch, for third-party shuffles (`datasets`)."""
     return int(_mixed(np.array([epoch], np.uint64) ^ _seed_key(seed))[0])

@@ -1,4 +1,4 @@
-"""From documents to rows: one stream's tokens cut into rows of equal length, document borders kept."""
+"""Sequence packing: the tokens of a stream, cut into sequences of equal length, with document boundaries marked."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from titan_data.tokenizer import Ids, Tokenizer, is_failure
 
 ENDED = -1
 COLUMNS = ("tokens", "positions", "document_ids", "labels")
-BLOCK_TOKENS = 4096  # short rows are made several at once, which is what makes small documents cheap
+BLOCK_TOKENS = 4096  # tokens packed at once: packing several short sequences together makes small documents cheap
 
 
 class Cursor(NamedTuple):
-    """Where a stream stands: documents it has finished, and tokens of the next one that were inputs.
+    """The position of a stream: number of finished documents, and of tokens of the next one already used as inputs.
 
-    `tokens` is -1 where a finite stream has ended. After a row a cursor stands at a token that is there, or at the end.
+    `tokens` is -1 after the end of a finite stream. After a sequence, the cursor is at an existing token or at the end.
     """
 
     documents: int
     tokens: int
 
 
-class Row(NamedTuple):
-    """One row of T tokens: int64 [4, T] in the order of COLUMNS, its documents, where the stream stands after it."""
+class PackedSequence(NamedTuple):
+    """A sequence of T tokens: int64 [4, T] in the order of COLUMNS, its document ids, and the cursor after it."""
 
     columns: Ids
     sample_ids: list[int]
@@ -38,20 +38,20 @@ class Row(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How documents become rows: the row's length, and the ids put before and after each document."""
+    """Settings of sequence packing: sequence length in tokens, and the ids added before and after each document."""
 
     seq_len: int
     bos_id: int | None
     eos_id: int | None
 
 
-class RowStream:
-    """The rows of stream `index` from `cursor` on.
+class SequenceStream:
+    """The packed sequences of stream `index`, starting at `cursor`.
 
-    Every token of a document is an input once, and every token but the first is a label once, wherever rows end:
-    the label at the end of a row is the first input of the next. A document that goes on in the next row keeps its
-    id there; its positions begin at 0 again, because what it continues is out of sight, and stay below `seq_len`.
-    Empty documents are passed over. After its end a finite stream gives rows of padding.
+    Every token of a document is an input once, and every token but the first is a label once, wherever sequences end:
+    the label at the end of a sequence is the first input of the next. A document that continues in the next sequence
+    keeps its id there; its positions start at 0 again, because its beginning is not visible from that sequence, and
+    stay below `seq_len`. Empty documents are skipped. After its end a finite stream yields padding.
     """
 
     def __init__(
@@ -68,27 +68,27 @@ class RowStream:
         self._index, self._num_streams, self._cursor = index, num_streams, cursor
         self._num_read = cursor.documents
         self._parts = self._encoded(source.stream(index, num_streams, cursor.documents, order))
-        self._tokens: Ids = np.empty(0, np.int64)  # those to come, as far as they are encoded,
-        self._numbers: Ids = np.empty(0, np.int64)  # and which of the stream's documents each is of
+        self._tokens: Ids = np.empty(0, np.int64)  # encoded tokens that are not packed yet
+        self._numbers: Ids = np.empty(0, np.int64)  # for each of these tokens, the number of its document in the stream
         self._counting = np.arange(max(1, BLOCK_TOKENS // packing.seq_len) * packing.seq_len)
-        self._rows: deque[Row] = deque()
+        self._packed: deque[PackedSequence] = deque()
         self._opened = False
 
-    def next_row(self) -> Row:
-        """Return the next row. Raises ValueError naming the document that has no text or cannot be encoded."""
+    def next_sequence(self) -> PackedSequence:
+        """Return the next sequence. Raises ValueError, naming the document, if it has no text or cannot be encoded."""
         if not self._opened:
             self._go_to_cursor()
             self._opened = True
-        if not self._rows:
-            self._rows.extend(self._pack())
-        return self._rows.popleft()
+        if not self._packed:
+            self._packed.extend(self._pack())
+        return self._packed.popleft()
 
-    def give_back(self, rows: list[Row]) -> None:
-        """Put rows that were taken, in the order they were taken in, before those to come."""
-        self._rows.extendleft(reversed(rows))
+    def give_back(self, sequences: list[PackedSequence]) -> None:
+        """Return sequences to the stream, in the order of `next_sequence`; they will be returned again first."""
+        self._packed.extendleft(reversed(sequences))
 
     def _encoded(self, documents: Iterator[Document]) -> Iterator[tuple[int, Ids]]:
-        """Yield the tokens of all documents in pieces, each with its document's number in the stream."""
+        """Yield the tokens of all documents in pieces, each with the number of its document in the stream."""
         bos, eos = ([] if i is None else [np.array([i])] for i in (self._packing.bos_id, self._packing.eos_id))
         for number, document in enumerate(documents, self._cursor.documents):
             self._num_read = number + 1
@@ -110,13 +110,13 @@ class RowStream:
             self._read(done + 1)
             if len(self._numbers) <= done or self._numbers[done] != number:
                 raise ValueError(
-                    f"Got stream {self._index} to resume at token {done} of a document that is shorter. The same "
-                    f"source and tokenizer as before are needed. Give it those, or begin anew."
+                    f"Stream {self._index} must have the same documents and tokenizer as in the saved state, got a "
+                    f"document without token {done}, where the stream should resume. Restore them, or start a new run."
                 )
             self._tokens, self._numbers = self._tokens[done:], self._numbers[done:]
 
     def _read(self, count: int) -> None:
-        """Have `count` tokens ahead, or all there are."""
+        """Encode documents until `count` unpacked tokens are available, or the stream ends."""
         pieces, numbers, lengths = [self._tokens], [], []
         missing = count - len(self._tokens)
         while missing > 0 and (part := next(self._parts, None)) is not None:
@@ -129,10 +129,10 @@ class RowStream:
             self._tokens = np.concatenate(pieces, dtype=np.int64)
             self._numbers = np.concatenate([self._numbers, np.repeat(numbers, lengths)])
 
-    def _pack(self) -> list[Row]:
-        """Make some rows: the tokens in order, each with the next of its document as its label."""
+    def _pack(self) -> list[PackedSequence]:
+        """Pack the next tokens into one or more sequences; the label of a token is the next token of its document."""
         length, count = self._packing.seq_len, len(self._counting)
-        self._read(count + 1)  # one more: the label of the last
+        self._read(count + 1)  # one more: the label of the last token
         tokens, numbers = _padded(self._tokens, count + 1, 0), _padded(self._numbers, count + 1, ENDED)
         ends = numbers[1:] != numbers[:-1]
         begins = np.empty(count, bool)
@@ -154,16 +154,16 @@ class RowStream:
         self._cursor = cursors[-1]
         self._tokens, self._numbers = self._tokens[count:], self._numbers[count:]
         return [
-            Row(
-                columns[:, row * length : (row + 1) * length],
-                [number for number in ids[samples[row] : samples[row + 1]].tolist() if number != PADDING_ID],
+            PackedSequence(
+                columns[:, i * length : (i + 1) * length],
+                [number for number in ids[samples[i] : samples[i + 1]].tolist() if number != PADDING_ID],
                 cursor,
             )
-            for row, cursor in enumerate(cursors)
+            for i, cursor in enumerate(cursors)
         ]
 
     def _cursors_at(self, places: Ids) -> list[Cursor]:
-        """Return the cursor before each of `places` in the tokens ahead."""
+        """Return the cursor before each index of `places` into the unpacked tokens."""
         numbers = self._numbers[places[places < len(self._numbers)]]
         done = places[: len(numbers)] - np.searchsorted(self._numbers, numbers)
         done[numbers == self._cursor.documents] += self._cursor.tokens
@@ -172,5 +172,5 @@ class RowStream:
 
 
 def _padded(values: Ids, count: int, padding: int) -> Ids:
-    """Return the first `count` values, with padding where there are fewer."""
+    """Return the first `count` values, padded with `padding` if there are fewer."""
     return values[:count] if len(values) >= count else np.pad(values, (0, count - len(values)), constant_values=padding)

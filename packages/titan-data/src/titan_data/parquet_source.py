@@ -1,4 +1,4 @@
-"""Local Parquet files."""
+"""Source of local Parquet files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from titan_data.source import MapSource, Source
 
 
 class ParquetSource(MapSource):
-    """A row, a document. The text column is unpacked to a cache once; ranks of a machine share it.
+    """Source of Parquet files; each table row is one document.
 
-    Strings may be plain, large, views (Polars) or dictionaries. A file without rows has no documents, whatever its
-    columns. Raises FileNotFoundError, and ValueError for a file that is no Parquet or has no text in that column.
+    The text column is unpacked once to a cache, which all ranks of a machine share. Supports strings, large strings,
+    string views (Polars) and dictionary-encoded strings. A file without rows has no documents, whatever its columns.
+    Raises FileNotFoundError, and ValueError for a file that is not Parquet or has no text in the column.
     """
 
     class Config(Source.Config):
         path: str | Path
-        """A file, or a pattern such as `data/*.parquet`."""
+        """A file, or a glob pattern such as `data/*.parquet`."""
         text_field: str = "text"
-        """The column that holds the text."""
+        """The column with the text."""
         cache_dir: str | Path | None = None
-        """Where the unpacked column is kept; None: `titan-data` in the user's cache folder."""
+        """The folder for the unpacked column; None: `titan-data` in the user's cache folder."""
 
     def __init__(self, config: Config) -> None:
         self._field = config.text_field
@@ -40,7 +41,7 @@ class ParquetSource(MapSource):
             self._columns.append(column)
             self._firsts.append(self._firsts[-1] + len(column))
         if not len(self):
-            raise ValueError(f"{config.path} must hold at least one row, got none.")
+            raise ValueError(f"{config.path} must have at least one row, got none.")
         self._require_text()
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class ParquetSource(MapSource):
 
 
 def _open(path: Path, text_field: str, cache_dir: str | Path | None) -> tuple[Any, bytes]:
-    """Return the column of texts, and the end of the file: Parquet's schema, offsets and statistics."""
+    """Return the text column and the last bytes of the file, which hold Parquet's schema, offsets and statistics."""
     import pyarrow
     import pyarrow.parquet
 
@@ -88,8 +89,8 @@ def _open(path: Path, text_field: str, cache_dir: str | Path | None) -> tuple[An
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(
-            f"{path} must be a whole Parquet file, got what cannot be read ({error}). Fetch it again; JSONL is for "
-            f"JsonlSource, plain text for TextSource."
+            f"{path} must be a complete Parquet file, got a read error: {error}. Download it again, or use JsonlSource "
+            "for JSONL and TextSource for plain text."
         ) from error
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - END_BYTES))
@@ -106,7 +107,7 @@ def _check_schema(schema: Any, text_field: str, path: Path) -> None:
 
 
 def _unpack(parquet: Any, text_field: str, path: Path, target: BinaryIO) -> None:
-    """Write the column of texts as an Arrow file, batch by batch. Raises ValueError for a row without text."""
+    """Write the text column to `target` as an Arrow file, batch by batch. Raises ValueError for a null text."""
     import pyarrow
 
     kind, row = pyarrow.large_string(), 0

@@ -1,4 +1,4 @@
-"""Check a loader's saved state before anything is taken from it: a file may have been edited, or half copied."""
+"""Validation of a saved loader state before it is used: its file may have been edited or copied incompletely."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from titan_data.packing import ENDED, Cursor
 
 KEYS = ("documents", "tokens", "identity")
 MAX_DOCUMENTS = 1 << 62
-"""Of all streams together: positions in the order are 64-bit integers."""
+"""Maximum over all streams together: positions in the order are 64-bit integers."""
 
 
 def cursors_in(state: Any) -> list[Cursor]:
-    """Return where each stream of a saved state stands. Raises ValueError naming the entry that cannot be one."""
+    """Return the cursor of each stream in a saved state. Raises ValueError naming the first invalid entry."""
     if not isinstance(state, dict) or set(state) != set(KEYS):
         got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise _bad(f"must hold {', '.join(KEYS)}", got)
+        raise _bad(f"it must have the keys {', '.join(KEYS)}", got)
     identity = state["identity"]
     if not isinstance(identity, dict):
         raise _bad("identity must be a dictionary", type(identity).__name__)
@@ -30,7 +30,10 @@ def cursors_in(state: Any) -> list[Cursor]:
 
 
 def check_range(cursors: list[Cursor], num_documents: int | None) -> None:
-    """Raise ValueError for a stream beyond the end of its only epoch. num_documents: of a finite source, else None."""
+    """Raise ValueError for a cursor beyond the end of the data.
+
+    num_documents: the documents of the source if the order is finite; None for an infinite order.
+    """
     num_streams = len(cursors)
     for index, cursor in enumerate(cursors):
         most = MAX_DOCUMENTS // num_streams if num_documents is None else -(-(num_documents - index) // num_streams)
@@ -41,7 +44,7 @@ def check_range(cursors: list[Cursor], num_documents: int | None) -> None:
 def _integers(values: Any, name: str, count: int, least: int) -> list[int]:
     if not isinstance(values, list) or len(values) != count:
         got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
-        raise _bad(f"{name} must be a list of {count} integers, one a stream", got)
+        raise _bad(f"{name} must be a list of {count} integers, one per stream", got)
     for index, value in enumerate(values):
         if type(value) is not int or not least <= value < MAX_DOCUMENTS:
             raise _bad(f"{name}[{index}] must be an integer of at least {least} and below 2^62", value)
@@ -49,7 +52,7 @@ def _integers(values: Any, name: str, count: int, least: int) -> list[int]:
 
 
 def _bad(rule: str, got: Any) -> ValueError:
-    huge = isinstance(got, int) and abs(got) >= 1 << 64  # str() refuses integers of 5,000 digits
+    huge = isinstance(got, int) and abs(got) >= 1 << 64  # str() fails for integers of more than 4,300 digits
     shown = "an integer beyond 64 bits" if huge else str(got)
     shown = shown if len(shown) <= 100 else shown[:100] + "..."
     return ValueError(

@@ -1,4 +1,4 @@
-"""Where documents come from, and in which order each stream reads them."""
+"""Sources of documents, and the order in which each stream reads them."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from titan_config import Configurable
 from titan_data.order import Order, shuffled
 
 BLOCK = 256
-"""Positions looked up at once: the permutation costs as much for one as for a hundred."""
+"""Positions permuted at once: the permutation of one position costs as much as that of a hundred."""
 
 
 class Document(NamedTuple):
-    """A text and, for errors, a function that says in words where it is from."""
+    """A text and a function that returns its place (file and line) for error messages."""
 
     text: str
     place: Callable[[], str]
 
 
 class Source(Configurable, abc.ABC):
-    """Texts, one a document, dealt out to streams that together read each document once an epoch."""
+    """A source of documents, distributed over streams that together read each document once per epoch."""
 
     class Config(Configurable.Config):
         pass
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what tells these documents from others, as JSON values; a resumed run compares it."""
+        """Return JSON values that identify the documents; a resumed run compares them with the saved ones."""
 
     @abc.abstractmethod
     def stream(self, index: int, num_streams: int, start: int, order: Order) -> Iterator[Document]:
-        """Yield the documents of stream `index` (of `num_streams`) from its `start`-th on.
+        """Yield the documents of stream `index` (of `num_streams`), starting at number `start` (from 0).
 
-        They depend on the arguments alone: opened later at `start + n`, a stream goes on as if it had been read on.
+        The documents depend on the arguments alone: a stream opened at `start + n` yields what a stream opened at
+        `start` yields after n documents.
         """
 
 
 class MapSource(Source):
-    """A source whose documents can be read in any order, by number.
+    """A source with random access to its documents.
 
-    Stream i reads positions i, i + num_streams, ... of the endless order; position p is a document of epoch
-    p // len(self). A subclass states `__len__`, `text`, `place` and `identity`, and calls `_require_text` when open.
+    Stream i reads positions i, i + num_streams, ... of the infinite order; position p is a document of epoch
+    p // len(self). A subclass implements `__len__`, `text`, `place` and `identity`, and calls `_require_text` at the
+    end of `__init__`.
     """
 
     @abc.abstractmethod
@@ -53,21 +55,21 @@ class MapSource(Source):
 
     @abc.abstractmethod
     def text(self, index: int) -> str:
-        """Return the text of a document. Raises ValueError where the file has none at that place."""
+        """Return the text of document `index`. Raises ValueError if the file has no valid text there."""
 
     @abc.abstractmethod
     def place(self, index: int) -> str:
-        """Say in words where a document is."""
+        """Return the place of document `index` for error messages, such as "a.jsonl, line 3"."""
 
     def stream(self, index: int, num_streams: int, start: int, order: Order) -> Iterator[Document]:
-        barren = 0
+        num_empty = 0
         for number in self._numbers(index, num_streams, start, order):
             text = self.text(number)
-            barren = 0 if text or order.shuffle else barren + 1  # without a shuffle, the same ones come again
-            if barren > len(self):
+            num_empty = 0 if text or order.shuffle else num_empty + 1  # without shuffle, epochs repeat the same texts
+            if num_empty > len(self):
                 raise ValueError(
-                    f"Got nothing but empty documents in stream {index} of {num_streams}. Every stream needs some "
-                    f"text. Shuffle, or choose a number of streams without a factor in common with {len(self)}."
+                    f"Every stream must have a document with text, got only empty ones in stream {index} of "
+                    f"{num_streams}. Set shuffle=True, or a num_streams that has no common factor with {len(self)}."
                 )
             yield Document(text, functools.partial(self.place, number))
 
@@ -83,8 +85,8 @@ class MapSource(Source):
 
     def _require_text(self) -> None:
         if not any(self.text(index) for index in range(len(self))):
-            what = f"{len(self)} documents, all of them empty ({self.place(0)} first)" if len(self) else "no document"
+            got = f"{len(self)} empty documents (first: {self.place(0)})" if len(self) else "no document"
             raise ValueError(
-                f"Got {what}, in {self.Config.__qualname__}. At least one with text is needed. Check the path and the "
-                "name of the text field."
+                f"{self.Config.__qualname__} must have at least one document with text, got {got}. Check the path and "
+                "the name of the text field."
             )

@@ -1,4 +1,4 @@
-"""Names of special tokens in the files that Transformers writes beside a `tokenizer.json`."""
+"""Names of special tokens in the files that transformers writes next to a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def special_names_beside(tokenizer: Path) -> set[str]:
-    """Return the special tokens that `tokenizer_config.json` and `special_tokens_map.json` beside `tokenizer` name.
+    """Return the special tokens in `tokenizer_config.json` and `special_tokens_map.json` in the folder of `tokenizer`.
 
-    They are `added_tokens_decoder`, all `*_token`, and lists of further ones. White space and single characters
-    (CLIP pads with `!`) are text. Raises ValueError for a file that is not a JSON object.
+    They are the values of `added_tokens_decoder`, of all `*_token` keys, and of the lists of additional tokens. White
+    space and single characters (CLIP pads with `!`) are not included: they are text. Raises ValueError for a file that
+    is not a JSON object.
     """
     found: set[str] = set()
     for name in FILES:
@@ -28,7 +29,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be a JSON object, got what is not JSON ({error}).") from error
+        raise ValueError(f"{file} must be a JSON object, got invalid JSON ({error}).") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must be a JSON object, got a {type(settings).__name__}.")
     return settings

@@ -1,4 +1,4 @@
-"""Records that come one after the other, as documents."""
+"""Source of documents from a streamed (iterable) dataset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from titan_data.source import Document, Source
 
 
 class StreamedTexts(Source):
-    """The texts of a `datasets.IterableDataset`.
+    """Source of the texts of a `datasets.IterableDataset`.
 
-    Each stream has file shards of its own; where there are fewer shards than streams, some share one and take its
-    documents in turn, and each reads all of it. A stream is resumed by reading past what it has had.
+    Each stream reads its own file shards. With fewer shards than streams, the streams of a shard take its documents in
+    turn, and each of them reads the whole shard. To resume, a stream reads and skips the documents before its cursor.
     """
 
     def __init__(self, dataset: Any, text_field: str, shuffle_buffer: int, name: str, identity: dict[str, Any]) -> None:
@@ -28,16 +28,17 @@ class StreamedTexts(Source):
     def stream(self, index: int, num_streams: int, start: int, order: Order) -> Iterator[Document]:
         count = itertools.count()
         for epoch in itertools.count() if order.infinite else range(1):
-            barren = True
+            is_empty = True
             for text in self._epoch(index, num_streams, epoch, order):
-                barren = barren and not text
+                is_empty = is_empty and not text
                 number = next(count)
                 if number >= start:
                     yield Document(text, lambda number=number: self._place(index, number))  # type: ignore[misc]
-            if barren and order.infinite:
+            if is_empty and order.infinite:
                 raise ValueError(
-                    f"Got an epoch without any text for stream {index} of {num_streams} in {self._name}. Every stream "
-                    f"needs some. Give it more text, or at most as many streams as shards ({self._dataset.num_shards})."
+                    f"{self._name}: every stream must have text in each epoch, got none for stream {index} of "
+                    f"{num_streams}. Add data, or set num_streams to at most the number of shards "
+                    f"({self._dataset.num_shards})."
                 )
 
     def _epoch(self, index: int, num_streams: int, epoch: int, order: Order) -> Iterator[str]:
@@ -59,8 +60,7 @@ class StreamedTexts(Source):
                 return
             except ValueError as error:
                 raise ValueError(
-                    f"Got a record that cannot be read in {self._name}, number {number + 1} of its shards ({error}). "
-                    f"Each record must be whole. Correct the file it is in."
+                    f"{self._name}: the shards of this stream cannot be read after record {number}: {error}"
                 ) from error
 
     def _text(self, record: dict[str, Any]) -> str:
@@ -69,8 +69,8 @@ class StreamedTexts(Source):
         text = record[self._field]
         if not isinstance(text, str):
             raise ValueError(
-                f"Got {self._field!r} of type {type(text).__name__} in {self._name}. The text must be a string. "
-                f"Set text_field, or correct the data."
+                f"{self._name}: the field {self._field!r} must be a string, got {type(text).__name__}. "
+                "Set text_field, or correct the data."
             )
         return text
 

@@ -1,4 +1,4 @@
-"""Local plain text files."""
+"""Source of local plain text files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from titan_data.source import MapSource, Source
 
 
 class TextSource(MapSource):
-    """Plain text in UTF-8, held in memory: a file is one document, or is cut into several at each `separator`.
+    """Source of UTF-8 text files, kept in memory; each file is one document, or is split at `separator`.
 
-    Files may be compressed with gzip, zstd, xz or bzip2. A file without a byte has no document; a byte order mark is
-    passed over. Raises FileNotFoundError, and ValueError for bytes that are not UTF-8 or when no text is left.
+    Files may be compressed with gzip, zstd, xz or bzip2. An empty file has no document; a byte order mark is skipped.
+    Raises FileNotFoundError, and ValueError for invalid UTF-8 or if there is no text.
     """
 
     class Config(Source.Config):
         path: str | Path
-        """A file, or a pattern such as `books/*.txt`."""
+        """A file, or a glob pattern such as `books/*.txt`."""
         separator: str | None = None
-        """What stands between two documents of a file (such as an empty line: two line feeds); None: nothing does.
-        A line feed of it also stands for the carriage return and line feed of a file made on Windows."""
+        """The text between two documents of a file, such as an empty line (two line feeds); None: a file is one
+        document. A line feed also matches the line ends of Windows."""
 
         def validate(self) -> None:
             if self.separator == "":
-                raise ValueError('separator must have at least one character, got "". None: a file is a document.')
+                raise ValueError(
+                    'separator must have at least one character, got "". Use None to make each file one document.'
+                )
 
     def __init__(self, config: Config) -> None:
         self._texts: list[str] = []

@@ -1,4 +1,4 @@
-"""Byte-pair encoding from a local file of ranks, as Llama 3's `tokenizer.model` or GPT-4's `cl100k_base.tiktoken`."""
+"""Byte-pair encoding (BPE) from a tiktoken file, such as Llama 3's `tokenizer.model` or `cl100k_base.tiktoken`."""
 
 from __future__ import annotations
 
@@ -18,38 +18,39 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3, and GPT-4 alike, cut text into words before the merges."""
+"""The regular expression with which Llama 3 and GPT-4 split text into words before the BPE merges."""
 
 PART_LENGTH = 16_384
-"""Characters encoded at once, or a few more: long texts are cut before the space after a word, which changes no id."""
+"""Minimum characters per piece of a long text, which is split before the space after a word; no id changes."""
 
 SAFE_LENGTH = 100_000
-"""Characters any pattern can take at once; the regex gives up on a megabyte of spaces, which is then cut anywhere."""
+"""Characters that any pattern can process at once. A longer piece is split at this length only if the regex fails,
+as it does for a megabyte of spaces."""
 
 _END_OF_WORD = re.compile(r"(?<=\S) ")
 _LEFT_OF_SPACE = ("a", "Ab", "é", "中", "12", ".", "!?", "'", "a's", "_")
-_NEVER_SAID = "\U0010ffff"
+_UNUSED_NAME = "\U0010ffff"  # a noncharacter, which no text contains
 _NO_IDS = np.empty(0, np.int64)
 
 
 class TiktokenTokenizer(Tokenizer):
-    """The ranks of `path` (a line: the token's bytes in base64, a space, its id) and special tokens beside them.
+    """BPE tokenizer from a tiktoken file (per line: token bytes in base64, space, id) and a list of special tokens.
 
-    Raises FileNotFoundError, and ValueError for a file that is no such table (with the line) or special tokens
-    that do not fit it. A gap that is too long for the pattern (a megabyte of spaces) is cut inside.
+    Raises FileNotFoundError, and ValueError for an invalid file (with the line) or special tokens whose ids are already
+    in use. White space too long for the pattern (a megabyte of spaces) is split.
     """
 
     class Config(Tokenizer.Config):
         path: str | Path
-        """The file of ranks."""
+        """The tiktoken file of BPE ranks."""
         pattern: str = LLAMA3_PATTERN
-        """The regular expression that cuts text into words; it belongs to the ranks."""
+        """The regular expression that splits text into words; use the one with which the ranks were trained."""
         special_tokens: dict[str, int] = {}
-        """Name -> id, ids that the file does not use."""
+        """Special tokens as name -> id, with ids that the file does not use."""
         bos: str | None = None
-        """The special token that begins a document."""
+        """The special token to use as BOS."""
         eos: str | None = None
-        """The special token that ends a document."""
+        """The special token to use as EOS."""
 
     def __init__(self, config: Config) -> None:
         import tiktoken
@@ -62,10 +63,10 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = 1 + max([*ranks.values(), *specials.values()])
         self.bos_id = _special_id(config.bos, specials)
         self.eos_id = _special_id(config.eos, specials)
-        told = repr((config.pattern, sorted(specials.items()))).encode()
-        self.fingerprint = f"TiktokenTokenizer {hashlib.sha256(content + told).hexdigest()[:16]}"
+        settings = repr((config.pattern, sorted(specials.items()))).encode()
+        self.fingerprint = f"TiktokenTokenizer {hashlib.sha256(content + settings).hexdigest()[:16]}"
         self._ends_words_at_spaces = _ends_words_at_spaces(config.pattern)
-        searched = specials or {_NEVER_SAID: self.vocab_size}  # with none, tiktoken looks for "" at every character
+        searched = specials or {_UNUSED_NAME: self.vocab_size}  # for an empty dict tiktoken matches "" everywhere
         self._encoding = tiktoken.Encoding(
             file.name, pat_str=config.pattern, mergeable_ranks=ranks, special_tokens=searched
         )
@@ -97,19 +98,20 @@ class TiktokenTokenizer(Tokenizer):
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
         except UnicodeEncodeError:
             return self._encode(well_formed(text))
-        except BaseException as error:  # older tiktoken panics, which is no Exception
+        except BaseException as error:  # older tiktoken raises a Rust panic, which is not an Exception
             if not is_failure(error):
                 raise
             if len(text) <= SAFE_LENGTH:
-                raise ValueError(
-                    f"The pattern must be able to cut any text, got an error of tiktoken: {error}"
-                ) from error
+                raise ValueError(f"tiktoken failed to split the text with the pattern: {error}") from error
             pieces = [text[start : start + SAFE_LENGTH] for start in range(0, len(text), SAFE_LENGTH)]
             return np.concatenate([self._encode(piece) for piece in pieces])
 
 
 def _parse_ranks(content: bytes, file: Path) -> dict[bytes, int]:
-    """Read a table of ranks. (tiktoken's own reader keeps a copy by path and serves it after the file has changed.)"""
+    """Return token bytes -> id. Raises ValueError for an invalid file.
+
+    tiktoken's own reader caches by path and would return the old content after the file has changed.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
@@ -119,19 +121,19 @@ def _parse_ranks(content: bytes, file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(
-                f"Got {_shown(line)} in {file}, line {number}. Each line of a tiktoken file is the token's bytes in "
-                f"base64, a space, and its id. Give a tiktoken file; a tokenizer.json is for HFTokenizer."
+                f"{file}, line {number} must be token bytes in base64, a space and an id, got {_shown(line)}. For a "
+                "tokenizer.json, use HFTokenizer."
             ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"Got {len(ranks)} tokens in {file}, without {len(missing)} of the 256 single bytes. A tiktoken file holds "
-            f"them all, or some texts have no ids. Fetch the file again; it may have been cut short."
+            f"{file} must have all 256 single bytes as tokens, got {len(ranks)} tokens without {len(missing)} of them. "
+            "Download the file again; it may be truncated."
         )
     if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
         raise ValueError(
-            f"Got negative ids, or one id for two tokens, in {file}. Ids are distinct and not negative. "
-            f"Fetch the file again, or make it again."
+            f"Token ids in {file} must be unique and at least 0, got a duplicate or negative id. "
+            "Download or create the file again."
         )
     return ranks
 
@@ -146,8 +148,8 @@ def _check_specials(specials: dict[str, int], ranks: dict[bytes, int]) -> None:
     taken = [name for name, number in specials.items() if number in used or number < 0]
     if taken or len(set(specials.values())) < len(specials):
         raise ValueError(
-            f"Got special tokens {taken or list(specials)} with ids that are negative or already taken. Each needs an "
-            f"id of its own that the file does not use. The file's ids end at {max(used)}: begin with {max(used) + 1}."
+            f"Ids of special tokens must be unique, at least 0 and not used in the file, got other ids for "
+            f"{taken or list(specials)}. Use ids from {max(used) + 1}."
         )
 
 
@@ -156,22 +158,25 @@ def _special_id(name: str | None, specials: dict[str, int]) -> int | None:
         return None
     if name not in specials:
         raise ValueError(
-            f"Got {name!r} for bos or eos. It must be one of special_tokens, which are {sorted(specials)}. "
-            f"Add it to special_tokens with its id."
+            f"bos and eos must be special tokens ({sorted(specials)}), got {name!r}. "
+            "Add the token to special_tokens with its id."
         )
     return specials[name]
 
 
 def _ends_words_at_spaces(pattern: str) -> bool:
-    """Whether a word never goes on over a space that follows a character, so that text may be cut there."""
-    import regex  # type: ignore[import-untyped]  # what tiktoken's patterns are written for
+    """Return whether every word of `pattern` ends before a space that follows a character, so text can be split there.
+
+    Raises ValueError for an invalid regular expression.
+    """
+    import regex  # type: ignore[import-untyped]  # the dialect of tiktoken's patterns
 
     try:
         words = regex.compile(pattern)
     except regex.error as error:
         raise ValueError(
-            f"Got the pattern {pattern!r}, which is no regular expression ({error}). It cuts text into words before "
-            f"the merges. Set pattern to the one that belongs to the ranks."
+            f"pattern must be a regular expression, got {pattern!r} ({error}). Use the pattern with which the ranks "
+            "were trained."
         ) from error
     return all(
         before in {word.end() for word in words.finditer(text)}

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a tokenizer."""
+"""Tokenizer interface."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ Ids = npt.NDArray[np.int64]
 
 
 class Tokenizer(Configurable, abc.ABC):
-    """Text to ids and back.
+    """Base class of tokenizers: conversion between text and token ids.
 
-    vocab_size: one more than the largest id `encode` may give, `bos_id` and `eos_id` included.
-    bos_id, eos_id: put before and after a document where the loader is told to; None where there is none.
-    fingerprint: names the tokenizer and hashes all that decides its ids. Two with equal fingerprints give equal ids.
+    vocab_size: one more than the largest id that `encode` may return, including `bos_id` and `eos_id`.
+    bos_id, eos_id: ids that the loader adds before and after documents if configured; None if there is no such token.
+    fingerprint: name of the tokenizer and a hash of everything that determines its ids; tokenizers with equal
+    fingerprints return equal ids.
     """
 
     class Config(Configurable.Config):
@@ -30,10 +31,10 @@ class Tokenizer(Configurable, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> Ids:
-        """Return the ids of `text`, int64 [N], without BOS and EOS. Names of special tokens in it are plain text."""
+        """Return the ids of `text`, int64 [N], without BOS and EOS. Special-token names in `text` are plain text."""
 
     def encode_parts(self, text: str) -> Iterator[Ids]:
-        """Yield `encode(text)` piece by piece, so that the first tokens of a long text are there at once."""
+        """Yield `encode(text)` in pieces, so that the first tokens of a long text are available at once."""
         yield self.encode(text)
 
     @abc.abstractmethod
@@ -42,15 +43,15 @@ class Tokenizer(Configurable, abc.ABC):
 
     def _unknown_id(self, ids: Iterable[int]) -> ValueError:
         outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        got = "an id that stands for no token" if outside is None else str(outside)
-        return ValueError(f"Ids to decode must be 0 to {self.vocab_size - 1}, gaps excepted, got {got}.")
+        got = "an id without a token" if outside is None else str(outside)
+        return ValueError(f"Ids to decode must be token ids from 0 to {self.vocab_size - 1}, got {got}.")
 
 
 def well_formed(text: str) -> str:
-    """Return `text` with half surrogate pairs, which no UTF-8 can hold, replaced by U+FFFD."""
+    """Return `text` with unpaired surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return True for an error or a Rust panic (PyO3's PanicException is no Exception), False for an interrupt."""
+    """Return True for an error or a Rust panic (PyO3's PanicException is not an Exception), False for an interrupt."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

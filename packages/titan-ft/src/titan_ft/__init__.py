@@ -1,4 +1,4 @@
-"""Replica groups that come and go, for anyone's training loop."""
+"""Fault-tolerant replica groups for custom training loops."""
 
 from titan_ft.lighthouse import local_lighthouse
 from titan_ft.replica_group import TorchftReplicaGroup

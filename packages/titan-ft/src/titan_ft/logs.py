@@ -1,13 +1,13 @@
-"""torchft's own talk."""
+"""Silence torchft's loggers."""
 
 from __future__ import annotations
 
 import os
 
 
-def calm_torchft() -> None:
-    """Let torchft's Rust side tell of warnings only, unless the environment's RUST_LOG says otherwise.
+def silence_torchft_logging() -> None:
+    """Limit the logs of torchft's Rust code to warnings, unless the environment variable RUST_LOG is set.
 
-    It would write a dozen lines a step. To be called before torchft is imported.
+    The default level writes a dozen lines a step. Call this before torchft is imported.
     """
     os.environ.setdefault("RUST_LOG", "warn")

@@ -1,4 +1,4 @@
-"""How the ranks of a replica, and of other replicas, find this process."""
+"""Addresses and the store through which the ranks of a replica, and other replicas, reach this process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
-def address_towards(url: str) -> str:
-    """Return the IP address of this machine as the host of `url` (`http://host:port`) would see it.
+def local_address(url: str) -> str:
+    """Return the IP address of this machine as seen by the host of `url` (`http://host:port`).
 
-    A process that reaches its lighthouse at 127.0.0.1 is 127.0.0.1; one that reaches it over the cluster's network has
-    its address there. Nothing is sent. Raises ValueError where `url` names no host and port, or an unknown host.
+    It is 127.0.0.1 for a lighthouse at 127.0.0.1, and the address in the cluster's network for one reached over that
+    network. Nothing is sent. Raises ValueError if `url` has no host and port, or the host is unknown.
     """
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-        raise ValueError(
-            f"Got the lighthouse address {url!r}. It is a URL with host and port. Write http://host:29510."
-        )
+        raise ValueError(f"The lighthouse address must be http://host:port, got {url!r}.")
     try:
         family, _, _, _, remote = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -27,25 +25,26 @@ def address_towards(url: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ValueError(
-            f"Got the lighthouse address {url!r}, and no way to {parts.hostname!r} ({error}). Every rank must reach "
-            "the lighthouse. Give its IP address, or a name that this machine can look up."
+            f"The lighthouse at {url!r} must be reachable from every rank, got {error} for {parts.hostname!r}. Use "
+            "its IP address, or a name that this machine can resolve."
         ) from error
 
 
-def in_url(host: str) -> str:
-    """Return `host` as a URL writes it: an IPv6 address stands in brackets."""
+def url_host(host: str) -> str:
+    """Return `host` as it is written in a URL: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def replica_rank() -> tuple[int, int]:
-    """Which of its replica's ranks this process is: (rank, number of ranks)."""
+    """Return (rank, number of ranks) of this process in its replica."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def open_store(host: str) -> TCPStore:
-    """Open the store in which this replica's ranks find each other, and are found by those of other replicas.
+    """Open the store of this replica, in which its ranks find each other and ranks of other replicas find them.
 
-    Rank 0 keeps it, at `host`. It is the replica's own: the one that torchrun keeps over restarts remembers the dead.
+    Rank 0 hosts it, at `host`. The store of torchrun cannot serve, since it outlives restarts and keeps entries of dead
+    ranks.
     """
     rank, num_ranks = replica_rank()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None

@@ -1,7 +1,8 @@
-"""What travels from a live replica to a newcomer: plain CPU tensors and JSON values, and how each tensor lay.
+"""The state sent from a live replica to one that joins: plain CPU tensors, JSON values, and the layout of each tensor.
 
-Rank r of the newcomer takes what rank r of a live replica keeps. Both have a mesh of the same shape, made of other
-processes: so a `DTensor` travels as its local part, and is put together again on the newcomer's own mesh.
+Rank r of the replica that joins receives the state of rank r of a live replica. Their meshes have the same shape but
+consist of different processes. A `DTensor` is therefore sent as its local tensor, and rebuilt on the receiver's own
+mesh.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ Path = tuple[str | int, ...]
 MeshKey = tuple[tuple[str, ...] | None, tuple[int, ...]]
 
 JSON_TYPES = (type(None), bool, int, float, str)
-"""Exactly these: a subclass, such as numpy's float64 or an IntEnum, would arrive as something else."""
+"""Exactly these types: a subclass, such as NumPy's float64 or an IntEnum, would arrive as its base type."""
 PLACEMENTS = ("Shard", "_StridedShard", "Replicate", "Partial")
 
 
 @dataclass(frozen=True)
-class Split:
-    """How a tensor was split: over which mesh (by names and sizes of its axes), and out of which whole."""
+class Sharding:
+    """Sharding of a `DTensor`: its mesh (names and sizes of the axes), and its placements, global shape and stride."""
 
     mesh: MeshKey
     placements: tuple[Placement, ...]
@@ -36,100 +37,100 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a tensor lay: on which kind of device, and, of a `DTensor`, how it was split."""
+    """The device type of a tensor and, for a `DTensor`, its sharding."""
 
     device_type: str
-    split: Split | None
+    sharding: Sharding | None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as it travels. `values` is the state with CPU copies of local tensors; `layouts` says what each was."""
+    """A state in transit: `values` is the state with CPU copies of local tensors, `layouts` their layouts."""
 
     values: State
     layouts: dict[Path, Layout]
 
 
 def check_leaves(state: State) -> None:
-    """Raise TypeError for what cannot travel: `state` holds tensors and JSON values, in dictionaries, lists, tuples."""
+    """Raise TypeError unless `state` consists of dictionaries, lists and tuples of tensors and JSON values."""
 
     def check(path: Path, leaf: Any) -> None:
         if isinstance(leaf, DTensor):
-            strange = [each for each in leaf.placements if type(each).__name__ not in PLACEMENTS]
-            if strange:
+            unsupported = [each for each in leaf.placements if type(each).__name__ not in PLACEMENTS]
+            if unsupported:
                 raise TypeError(
-                    f"{_name(path)} of the state that heals replicas must be placed by one of {', '.join(PLACEMENTS)}, "
-                    f"got {strange[0]}."
+                    f"The placements of {_name(path)} in the registered state must be of {', '.join(PLACEMENTS)}, got "
+                    f"{unsupported[0]}."
                 )
         elif not isinstance(leaf, Tensor) and type(leaf) not in JSON_TYPES:
             raise TypeError(
-                f"{_name(path)} of the state that heals replicas must be a tensor or a JSON value, got "
-                f"{type(leaf).__name__}. Return the parts of that object instead."
+                f"{_name(path)} in the registered state must be a tensor or a JSON value, got {type(leaf).__name__}. "
+                "Return the fields of that object instead."
             )
-        strange_keys = [key for key in path if type(key) not in JSON_TYPES]
-        if strange_keys:
+        invalid_keys = [key for key in path if type(key) not in JSON_TYPES]
+        if invalid_keys:
             raise TypeError(
-                f"Keys of the state that heals replicas must be JSON values, got {type(strange_keys[0]).__name__} in "
+                f"Keys of the registered state must be JSON values, got {type(invalid_keys[0]).__name__} in "
                 f"{_name(path)}."
             )
 
     _map_leaves(check, state)
 
 
-def take(state: State) -> Snapshot:
-    """Copy `state`, so that it may change while the copy travels."""
+def take_snapshot(state: State) -> Snapshot:
+    """Return a copy of `state` on the CPU, which later changes of `state` do not affect."""
     layouts: dict[Path, Layout] = {}
 
-    def copied(path: Path, leaf: Any) -> Any:
+    def copy(path: Path, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         layouts[path] = _layout(leaf)
         return _local(leaf).to("cpu", copy=True)
 
-    return Snapshot(_map_leaves(copied, state), layouts)
+    return Snapshot(_map_leaves(copy, state), layouts)
 
 
-def put_together(snapshot: Snapshot, meshes: dict[MeshKey, DeviceMesh]) -> State:
-    """Return the state that was taken, on this rank's devices and on `meshes`.
+def restore_snapshot(snapshot: Snapshot, meshes: dict[MeshKey, DeviceMesh]) -> State:
+    """Return the state of a snapshot, on this rank's devices and on `meshes`.
 
-    Raises ValueError for a tensor that was split over a mesh which this replica has not.
+    Raises ValueError if a tensor was sharded over a mesh that this replica lacks.
     """
 
-    def placed(path: Path, leaf: Any) -> Any:
+    def place(path: Path, leaf: Any) -> Any:
         layout = snapshot.layouts.get(path)
         if layout is None:
             return leaf
-        local = leaf.to(layout.device_type, copy=True)  # what was received is read-only
-        if layout.split is None:
+        local = leaf.to(layout.device_type, copy=True)  # received buffers are read-only
+        if layout.sharding is None:
             return local
-        split = layout.split
-        if split.mesh not in meshes:
+        sharding = layout.sharding
+        if sharding.mesh not in meshes:
             raise ValueError(
-                f"Got {_name(path)} split over the mesh {split.mesh}; here there are {list(meshes)}. All replicas need "
-                "the same mesh inside. Start them with the same number of ranks and the same degrees of parallelism."
+                f"All replicas must have the same mesh, got {_name(path)} sharded over {sharding.mesh}; this replica "
+                f"has {list(meshes)}. Start all replicas with the same number of ranks and the same parallel sizes."
             )
-        mesh = meshes[split.mesh]
-        return DTensor.from_local(local, mesh, split.placements, shape=split.shape, stride=split.stride)
+        mesh = meshes[sharding.mesh]
+        return DTensor.from_local(local, mesh, sharding.placements, shape=sharding.shape, stride=sharding.stride)
 
-    return dict(_map_leaves(placed, snapshot.values))
+    return dict(_map_leaves(place, snapshot.values))
 
 
 def meshes_of(state: State) -> dict[MeshKey, DeviceMesh]:
-    """Return the meshes on which the `DTensor`s of `state` live."""
+    """Return the meshes of the `DTensor`s in `state`."""
     return {_mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in _leaves(state) if isinstance(leaf, DTensor)}
 
 
-def shapes_of(state: State) -> list[Any]:
-    """Return name, shape, dtype and mesh of each tensor of `state`, as JSON values."""
-    told: list[Any] = []
+def tensor_specs(state: State) -> list[Any]:
+    """Return the name, shape, dtype and mesh of each tensor in `state`, as JSON values."""
+    specs: list[Any] = []
 
-    def tell(path: Path, leaf: Any) -> None:
+    def add(path: Path, leaf: Any) -> None:
         if isinstance(leaf, Tensor):
             mesh = _mesh_key(leaf.device_mesh) if isinstance(leaf, DTensor) else None
-            told.append([_name(path), list(leaf.shape), str(leaf.dtype), mesh])
+            specs.append([_name(path), list(leaf.shape), str(leaf.dtype), mesh])
 
-    _map_leaves(tell, state)
-    return told
+    _map_leaves(add, state)
+    return specs
 
 
 def _mesh_key(mesh: DeviceMesh) -> MeshKey:
@@ -147,10 +148,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _layout(tensor: Tensor) -> Layout:
-    split = None
+    sharding = None
     if isinstance(tensor, DTensor):
-        split = Split(_mesh_key(tensor.device_mesh), tuple(tensor.placements), tensor.shape, tensor.stride())
-    return Layout(tensor.device.type, split)
+        sharding = Sharding(_mesh_key(tensor.device_mesh), tuple(tensor.placements), tensor.shape, tensor.stride())
+    return Layout(tensor.device.type, sharding)
 
 
 def _map_leaves(function: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:

@@ -1,8 +1,8 @@
-"""Move states from a live replica to a newcomer over HTTP: JSON and tensors, signed, on one address only.
+"""Transfer of state from a live replica to one that joins, over HTTP: JSON and tensors, signed, on one address only.
 
-The secret itself never travels. A request carries a random number (the nonce) and an HMAC of it and of the step. The
-answer is the header and the tensors, each followed by its HMAC, which depends on the nonce, the step and the place in
-the stream too: what was changed, exchanged or sent before is refused before it is used.
+The secret itself is never sent. A request carries a random number (the nonce) and an HMAC of the nonce and the step.
+The answer is the header and the tensors, each followed by an HMAC that also covers the nonce, the step and the position
+in the stream: data that was changed, exchanged or replayed is rejected before it is used.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 from torch import Tensor
 from torchft.checkpointing.transport import CheckpointTransport
 
-from titan_ft.network import in_url
-from titan_ft.wire import num_bytes, packed, raw, unpacked
+from titan_ft.network import url_host
+from titan_ft.wire import num_bytes, pack, raw_bytes, unpack
 
 log = logging.getLogger(__name__)
 
@@ -36,35 +36,35 @@ SECRET_VARIABLE = "TITAN_FT_SECRET"
 SIGNATURE_BYTES = 32
 _NONCE, _PROOF = "X-Titan-Nonce", "X-Titan-Proof"
 _SLICE_BYTES = 1 << 20
-"""Sent at once: the time limit of a slow link is one of each slice, not of a whole tensor."""
+"""Size of one write; the socket timeout applies to each slice, not to a whole tensor on a slow link."""
 
 
 def shared_secret(host: str) -> bytes:
-    """Return the secret that all replicas share, from the environment; without one, only this machine may ask.
+    """Return the secret that all replicas share, from the environment; empty only if no other machine can connect.
 
-    Raises ValueError where other machines could ask and there is no secret.
+    Raises ValueError if other machines can connect and no secret is set.
     """
     secret = os.environ.get(SECRET_VARIABLE, "")
     if not secret and not ip_address(host.split("%")[0]).is_loopback:
         raise ValueError(
-            f"{SECRET_VARIABLE} must be set where replicas run on several machines (this one is {host}), got nothing. "
-            f"Set the environment of every rank to the same random text, such as that of openssl rand -hex 32."
+            f"{SECRET_VARIABLE} must be set for replicas on several machines (this one is {host}), got nothing. Set "
+            "it on every rank to the same random text, such as the output of `openssl rand -hex 32`."
         )
     return secret.encode()
 
 
 def signature(secret: bytes, nonce: str, path: str, part: int) -> hmac.HMAC:
-    """Return the HMAC of one part of an answer, to be updated with its bytes: part 0 is the header, n the n-th tensor.
+    """Return an HMAC to be updated with the bytes of a part of an answer: part 0 is the header, n the n-th tensor.
 
-    `path` says of which step the answer is.
+    `path` is the path of the request and names the step.
     """
     return hmac.new(secret, f"answer {nonce} {path} {part}\n".encode(), hashlib.sha256)
 
 
 class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
-    """Serves this rank's state to newcomers that know the secret, while they need it; holds none afterwards.
+    """Serves this rank's state to replicas that know the secret, while they heal; keeps no state afterwards.
 
-    What is received is read as JSON and raw tensors; `torch.load` and pickle are not used.
+    Received data is parsed as JSON and raw tensors; `torch.load` and pickle are not used.
     """
 
     def __init__(self, host: str, timeout: timedelta, secret: bytes | None = None) -> None:
@@ -74,7 +74,7 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
         self._offer: tuple[int, bytes, list[Tensor]] | None = None
         self._num_readers = 0
         self._server = _server(host, self)
-        self._address = f"http://{in_url(host)}:{self._server.server_address[1]}"
+        self._address = f"http://{url_host(host)}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def metadata(self) -> str:
@@ -82,21 +82,21 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: dict[str, Any], timeout: timedelta) -> None:
         """Offer the state of `step` until `disallow_checkpoint`."""
-        header, tensors = packed(state_dict)
+        header, tensors = pack(state_dict)
         with self._changed:
             self._offer = step, header, tensors
             self._changed.notify_all()
 
     def disallow_checkpoint(self) -> None:
-        """Wait for newcomers that are still reading, then let the state go."""
+        """Wait for replicas that are still reading, then free the state."""
         with self._changed:
             self._changed.wait_for(lambda: self._num_readers == 0, self._timeout_s)
             self._offer = None
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> dict[str, Any]:
-        """Fetch the state of a live replica's rank.
+        """Fetch the state of a rank of a live replica.
 
-        Raises ValueError for anything but a whole state of that step, signed with the secret for this request.
+        Raises ValueError unless the answer is a complete state of that step, signed with the secret for this request.
         """
         parts, nonce, path = urlsplit(metadata), secrets.token_hex(16), f"/{step}"
         if parts.hostname is None:
@@ -106,23 +106,23 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
             connection.request("GET", path, headers={_NONCE: nonce, _PROOF: self._proof(nonce, path)})
             response = connection.getresponse()
             if response.status != 200:
-                raise ValueError(f"The live replica at {metadata} refused to heal this one: {response.reason}.")
+                raise ValueError(f"The live replica at {metadata} rejected the request: {response.reason}.")
             stream = io.BufferedReader(response, _SLICE_BYTES)
 
-            def check(part: int, *pieces: bytes | memoryview) -> None:
+            def check(part: int, *buffers: bytes | memoryview) -> None:
                 expected = signature(self._secret, nonce, path, part)
-                for piece in pieces:
-                    expected.update(piece)
+                for buffer in buffers:
+                    expected.update(buffer)
                 received = stream.read(SIGNATURE_BYTES)
                 if len(received) != SIGNATURE_BYTES:
-                    raise ValueError(f"The healing stream ended early: no signature after its part {part}.")
+                    raise ValueError(f"The healing stream ended early: the signature of part {part} is missing.")
                 if not hmac.compare_digest(received, expected.digest()):
                     raise ValueError(
-                        f"What the replica at {metadata} sends must be signed with the shared secret, got a wrong "
-                        f"signature of part {part}."
+                        f"Data from the replica at {metadata} must be signed with the shared secret, got a wrong "
+                        f"signature of part {part}. Check that {SECRET_VARIABLE} is the same on all ranks."
                     )
 
-            return unpacked(stream.read, stream.readinto, check)
+            return unpack(stream.read, stream.readinto, check)
         finally:
             connection.close()
 
@@ -131,7 +131,7 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
         self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """Answer one request, in a thread of its own."""
+        """Answer one request, in its own thread."""
         nonce, proof = request.headers.get(_NONCE, ""), request.headers.get(_PROOF, "")
         if not hmac.compare_digest(proof.encode(), self._proof(nonce, request.path).encode()):
             request.send_error(403, "wrong or missing proof of the shared secret")
@@ -150,14 +150,14 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
             request.end_headers()
             self._send(request, nonce, 0, memoryview(header))
             for part, tensor in enumerate(tensors, start=1):
-                self._send(request, nonce, part, raw(tensor))
+                self._send(request, nonce, part, raw_bytes(tensor))
         finally:
             with self._changed:
                 self._num_readers -= 1
                 self._changed.notify_all()
 
     def _reserve(self, path: str) -> tuple[int, bytes, list[Tensor]] | None:
-        """Wait until the state of that step is offered, and keep it from being let go while it is read."""
+        """Wait until the state of the requested step is offered, and keep it until the reader is done."""
         deadline = time.monotonic() + self._timeout_s
         with self._changed:
             while self._offer is None or path != f"/{self._offer[0]}":
@@ -169,9 +169,9 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
     def _send(self, request: BaseHTTPRequestHandler, nonce: str, part: int, content: memoryview) -> None:
         signed = signature(self._secret, nonce, request.path, part)
         for start in range(0, len(content), _SLICE_BYTES):
-            piece = content[start : start + _SLICE_BYTES]
-            signed.update(piece)
-            request.wfile.write(piece)
+            data = content[start : start + _SLICE_BYTES]
+            signed.update(data)
+            request.wfile.write(data)
         request.wfile.write(signed.digest())
 
     def _proof(self, nonce: str, path: str) -> str:
@@ -180,7 +180,7 @@ class SnapshotTransport(CheckpointTransport[dict[str, Any]]):
 
 def _server(host: str, transport: SnapshotTransport) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 60  # seconds for a request to be read, and for each slice of the answer to be taken
+        timeout = 60  # seconds to read a request, and to send each slice of the answer
 
         def do_GET(self) -> None:
             transport.answer(self)
@@ -193,9 +193,9 @@ def _server(host: str, transport: SnapshotTransport) -> ThreadingHTTPServer:
         daemon_threads = True
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """Ignore a client that is gone or slow; warn of all else, which only this side knows."""
+            """Ignore clients that disconnect or time out; log other errors, which the client cannot see."""
             error = sys.exc_info()[1]
             if not isinstance(error, ConnectionError | TimeoutError):
-                log.warning("Sending the state to a newcomer failed: %r", error, exc_info=error)
+                log.warning("Sending the state to a replica that joins failed: %r", error, exc_info=error)
 
     return Server((host, 0), Handler)

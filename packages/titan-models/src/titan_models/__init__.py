@@ -1,6 +1,6 @@
 """Model families as plain nn.Modules built from configs, with checked Hugging Face weight adapters."""
 
-from titan_models.attention.base import Attention, Masks, Places
+from titan_models.attention.base import Attention, MaskCache, RotaryPositions
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.attention.kernels import AttentionCore, Flex, Sdpa, Varlen
 from titan_models.attention.latent_attention import MultiHeadLatentAttention
@@ -54,15 +54,15 @@ __all__ = [
     "Linear",
     "Llama3Scaling",
     "Mask",
+    "MaskCache",
     "MaskModifier",
-    "Masks",
     "Model",
     "MultiHeadLatentAttention",
     "NestedCheckpoint",
     "Normal",
-    "Places",
     "RMSNorm",
     "Rope",
+    "RotaryPositions",
     "Sdpa",
     "SlidingWindow",
     "SwiGLU",

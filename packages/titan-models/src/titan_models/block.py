@@ -7,7 +7,7 @@ from typing import Any
 from titan_config import Configurable
 from torch import Tensor, nn
 
-from titan_models.attention.base import Attention, Places
+from titan_models.attention.base import Attention, RotaryPositions
 from titan_models.layers.feed_forward import FeedForward
 from titan_models.layers.rms_norm import RMSNorm
 from titan_models.layers.roles import Roles, under
@@ -20,7 +20,7 @@ class Block(Configurable, nn.Module):
         attention: Attention.Config
         feed_forward: FeedForward.Config
         norm: RMSNorm.Config = RMSNorm.Config()
-        """Of both norms, before attention and before the feed-forward layer."""
+        """The norms before attention and before the feed-forward layer."""
 
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)
@@ -29,8 +29,8 @@ class Block(Configurable, nn.Module):
         self.feed_forward_norm: RMSNorm = config.norm.build(dim=dim)
         self.feed_forward: FeedForward = config.feed_forward.build(dim=dim)
 
-    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), places, mask)
+    def forward(self, x_BTD: Tensor, rotary: RotaryPositions, mask: Any) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
     def roles(self) -> Roles:

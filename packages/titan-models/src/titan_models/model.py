@@ -1,4 +1,4 @@
-"""What every model family offers."""
+"""The base class of all model families."""
 
 from __future__ import annotations
 
@@ -17,49 +17,53 @@ from titan_models.weights import init_weights
 
 
 class Model(Configurable, nn.Module, abc.ABC):
-    """A plain `nn.Module` that states the role of each part and draws its own weights. It knows nothing of meshes."""
+    """A plain `nn.Module` that states the roles of its modules and initializes its weights. It knows no meshes."""
 
     config: Config
 
     class Config(Configurable.Config):
         vocab_size: int
-        """Token ids are below it."""
+        """Number of token ids; ids are 0 to vocab_size - 1."""
 
         max_seq_len: int
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         def on_meta(self) -> Model:
-            """The model without memory: names, shapes and roles in an instant."""
+            """Return the model on the meta device: names, shapes and roles, without memory."""
             with torch.device("meta"):
                 return self.build()
 
         def num_parameters(self) -> int:
-            """Number of parameters, tied ones once."""
+            """Return the number of parameters; tied parameters count once."""
             return count_parameters(self.on_meta())
 
         def num_active_parameters(self) -> int:
-            """Number of parameters that a token meets: without the experts that it does not go to."""
+            """Return the number of parameters that a token uses: without experts that it is not routed to."""
             return count_active_parameters(self.on_meta())
 
         def flops_per_token(self, seq_len: int) -> Flops:
-            """Matrix products of one token of a sequence of `seq_len`, forward and backward."""
+            """Return the FLOPs of the matrix products of one token in a sequence of `seq_len`, forward and backward."""
             return count_flops_per_token(self.on_meta(), seq_len)
 
     @abc.abstractmethod
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.layers.roles`."""
+        """Return the role of each module; see `titan_models.layers.roles`."""
 
     def init_weights(self, seed: int) -> None:
-        """Draw all weights in place: the same bits for a seed on any mesh; see `titan_models.init_weights`."""
+        """Initialize all weights in place, bitwise the same for a seed on any mesh; see `titan_models.init_weights`."""
         init_weights(self, seed)
 
     def scale_auxiliary_losses(self, scale: float) -> None:
-        """To call before the forward, in one process, where routers have losses: 1 / what loss sums are divided by."""
+        """Scale the sums of auxiliary losses by `scale`: 1 / the denominator of the loss sum at the head.
+
+        In a single process, call it before the forward of a model whose routers have auxiliary losses.
+        """
         scale_auxiliary_losses(self, scale)
 
     def after_step(self) -> dict[str, float]:
-        """To call after each step of the optimizer, in one process: experts are balanced by what they got since.
+        """Apply the per-step statistics (expert load balancing) and return metrics such as `expert_load`.
 
-        Returns what is worth telling, such as `expert_load`. On a mesh, call that of what `parallelize` returned.
+        In a single process, call it after each step of the optimizer. On a mesh, call `after_step` of the object that
+        `parallelize` returned.
         """
         return after_step(self)

@@ -17,10 +17,13 @@ from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
 from titan_parallel.planning.plan import plan
 from titan_parallel.planning.report import Plan
+from titan_parallel.sharding_plan.roles import RoleSpec, RoleTable
 from titan_parallel.sharding_plan.unit_roles import fsdp_roles
 from titan_parallel.step.batch import Batch, Head, Loss
+from titan_parallel.step.hooks import StepHooks
 from titan_parallel.step.loss_unit import per_sequence, per_token, sum_over_sequence
 from titan_parallel.tensor_parallel.vocab_parallel_loss import cross_entropy
+from titan_parallel.transforms import ParallelBuild, Transform
 
 __all__ = [
     "ActivationCheckpoint",
@@ -31,11 +34,16 @@ __all__ = [
     "Head",
     "Loss",
     "MixedPrecision",
+    "ParallelBuild",
     "ParallelDims",
     "ParallelModel",
     "PeriodicActivationCheckpoint",
     "Plan",
+    "RoleSpec",
+    "RoleTable",
     "SelectiveActivationCheckpoint",
+    "StepHooks",
+    "Transform",
     "adopt_launcher",
     "check_parallel",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""`python -m titan_parallel COMMAND`: what can be asked of a model without a training run."""
+"""Command line of titan-parallel: `python -m titan_parallel COMMAND` checks a model without a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_parallel.check import command as check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 is yes, 1 is no, 2 is a question that cannot be answered."""
+    """Run one command and return its exit code: 0 pass, 1 fail, 2 usage error."""
     parser = argparse.ArgumentParser(prog="python -m titan_parallel", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check.add_to(commands)

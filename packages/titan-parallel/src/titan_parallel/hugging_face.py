@@ -1,6 +1,6 @@
-"""Roles of Hugging Face models: from the tensor-parallel plan that a model declares, and from what its parts look like.
+"""Roles of Hugging Face models, from the tensor-parallel plan that a model declares and from its modules.
 
-No import of `transformers`: a model brings along all that is asked of it.
+This file does not import `transformers`: everything it needs is in the model itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from titan_config import ConfigError
 from torch import nn
 
 from titan_parallel._transformers import is_transformers_model
-from titan_parallel.probe.token_probe import TokenProbe
+from titan_parallel.probe.model_probe import ModelProbe
 from titan_parallel.sharding_plan.roles import Roles, RoleTable
 from titan_parallel.sharding_plan.unit_roles import fsdp_roles
+
+__all__ = ["roles_of"]
 
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
@@ -48,23 +50,23 @@ PLANS: dict[str, dict[str, str]] = {
         "decoder.layers.*.fc2": "rowwise",
     },
 }
-"""config.model_type -> the plan that a model which declares none might have declared, in the same words."""
+"""config.model_type -> a plan in the style of `_tp_plan`, for models of transformers that declare none."""
 
 REFUSED = {
-    "bloom": "adds the stream inside its attention, and biases scores by the place of a head among all (alibi)",
-    "falcon": "computes one layout of fused heads of three, and position biases (alibi) for all heads at once",
-    "mpt": "biases attention scores by the place of a head among all (alibi)",
+    "bloom": "adds the residual stream inside its attention, and its position biases (alibi) depend on the head index",
+    "falcon": "computes one of its three layouts of fused heads, and position biases (alibi), for all heads at once",
+    "mpt": "adds position biases (alibi) that depend on the head index",
 }
-"""config.model_type -> what no table of roles can say."""
+"""config.model_type -> the reason why no table of roles can split the model over tensor-parallel ranks."""
 
-ROLE_OF_WORD = {
+ROLE_OF_STYLE = {
     "colwise": "colwise",
     "colwise_gather_output": "colwise",
     "packed_colwise": "colwise",
     "rowwise": "rowwise",
     "rowwise_split_input": "rowwise",
 }
-"""Words of plans that are roles. Others name what may stay whole, and what belongs to experts."""
+"""Styles of a `_tp_plan` -> role. Other styles are for modules that may stay whole, and for experts."""
 
 SIZES = {
     "num_heads": "num_heads",
@@ -73,31 +75,32 @@ SIZES = {
     "num_key_value_groups": "num_heads_per_kv_head",
     "split_size": "features",
 }
-"""Attributes in which attention modules keep sizes -> what they count."""
+"""Attributes of attention modules that hold sizes -> the quantity that each counts."""
 
 
 def roles_of(model: nn.Module) -> RoleTable:
-    """Return the table of roles of a language model of `transformers`: a plain dictionary, to print and to change.
+    """Return the table of roles of a language model of `transformers`: a plain dictionary that can be changed.
 
-    Experts are left whole on tensor ranks. Raises ConfigError for a model that declares no plan and is not in `PLANS`,
-    naming the lines to write, and for one that cannot be split, with the reason. `titan_parallel.fsdp_roles` is for any
-    model that is only sharded over data ranks.
+    Experts are not split over tensor-parallel ranks. Raises ConfigError for a model that declares no tensor-parallel
+    plan and is not in `PLANS`, with the lines to write, and for a model that cannot be split, with the reason. To only
+    shard a model over data-parallel ranks, use `titan_parallel.fsdp_roles`.
     """
     if not is_transformers_model(model):
         raise ConfigError(
             f"roles_of must be given a model of transformers, got a {type(model).__name__}. Use "
-            "titan_parallel.fsdp_roles(model) to shard it over data ranks, or write its table: docs/parallel.md."
+            "titan_parallel.fsdp_roles(model) to shard it over data-parallel ranks, or write its table of roles: "
+            "docs/parallel.md."
         )
     return _Table(model).roles()
 
 
 class _Table:
-    """Reads a model; every name in here is one of its module names with `*` for numbers."""
+    """The table of roles of one model. Module names in here have `*` in place of numbers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._config = model.config.get_text_config()
-        self._modules: dict[str, nn.Module] = {}  # the first of each kind
+        self._modules: dict[str, nn.Module] = {}  # the first module of each starred name
         for name, module in model.named_modules():
             self._modules.setdefault(_starred(name), module)
         self._names = {module: name for name, module in model.named_modules()}
@@ -109,12 +112,12 @@ class _Table:
         for module, role in ((self._end("input"), "embedding"), (stack, "block")):
             if module is not None:
                 table[module if isinstance(module, str) else self._names[module]] = role
-        for pattern, word in plan.items():
+        for pattern, style in plan.items():
             parent = pattern.rpartition(".")[0]
-            if parent != stack and self._beside(parent, plan)[0] == pattern:
+            if parent != stack and self._siblings(parent, plan)[0] == pattern:
                 table.update(dict.fromkeys(self._parents(pattern), self._region(parent, plan)))
                 table.update(self._norms(parent, plan))
-            role, options = ROLE_OF_WORD[word], self._projection(pattern, plan)
+            role, options = ROLE_OF_STYLE[style], self._projection(pattern, plan)
             if parent == stack:
                 options["border"] = True
             table[pattern] = (role, options) if options else role
@@ -123,70 +126,73 @@ class _Table:
         return table
 
     def _end(self, which: str) -> nn.Module | None:
-        """The table of tokens ("input") or the head ("output"), where the model has one and says which."""
+        """Return the token embedding ("input") or the head ("output") if the model has and names one, else None."""
         try:
             module: nn.Module | None = getattr(self._model, f"get_{which}_embeddings")()
-        except (NotImplementedError, AttributeError):  # of models for images and sounds
+        except (NotImplementedError, AttributeError):  # raised by vision and audio models
             return None
         return module if module in self._names else None
 
     def _ends_with(self, head: nn.Module) -> bool:
-        """Return whether the logits are what the head returns: nothing scales, caps or slices them afterwards."""
-        return TokenProbe(self._model, Roles(self._model, {})).ends_with(self._names[head])
+        """Return whether the logits are the output of the head, without later scaling, soft-capping or slicing."""
+        return ModelProbe(self._model, Roles(self._model, {})).ends_with(self._names[head])
 
     def _plan(self) -> dict[str, str]:
-        """The projections inside blocks and what the plan calls them."""
+        """Return `{projection: style}` for the projections in blocks. Raises ConfigError if there are none."""
         kind = self._config.model_type
         base = self._names[self._model.base_model]
-        known = {f"{base}.{pattern}" if base else pattern: word for pattern, word in PLANS.get(kind, {}).items()}
+        known = {f"{base}.{pattern}" if base else pattern: style for pattern, style in PLANS.get(kind, {}).items()}
         plan = {
-            pattern: word
-            for pattern, word in (known or getattr(self._model, "_tp_plan", None) or {}).items()
-            if word in ROLE_OF_WORD and "*" in pattern and pattern in self._modules and "experts." not in pattern
+            pattern: style
+            for pattern, style in (known or getattr(self._model, "_tp_plan", None) or {}).items()
+            if style in ROLE_OF_STYLE and "*" in pattern and pattern in self._modules and "experts." not in pattern
         }
-        plan = {pattern: word for pattern, word in plan.items() if self._is_paired(pattern, plan)}
+        plan = {pattern: style for pattern, style in plan.items() if self._is_paired(pattern, plan)}
         if kind in REFUSED:
             raise ConfigError(
-                f"Got a {type(self._model).__name__}, which {REFUSED[kind]}. Tensor ranks have some of the heads each, "
-                f"so it cannot be split over them. Shard it over data ranks, with fsdp_roles(model): "
-                f"{fsdp_roles(self._model)}."
+                "A model must be able to compute its attention heads separately for tensor parallelism, got a "
+                f"{type(self._model).__name__}, which {REFUSED[kind]}. Shard it over data-parallel ranks instead, with "
+                f"titan_parallel.fsdp_roles(model): {fsdp_roles(self._model)}."
             )
         if not plan:
             raise ConfigError(
-                f"Got a {type(self._model).__name__}, which declares no tensor-parallel plan and is not one of "
-                f"{', '.join(PLANS)}. Its roles have to be said. {self._advice()}"
+                f"A model must declare a tensor-parallel plan (_tp_plan) or be one of {', '.join(PLANS)}, got a "
+                f"{type(self._model).__name__}. {self._advice()}"
             )
         return plan
 
     def _is_paired(self, pattern: str, plan: dict[str, str]) -> bool:
-        """Return whether features that a plan splits beside a projection are summed there too; others stay whole."""
-        roles = {ROLE_OF_WORD[plan[name]] for name in self._beside(pattern.rpartition(".")[0], plan)}
+        """Return whether the parent of a projection has both colwise and rowwise ones; other projections stay whole."""
+        roles = {ROLE_OF_STYLE[plan[name]] for name in self._siblings(pattern.rpartition(".")[0], plan)}
         return roles == {"colwise", "rowwise"}
 
     def _parents(self, pattern: str) -> list[str]:
-        """The parents of a projection as one pattern, or by name where layers differ (some have experts there)."""
+        """Return the parents of a projection as one pattern, or by name if only some of the layers have it."""
         parent = pattern.rpartition(".")[0]
         alike = [name for name in self._names.values() if _starred(name) == parent]
         return [parent] if alike == self._owners(pattern) else self._owners(pattern)
 
     def _owners(self, pattern: str) -> list[str]:
-        """The names of the modules that have such a projection."""
+        """Return the names of the modules that have such a projection."""
         return [name.rpartition(".")[0] for name in self._names.values() if _starred(name) == pattern]
 
     def _region(self, region: str, plan: dict[str, str]) -> Any:
-        """Attention keeps sizes as attributes; one that does not may read them from the config that all share."""
+        """Return the role region, for attention with the option `set`: the attributes that hold sizes.
+
+        Packed attention without such an attribute reads the number of heads from the shared config.
+        """
         if not self._is_attention(region):
             return "region"
-        owner = self._owners(self._beside(region, plan)[0])[0]  # layers may have other attention in the same place
+        owner = self._owners(self._siblings(region, plan)[0])[0]  # other layers may have attention of another kind here
         own = vars(self._model.get_submodule(owner))
         sizes = {name: what for name, what in SIZES.items() if type(own.get(name)) is int}
-        packed = any(self._is_packed(name, plan) for name in self._beside(region, plan))
+        packed = any(self._is_packed(name, plan) for name in self._siblings(region, plan))
         if packed and "num_heads" not in sizes.values():
             sizes["config.num_attention_heads"] = "num_heads"
         return ("region", {"set": sizes}) if sizes else "region"
 
     def _projection(self, pattern: str, plan: dict[str, str]) -> dict[str, Any]:
-        module, role = self._modules[pattern], ROLE_OF_WORD[plan[pattern]]
+        module, role = self._modules[pattern], ROLE_OF_STYLE[plan[pattern]]
         options: dict[str, Any] = {}
         if type(module).__name__ == "Conv1D":
             options["transposed"] = True
@@ -195,12 +201,19 @@ class _Table:
         if role == "colwise" and self._is_attention(pattern.rpartition(".")[0]):
             options.update(self._heads(pattern, plan))
         elif role == "colwise" and self._is_packed(pattern, plan):
-            options["packed"] = self._num_features(pattern) // self._taken(pattern, plan)
+            options["packed"] = self._num_features(pattern) // self._num_rowwise_features(pattern, plan)
         return options
 
     def _heads(self, pattern: str, plan: dict[str, str]) -> dict[str, int]:
-        """Whose heads a projection of an attention holds. (Configs may count key-value heads that no module has.)"""
-        count, taken, num_heads = self._num_features(pattern), self._taken(pattern, plan), self._num_heads()
+        """Return the options that describe the heads of a projection of attention.
+
+        They follow from the shapes of the weights: a config may have a number of key-value heads that no module uses.
+        """
+        count, taken, num_heads = (
+            self._num_features(pattern),
+            self._num_rowwise_features(pattern, plan),
+            self._num_heads(),
+        )
         width = taken // num_heads
         if self._is_packed(pattern, plan):
             num_kv_heads = (count - taken) // 2 // width
@@ -211,8 +224,12 @@ class _Table:
         return {"num_heads": num_heads} if count == taken else {"packed": 1, "num_heads": num_heads}
 
     def _norms(self, region: str, plan: dict[str, str]) -> dict[str, Any]:
-        """Norms over all heads: for these a plan gathers a projection, unless several lie in it side by side."""
-        gathered = [name for name in self._beside(region, plan) if plan[name] == "colwise_gather_output"]
+        """Return the norms over all heads of a region, with their options.
+
+        If there is such a norm, the plan gathers the output of the projection before it ("colwise_gather_output"). For
+        packed projections this style means something else.
+        """
+        gathered = [name for name in self._siblings(region, plan) if plan[name] == "colwise_gather_output"]
         if not self._is_attention(region) or any(self._is_packed(name, plan) for name in gathered):
             return {}
         heads = {self._num_features(name): self._heads(name, plan) for name in gathered}
@@ -224,14 +241,14 @@ class _Table:
         return norms
 
     def _is_packed(self, pattern: str, plan: dict[str, str]) -> bool:
-        """Return whether several projections lie side by side: then a plan gathers more features than are taken."""
+        """Return whether several projections are packed in one: the plan gathers more features than rowwise takes."""
         gathered = plan[pattern] in ("packed_colwise", "colwise_gather_output")
-        return gathered and self._num_features(pattern) > self._taken(pattern, plan)
+        return gathered and self._num_features(pattern) > self._num_rowwise_features(pattern, plan)
 
-    def _taken(self, pattern: str, plan: dict[str, str]) -> int:
-        """The features that the rowwise part beside a projection takes."""
+    def _num_rowwise_features(self, pattern: str, plan: dict[str, str]) -> int:
+        """Return the number of input features of the rowwise projection beside a projection."""
         region = pattern.rpartition(".")[0]
-        rowwise = next(name for name in self._beside(region, plan) if ROLE_OF_WORD[plan[name]] == "rowwise")
+        rowwise = next(name for name in self._siblings(region, plan) if ROLE_OF_STYLE[plan[name]] == "rowwise")
         module = self._modules[rowwise]
         return module.get_parameter("weight").size(0 if type(module).__name__ == "Conv1D" else 1)
 
@@ -246,7 +263,7 @@ class _Table:
     def _is_attention(self, region: str) -> bool:
         return "attention" in type(self._modules[region]).__name__.lower()
 
-    def _beside(self, region: str, plan: dict[str, str]) -> list[str]:
+    def _siblings(self, region: str, plan: dict[str, str]) -> list[str]:
         return [pattern for pattern in plan if pattern.rpartition(".")[0] == region]
 
     def _names_of(self, kind: type[nn.Module]) -> list[tuple[str, Any]]:
@@ -257,9 +274,9 @@ class _Table:
         linear = dict.fromkeys(_starred(name) for name, _ in self._names_of(nn.Linear))
         within = [name for name in linear if any(name.startswith(block + ".") for block in table)]
         return (
-            f"To shard it over data ranks, use titan_parallel.fsdp_roles(model): {table}. For tensor ranks add to it "
-            f"the role region for the parents of projections, and colwise or rowwise for these: "
-            f"{', '.join(within) or 'none was found'}."
+            f"To shard it over data-parallel ranks, use titan_parallel.fsdp_roles(model): {table}. For tensor "
+            f"parallelism, add the role region for the parents of projections, and colwise or rowwise for these "
+            f"projections: {', '.join(within) or 'none found'}."
         )
 
 

@@ -1,11 +1,10 @@
-"""A model on a mesh: forward, backward and gradient norm of a step, alike on one rank and on many."""
+"""A model on a mesh: forward, backward and gradient norm of a step, the same on one rank and on many."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,51 +14,33 @@ from titan_parallel.memory.to_empty import to_empty
 from titan_parallel.mesh.collectives import sequence_error
 from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.mesh.rank_consistency import RankConsistencyCheck
-from titan_parallel.step.auxiliary_losses import AuxiliaryLosses
 from titan_parallel.step.batch import Batch, Loss, described
 from titan_parallel.step.eval_mode import in_eval_mode
 from titan_parallel.step.grad_norm import gradient_norm, scale_gradients_
 from titan_parallel.step.gradient_accumulation import GradientHook, Schedule
-from titan_parallel.step.statistics import StepStatistics
-from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
-
-if TYPE_CHECKING:
-    from titan_parallel.context_parallel.apply import ContextParallel
+from titan_parallel.step.hooks import StepHooks
 
 
 class ParallelModel:
-    """What `parallelize` returns. `model` is the module it was given; called directly it returns what it always did.
+    """The result of `parallelize`. `model` is the module that was given; a direct call returns what it always did.
 
-    A backward of one's own from there leaves gradients as DDP does: averaged over data ranks, and added to those that
-    are there. Clip them with `clip_grad_norm_`, since torch's cannot mix meshes.
+    A backward in a custom training loop leaves gradients as DDP does: averaged over data ranks, and added to those
+    that are there. Clip them with `clip_grad_norm_`; torch's function cannot mix meshes.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dims: ParallelDims,
-        *,
-        schedule: Schedule,
-        partial_gradients: PartialGradients | None,
-        statistics: StepStatistics,
-        auxiliary_losses: AuxiliaryLosses,
-        context: ContextParallel | None = None,
-        nonlocal_parameters: Sequence[str] = (),
-        duplicate_parameters: Collection[str] = (),
-    ) -> None:
-        """`duplicate_parameters` are parameters that another rank holds too, and whose gradients it counts."""
+    def __init__(self, model: nn.Module, dims: ParallelDims, schedule: Schedule, hooks: StepHooks) -> None:
+        """`schedule` runs the micro-batches of a step, `hooks` are what transforms registered for steps."""
         self.model = model
         self.dims = dims
-        self.nonlocal_parameters = nonlocal_parameters
-        """The parameters of the model that take gradients and that other ranks hold, not this one."""
-        self._schedule = schedule
-        self._partial_gradients = partial_gradients
-        self._statistics = statistics
-        self._auxiliary_losses = auxiliary_losses
+        self.schedule = schedule
+        self._hooks = hooks
         self._gradient_hook: GradientHook | None = None
-        self._duplicate_parameters = duplicate_parameters
-        self._ranks_of_data_rank = dims.ranks_of_dp_rank
-        self._context = context
+        self._ranks_of_dp_rank = dims.ranks_of_dp_rank
+
+    @property
+    def nonlocal_parameters(self) -> Sequence[str]:
+        """The names of the trained parameters that other ranks hold and this rank does not."""
+        return self._hooks.nonlocal_parameters
 
     def to_empty(self, device: torch.device | str) -> None:
         """Give a model on the meta device uninitialized memory on `device`; tied parameters and buffers stay tied."""
@@ -72,51 +53,55 @@ class ParallelModel:
         number for all of them, such as the count of valid targets over all data ranks. Gradients are summed over the
         mesh, never averaged. The loss sum is an fp64 scalar over the whole mesh, on every rank.
         """
-        self._agree_on(batches, loss, "forward_backward", self._schedule.check)
+        self._check_on_all_ranks(batches, loss, "forward_backward", self.schedule.check)
         self.model.zero_grad(set_to_none=True)
-        self._statistics.forget()
-        weighed = denominator / self._num_averaged
-        with (
-            self._sharing_sequences(),
-            self._partial_gradients_summed_at_the_end(),
-            self._auxiliary_losses.divided_by(weighed),
-        ):
-            total = self._schedule.forward_backward(batches, loss, weighed)
-        if self._context is not None:
-            self._context.check_shared(total, loss)
+        if self._hooks.statistics is not None:
+            self._hooks.statistics.reset()
+        weighed = denominator / self.dims.fsdp_mesh.size()  # FSDP averages gradients over these ranks
+        with self._contexts(), self._backward_contexts(weighed):
+            total = self.schedule.forward_backward(batches, loss, weighed)
+        for finalize in self._hooks.gradient_finalizers:
+            finalize()
+        for check in self._hooks.loss_checks:
+            check(total, loss)
         return self._sum_with_statistics(total)
 
     def after_step(self) -> dict[str, float]:
-        """To call after each step of the optimizer: parts that count over a step act on what all ranks counted.
+        """Update modules that count over a step, such as the expert bias of a router, and return their metrics.
 
-        That is how experts are balanced. Returns what these parts tell, such as `expert_load`; of several the highest.
+        Call it after each optimizer step: modules act on the counts of all ranks. Metrics, such as `expert_load`, are
+        the maximum over modules.
         """
-        if self._statistics.summed is None:  # a loop of somebody's own went backward
+        statistics = self._hooks.statistics
+        if statistics is None:
+            return {}
+        if statistics.summed is None:  # a custom training loop called backward
             self._sum_with_statistics(torch.zeros((), dtype=torch.float64, device=self.dims.device_type))
-        return self._statistics.update()
+        return statistics.update()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[Tensor, Tensor]:
         """Return loss sum (fp64) and count (int64) of these batches over the whole mesh, with the model in eval mode.
 
-        Every data rank gives as many batches. Each module is in the mode that it was in afterwards.
+        Every data rank gives as many batches. Afterwards each module has the mode that it had before.
         """
         with in_eval_mode(self.model):
-            self._agree_on(batches, loss, "evaluate", lambda _: None)
-            with self._sharing_sequences():
-                totals = self._schedule.evaluate(batches, loss)
-        if self._context is not None:
-            self._context.check_shared(totals[0], loss)
+            self._check_on_all_ranks(batches, loss, "evaluate", lambda _: None)
+            with self._contexts():
+                totals = self.schedule.evaluate(batches, loss)
+        for check in self._hooks.loss_checks:
+            check(totals[0], loss)
         totals = self._sum_over_mesh(totals)
         return totals[0], totals[1].to(torch.int64)
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
-        """Scale all gradients down to the norm `max_norm` if theirs is larger; None or infinity only measures.
+        """Scale all gradients down to the norm `max_norm` if their norm is larger; None or infinity only measures.
 
         Returns the norm before scaling: an fp64 scalar, the same on every rank.
         """
         parameters = dict(self.model.named_parameters())
-        counted = [parameter for name, parameter in parameters.items() if name not in self._duplicate_parameters]
+        duplicates = self._hooks.duplicate_parameters
+        counted = [parameter for name, parameter in parameters.items() if name not in duplicates]
         norm = gradient_norm(counted, self.dims.world_size, self.dims.device_type)
         if max_norm is not None and math.isfinite(max_norm):
             scale_gradients_(parameters.values(), norm, max_norm)
@@ -125,42 +110,48 @@ class ParallelModel:
     def set_gradient_hook(self, hook: GradientHook) -> None:
         """Call `hook(tensor)` on each gradient, or bucket of gradients, once it is summed over this mesh's data ranks.
 
-        It happens during the backward of the last micro-batch, in the same order on every rank; also in those before
-        where these are reduced too (`fsdp_reduce_gradients` "always", without replicas on the mesh). The hook changes
-        the tensor in place (a sum over replicas), and everything after sees the changed one.
+        The hook runs during the backward of the last micro-batch, in the same order on every rank; also in earlier
+        ones where these are reduced too (`fsdp_reduce_gradients` "always", without replicas on the mesh). It changes
+        the tensor in place (a sum over replicas), and all later computation sees the changed tensor.
         """
         self._gradient_hook = hook
-        self._schedule.set_gradient_hook(hook)
+        self.schedule.set_gradient_hook(hook)
 
-    def _probe_shapes(self, batches: Sequence[Batch]) -> None:
-        """Learn what steps need to know of batches of these shapes, in the modes in which modules are."""
-        with self._sharing_sequences():
-            self._schedule.probe_shapes(batches)
+    def probe_shapes(self, batches: Sequence[Batch]) -> None:
+        """Find the shapes that pipeline stages exchange for these batches, in the present mode of the modules."""
+        with self._contexts():
+            self.schedule.probe_shapes(batches)
 
-    def _sharing_sequences(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._context is None else self._context.sharing()
+    @contextmanager
+    def _contexts(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in self._hooks.contexts:
+                stack.enter_context(context())
+            yield
 
-    @property
-    def schedule(self) -> Schedule:
-        """How micro-batches run."""
-        return self._schedule
+    @contextmanager
+    def _backward_contexts(self, denominator: float | Tensor) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in self._hooks.backward_contexts:
+                stack.enter_context(context(denominator))
+            yield
 
     def _sum_with_statistics(self, total: Tensor) -> Tensor:
-        """The sum of `total` over the mesh, and in the same go those of the statistics, which replicas sum further."""
-        if not self._statistics.size:
-            self._statistics.summed = total.new_zeros(0)
+        """Return the sum of `total` over the mesh; the same collective sums the statistics."""
+        statistics = self._hooks.statistics
+        if statistics is None:
             return self._sum_over_mesh(total)
         own_total = total if self._is_first_tensor_rank else torch.zeros_like(total)
-        sums = torch.cat([own_total.reshape(1), self._statistics.own()])
+        sums = torch.cat([own_total.reshape(1), statistics.local_counts()])
         if self.dims.world_size > 1:
             dist.all_reduce(sums)
-        self._statistics.summed = sums[1:].contiguous()
+        statistics.summed = sums[1:].contiguous()
         if self._gradient_hook is not None:
-            self._gradient_hook(self._statistics.summed)
+            self._gradient_hook(statistics.summed)
         return sums[0]
 
     def _sum_over_mesh(self, totals: Tensor) -> Tensor:
-        """Over all ranks that saw other rows, tokens or stages; those of the tensor axis all have the same."""
+        """Sum over the ranks that saw other samples, tokens or stages; ranks of the tensor axis all have the same."""
         if self.dims.world_size > self.dims.tp_size:
             totals = totals if self._is_first_tensor_rank else torch.zeros_like(totals)
             dist.all_reduce(totals)
@@ -170,40 +161,28 @@ class ParallelModel:
     def _is_first_tensor_rank(self) -> bool:
         return self.dims.mesh.get_local_rank("tp") == 0
 
-    @property
-    def _num_averaged(self) -> int:
-        """Over how many ranks FSDP averages gradients, which are to be summed."""
-        return self.dims.fsdp_mesh.size()
-
-    def _partial_gradients_summed_at_the_end(self) -> AbstractContextManager[None]:
-        return (
-            nullcontext() if self._partial_gradients is None else self._partial_gradients.summed_at_the_end(self.model)
-        )
-
-    def _agree_on(
-        self, batches: Sequence[Batch], loss: Loss, doing: str, check: Callable[[Sequence[Batch]], None]
+    def _check_on_all_ranks(
+        self, batches: Sequence[Batch], loss: Loss, call: str, check: Callable[[Sequence[Batch]], None]
     ) -> None:
-        """A step that one rank cannot do, or would do otherwise, is an error on every rank."""
-        with RankConsistencyCheck(doing, self.dims.device_type) as consistency:
+        """Raise on every rank where the step of one rank cannot run, or differs from the step of another."""
+        with RankConsistencyCheck(call, self.dims.device_type) as consistency:
             self._check(batches, loss)
             check(batches)
             consistency.on("numbers of batches", str(len(batches)))
-            if len(self._ranks_of_data_rank) > 1:
+            if len(self._ranks_of_dp_rank) > 1:
                 lines = (f"number {index}: {described(batch)}" for index, batch in enumerate(batches))
-                consistency.on("batches", "\n".join(lines), self._ranks_of_data_rank)
-            consistency.ask(self._schedule.must_probe(batches))
+                consistency.on("batches", "\n".join(lines), self._ranks_of_dp_rank)
+            consistency.ask(self.schedule.must_probe(batches))
         if consistency.asked:
-            self._probe_shapes(batches)
+            self.probe_shapes(batches)
 
     def _check(self, batches: Sequence[Batch], loss: Loss) -> None:
         if not batches:
-            raise ValueError(
-                "Got no batches. A step has at least one on every rank. Give each data rank as many as the others."
-            )
-        if self._context is not None:
-            for batch in batches:
-                self._context.check(batch, loss)
-        elif self.dims.sequence_parallel:
+            raise ValueError("A step must have at least one batch on every data rank, got none.")
+        for batch in batches:
+            for check in self._hooks.batch_checks:
+                check(batch, loss)
+        if self.dims.sequence_parallel and self.dims.cp_size == 1:
             self._check_divides(batches)
 
     def _check_divides(self, batches: Sequence[Batch]) -> None:

@@ -1,4 +1,4 @@
-"""What a device can do and how much memory a run took."""
+"""Peak FLOP/s of a device and peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 GIB = 1024**3
 
-# Dense bf16 peak of the tensor cores, FLOP/s, without sparsity: the vendors' data sheets.
+# Dense bf16 peak of the tensor cores in FLOP/s, without sparsity, from the vendors' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 NVL": 835e12,
@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s; None where it is not known (a CPU, an unlisted card)."""
+    """Return the device's dense bf16 peak in FLOP/s; None if it is unknown (a CPU, an unlisted GPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held, in GiB: the allocator's on an accelerator, the resident set on a CPU."""
+    """Return the peak memory of this process in GiB: the allocator's on an accelerator, the resident set on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     return torch.accelerator.max_memory_allocated(device) / GIB

@@ -1,4 +1,4 @@
-"""How a run ends badly: one clear report on one screen, the traceback in a file."""
+"""Error reporting: a short message on the terminal, the traceback in a file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from pathlib import Path
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is not a finite number; raised on every rank before the weights are touched."""
+    """A loss or gradient norm that is not finite; raised on every rank before the weights are updated."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The one of `names` most like `name`, quoted; the first where none is like it."""
+    """Return the entry of `names` closest to `name`, quoted; the first entry if none is similar."""
     names = list(names)
     return repr(next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.0)), names[0]))
 
 
 @contextmanager
 def reported_errors(dump_folder: Path) -> Iterator[None]:
-    """End the process with code 1 and one short report if what runs inside fails for a reason its user can mend.
+    """Exit with code 1 and a short report if the block raises ValueError, OSError or NonFiniteError.
 
-    ValueError, OSError and NonFiniteError carry their own advice: their message is shown (by the first rank only, where
-    every rank raises it), and the traceback goes to `dump_folder/error_rank<r>.txt`. Anything else is a defect and
-    keeps its traceback.
+    The report is the message of the error, printed to stderr; every rank raises NonFiniteError, so only rank 0 prints
+    it. The traceback goes to `dump_folder/error_rank<r>.txt`. Other exceptions are bugs and propagate unchanged.
     """
     try:
         yield
@@ -36,7 +35,7 @@ def reported_errors(dump_folder: Path) -> Iterator[None]:
         prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         lines = [f"{prefix}error: {error}"]
         report, text = dump_folder / f"error_rank{rank}.txt", traceback.format_exc()
-        with suppress(OSError):  # what went wrong may be this very folder
+        with suppress(OSError):  # dump_folder itself may be the cause of the error
             dump_folder.mkdir(parents=True, exist_ok=True)
             report.write_text(text)
             lines.append(f"{prefix}(traceback: {report})")

@@ -1,18 +1,25 @@
-"""Garbage collection at the same step on every rank: one rank's pause is everybody's."""
+"""Garbage collection at the same step on every rank, since a pause of one rank delays all of them."""
 
 from __future__ import annotations
 
 import gc
 from types import TracebackType
+from typing import Self
+
+from titan_trainer.callbacks import Callback, Record
+from titan_trainer.protocols import Run
 
 
-class CollectedGarbage:
-    """A context without automatic collection; `step_ended` collects the young generations every `freq` steps."""
+class GarbageCollection(Callback):
+    """No automatic garbage collection during a run, but generations 0 and 1 every `freq` steps."""
 
-    def __init__(self, freq: int) -> None:
-        self.freq = freq
+    class Config(Callback.Config):
+        freq: int
+        """Steps from one collection to the next."""
 
-    def __enter__(self) -> CollectedGarbage:
+    config: Config
+
+    def __enter__(self) -> Self:
         gc.collect()
         gc.disable()
         return self
@@ -22,7 +29,7 @@ class CollectedGarbage:
     ) -> None:
         gc.enable()
 
-    def step_ended(self, step: int) -> None:
-        """Collect if `step` is due."""
-        if step % self.freq == 0:
+    def on_step_end(self, run: Run, record: Record) -> None:
+        """Collect if the step is a multiple of `freq`."""
+        if record["step"] % self.config.freq == 0:
             gc.collect(1)

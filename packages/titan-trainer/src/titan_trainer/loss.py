@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, taken in chunks so that the logits of a whole batch never exist at once.
+"""Cross-entropy in chunks of tokens, so that the logits of a whole batch never exist at once.
 
 B batch, T tokens, D width, N tokens of a chunk, V vocabulary.
 """
@@ -17,27 +17,25 @@ from torch.utils.checkpoint import checkpoint
 
 @per_token
 class CrossEntropy(Configurable):
-    """The sum of -log p(label) over all labels that are not -100.
+    """The sum of -log p(label) over all valid labels, those that are not -100.
 
-    A batch of more than `chunk_tokens` tokens is cut into chunks; each chunk's logits are made again in the backward,
-    so the memory for logits is `chunk_tokens * V`, whatever the batch. The chunks share one gathering of the head.
+    A micro-batch of more than `chunk_tokens` tokens is split into chunks. The logits of each chunk are recomputed in
+    the backward, so at most `chunk_tokens * V` logits exist at once. The head's weights are gathered once for all
+    chunks.
     """
 
     class Config(Configurable.Config):
         chunk_tokens: int | None = 2048
-        """Tokens whose logits exist at once. None: all."""
+        """Maximum number of tokens whose logits exist at once. None: all tokens of a micro-batch."""
         z_loss: float = 0.0
-        """Factor of the square of each token's log-sum-exp of logits, which is added to the loss and keeps logits
-        small; 1e-5 in OLMo. The training loss that is reported holds it, that of validations does not."""
+        """Weight of the z-loss, the squared log-sum-exp of each token's logits, which keeps logits small; 1e-5 in OLMo.
+        The reported training loss includes it, the validation loss does not."""
 
         def validate(self) -> None:
             if not 0 <= self.z_loss < math.inf:
-                raise ConfigError(f"z_loss must be a finite number, 0 or more, got {self.z_loss}.", "z_loss")
+                raise ConfigError(f"z_loss must be finite and at least 0, got {self.z_loss}.", "z_loss")
             if self.chunk_tokens is not None and self.chunk_tokens < 1:
-                raise ConfigError(
-                    f"Got chunk_tokens {self.chunk_tokens}. A chunk holds at least one token. "
-                    "Set loss.chunk_tokens to a positive number, or to None for no chunks."
-                )
+                raise ConfigError(f"chunk_tokens must be at least 1, or None for no chunks, got {self.chunk_tokens}.")
 
     ignore_index = -100
 
@@ -45,13 +43,16 @@ class CrossEntropy(Configurable):
         self.chunk_tokens, self.z_loss = config.chunk_tokens, config.z_loss
 
     def count(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """How many labels count: an int64 scalar."""
+        """Return the number of valid labels: an int64 scalar."""
         return (targets["labels"] != self.ignore_index).sum()
 
     def __call__(
         self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """`hidden [B, T, D]` and `labels [B, T]` to the loss's sum (fp32 or wider) and its count."""
+        """Return the loss sum (fp32 or wider) and the number of valid labels.
+
+        `hidden` is `[B, T, D]`; `targets` has `labels [B, T]`.
+        """
         labels_N = targets["labels"].flatten()
         hidden_ND = hidden.flatten(0, -2)
         num_chunks = -(-len(labels_N) // (self.chunk_tokens or len(labels_N)))

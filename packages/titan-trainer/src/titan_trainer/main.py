@@ -1,4 +1,4 @@
-"""What a recipe's `if __name__ == "__main__"` calls."""
+"""Entry point of a recipe: command line, training, error report."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from titan_trainer.trainer import Trainer
 
 
 def main(recipe: Callable[[], Trainer.Config], argv: Sequence[str] | None = None) -> Trainer:
-    """Train what `recipe` returns, as changed by the command line; return the trainer at the end.
+    """Train the config that `recipe` returns, with the flags of the command line applied; return the trainer.
 
-    An error that its user can mend ends the process with code 1 and one short report. With `--plan` on the command
-    line nothing is trained, nor with `--generate TEXT`: see `titan_trainer.planning` and `titan_trainer.generating`.
+    `argv` None takes the flags of this process. ValueError, OSError and NonFiniteError end the process with exit code 1
+    and a short report. Two flags end it without training: `--plan` prints a dry run (memory, FLOPs, communication; see
+    `titan_trainer.planning`), `--generate TEXT` prints text from the newest checkpoint (`titan_trainer.generating`).
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        adopt_launcher()  # of the ranks that srun or mpirun starts, too, one speaks
+        adopt_launcher()  # sets RANK under srun and mpirun, so that --plan and --generate print on rank 0 only
     except ValueError as error:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
-    if "--plan" in words:
+    if "--plan" in arguments:
         from titan_trainer.planning import print_plan
 
-        sys.exit(print_plan(recipe, words))
-    if any(word.split("=")[0] == "--generate" for word in words):
-        from titan_trainer.generating import print_continuations
+        sys.exit(print_plan(recipe, arguments))
+    if any(argument.split("=")[0] == "--generate" for argument in arguments):
+        from titan_trainer.generating import print_generated_text
 
-        sys.exit(print_continuations(recipe, words))
-    config: Any = cli(recipe, words)
+        sys.exit(print_generated_text(recipe, arguments))
+    config: Any = cli(recipe, arguments)
     logging.basicConfig(format=f"[rank {os.environ.get('RANK', '0')}] %(message)s", level=logging.WARNING)
     with reported_errors(config.dump_folder):
         trainer: Trainer = config.build()

@@ -1,4 +1,4 @@
-"""What a run tells: a line on the terminal, `metrics.jsonl` with one object a step, TensorBoard on request."""
+"""Metrics of a run: lines on the terminal, `metrics.jsonl` with one object per step, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Record = dict[str, Any]
 
 
 class Sink(Configurable, ABC):
-    """Where records go. A new kind of sink is a new class; `metrics.sinks` lists those of a run."""
+    """A destination of metrics records. A custom one is a subclass, whose config goes into `metrics.sinks`."""
 
     class Config(Configurable.Config):
         pass
 
     @abstractmethod
     def write(self, record: Record) -> None:
-        """Take one step's record."""
+        """Write the record of one step."""
 
     @abstractmethod
     def close(self) -> None:
-        """Finish writing."""
+        """Flush and close the destination."""
 
 
 class TensorBoard(Sink):
-    """Scalars for TensorBoard, below `dump_folder/<folder>`. Needs `pip install titan-trainer[tensorboard]`."""
+    """TensorBoard scalars in `dump_folder/<folder>`. Needs `pip install titan-trainer[tensorboard]`."""
 
     class Config(Sink.Config):
         folder: str = "tb"
-        """Below dump_folder."""
+        """Folder of the event files, relative to dump_folder."""
 
         def validate(self) -> None:
             require_local(self.folder, "metrics.sinks.folder")
@@ -46,7 +46,7 @@ class TensorBoard(Sink):
         self.writer = SummaryWriter(str(dump_folder / config.folder), purge_step=first_step + 1)
 
     def write(self, record: Record) -> None:
-        """One scalar per number of the record."""
+        """Write one scalar per number of the record."""
         for key, value in record.items():
             if key != "step":
                 self.writer.add_scalar(key, value, record["step"])
@@ -57,25 +57,23 @@ class TensorBoard(Sink):
 
 
 class Metrics(Configurable):
-    """Collects a record per step on the first rank and shows it.
+    """The metrics writer: on the first rank it records each step in a file and in sinks, and prints lines.
 
-    `dump_folder/metrics.jsonl` holds one object a step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
-    `tokens_per_second`, `seconds` (of the step), `memory_gib`, what parts of the model tell (`expert_load`), where the
-    device's peak is known `mfu`, and after a validation `validation_loss`. A resumed run goes on in the same file,
-    after the step that was loaded.
+    `dump_folder/metrics.jsonl` has one object per step: `step`, `loss`, `grad_norm`, `lr`, `tokens` (of the step),
+    `tokens_per_second`, `seconds` (of the step), `memory_gib` (peak), metrics of model layers (such as `expert_load`),
+    `mfu` if the device's peak FLOP/s is known, and `validation_loss` after a validation. A resumed run continues the
+    file after the step of the loaded checkpoint.
     """
 
     class Config(Configurable.Config):
         log_freq: int = 10
         """Steps from one line on the terminal to the next."""
         sinks: list[Sink.Config] = []
-        """Further places for the records, such as TensorBoard."""
+        """Additional destinations of the records, such as TensorBoard."""
 
         def validate(self) -> None:
             if self.log_freq < 1:
-                raise ConfigError(
-                    f"Got log_freq {self.log_freq}. Lines come every 1 or more steps. Set metrics.log_freq."
-                )
+                raise ConfigError(f"metrics.log_freq must be at least 1, got {self.log_freq}.")
 
     def __init__(
         self,
@@ -97,7 +95,7 @@ class Metrics(Configurable):
             self.sinks = [sink.build(dump_folder=dump_folder, first_step=first_step) for sink in config.sinks]
 
     def stop_clock(self) -> None:
-        """The step is over: its time runs from the record of the one before to here."""
+        """End the time of the step, which began when the previous step was recorded."""
         self.step_ended = time.perf_counter()
 
     def record_step(
@@ -112,15 +110,13 @@ class Metrics(Configurable):
         num_replicas: int = 1,
         measured: Mapping[str, float] | None = None,
         validation_loss: float | None = None,
-    ) -> None:
-        """Take what step number `step` (counted from 1) gave, and the validation after it; the next step's time begins.
+    ) -> Record:
+        """Record step number `step` (counted from 1) and the validation after it; begin the time of the next step.
 
-        `tokens` are those of all `num_replicas`; `measured` is what parts of the model tell.
+        `tokens` is the total over all `num_replicas` replicas; `measured` has the metrics of model layers. Returns the
+        record, on every rank; the first rank writes it.
         """
         seconds, self.step_started = self.step_ended - self.step_started, time.perf_counter()
-        if not self.is_first_rank:
-            return
-        self.num_steps += 1
         record: Record = {
             "step": step,
             "loss": loss,
@@ -136,6 +132,9 @@ class Metrics(Configurable):
             record["mfu"] = tokens * self.seconds_per_token_at_peak / (seconds * num_replicas)
         if validation_loss is not None:
             record["validation_loss"] = validation_loss
+        if not self.is_first_rank:
+            return record
+        self.num_steps += 1
         self._write(record)
         self.tokens_since_line += tokens
         self.seconds_since_line += seconds
@@ -143,9 +142,10 @@ class Metrics(Configurable):
             self._print_line(record, measured or {})
         if validation_loss is not None:
             print(f"step {step:>6}/{self.steps}  validation loss {validation_loss:.4f}", flush=True)
+        return record
 
     def close(self) -> None:
-        """Finish writing."""
+        """Close the file and the sinks."""
         if self.is_first_rank:
             self.file.close()
             for sink in self.sinks:
@@ -161,20 +161,20 @@ class Metrics(Configurable):
         tokens_per_second = self.tokens_since_line / self.seconds_since_line
         remaining_s = (time.perf_counter() - self.started) / self.num_steps * (self.steps - record["step"])
         mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        told = "".join(f"{name.replace('_', ' ')} {value:.2f}  " for name, value in measured.items())
+        layer_metrics = "".join(f"{name.replace('_', ' ')} {value:.2f}  " for name, value in measured.items())
         print(
             f"step {record['step']:>6}/{self.steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
             f"lr {record['lr']:.2e}  {tokens_per_second:,.0f} tokens/s{mfu}  {record['memory_gib']:.2f} GiB  "
-            f"{told}{format_duration(remaining_s)} left",
+            f"{layer_metrics}{format_duration(remaining_s)} left",
             flush=True,
         )
         self.tokens_since_line, self.seconds_since_line = 0, 0.0
 
 
 def open_after_step(path: Path, step: int) -> TextIO:
-    """Open `path` for appending, cut off after the records up to `step`: later ones belong to steps that were lost.
+    """Open `path` for appending after truncating it to the records up to `step`: later steps will be run again.
 
-    Raises ConfigError, with the file untouched, where a whole line up to there is no record.
+    Raises ConfigError, with the file unchanged, if a complete line up to `step` is not a record.
     """
     if path.exists():
         kept_bytes = 0
@@ -184,8 +184,8 @@ def open_after_step(path: Path, step: int) -> TextIO:
                     break
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"Got a line that is no record of a step in {path}, line {number}. The run goes on in this file, "
-                    "one JSON object a step. Correct the line, or move the file away."
+                    f"{path}:{number} must be a metrics record (a JSON object with a step), got {line[:60]!r}. "
+                    "Fix the line, or move the file away."
                 ) from error
             kept_bytes += len(line)
         os.truncate(path, kept_bytes)
@@ -193,12 +193,12 @@ def open_after_step(path: Path, step: int) -> TextIO:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, which a run may be writing; a last line that was cut off is none."""
+    """Return the records of a `metrics.jsonl`, skipping an incomplete last line: a run may be writing the file."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def format_duration(seconds: float) -> str:
-    """`7s`, `3m20s`, `5h07m`, `2d04h`."""
+    """Return a duration in its two largest units: `7s`, `3m20s`, `5h07m`, `2d04h`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

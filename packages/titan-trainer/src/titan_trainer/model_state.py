@@ -1,4 +1,4 @@
-"""A model's weights as a part of a checkpoint."""
+"""Model weights as a named part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from titan_trainer.protocols import State
 
 
 class ModelState:
-    """Parameters and persistent buffers by fully qualified name; tied parameters once."""
+    """Parameters and persistent buffers of a model by fully qualified name; tied parameters appear once."""
 
     def __init__(self, model: nn.Module) -> None:
         persistent = model.state_dict(keep_vars=True)
@@ -17,11 +17,11 @@ class ModelState:
         self.tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
     def state_dict(self) -> State:
-        """`{name: tensor}`, the live tensors, detached."""
+        """Return `{name: tensor}` with the live tensors, detached."""
         return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Copy `state`, complete and of the same names, into the model."""
+        """Copy `state`, which must have every name, into the model."""
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(state[name])

@@ -1,4 +1,4 @@
-"""The loss of models that predict the token after next, too.
+"""The loss of multi-token prediction (MTP): cross-entropy of the next token and of the one after it.
 
 B batch, T tokens, D width.
 """
@@ -16,41 +16,43 @@ from titan_trainer.loss import CrossEntropy
 
 @per_token
 class MultiTokenPredictionLoss(Configurable):
-    """The loss of the next token, and `weight` times that of the token after it.
+    """The loss of the next token, plus `weight` times the loss of the token after it.
 
-    Both sums are divided by the same count, that of labels: DeepSeek-AI, "DeepSeek-V3 technical report" (2024),
-    equations 24 and 25. For batches that do not look ahead, as those of validation, it is the loss of the next token.
+    Both sums are divided by the number of valid labels of the next token: DeepSeek-AI, "DeepSeek-V3 technical report"
+    (2024), equations 24 and 25. For batches without `next_labels`, such as those of validation, it is the loss of the
+    next token alone.
     """
 
     class Config(Configurable.Config):
         loss: CrossEntropy.Config = CrossEntropy.Config()
-        """Of either token."""
+        """Loss of each of the two tokens."""
 
         weight: float = 0.3
-        """How much the token after next counts."""
+        """Weight of the token after the next."""
 
         def validate(self) -> None:
             if not self.weight >= 0:
-                raise ConfigError(
-                    f"Got weight {self.weight}. The loss of the token after next counts so much. Set loss.weight to 0 "
-                    "or more, such as 0.3."
-                )
+                raise ConfigError(f"MTP loss weight must be at least 0, got {self.weight}.")
 
     def __init__(self, config: Config) -> None:
         self.weight = config.weight
         self.loss: CrossEntropy = config.loss.build()
 
     def count(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """How many labels count: an int64 scalar."""
+        """Return the number of valid labels of the next token: an int64 scalar."""
         return self.loss.count(targets)
 
     def __call__(
         self, head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """`hidden [B, 2, T, D]`, `labels` and `next_labels` `[B, T]` to a sum (fp32 or wider) and a count."""
+        """Return the loss sum (fp32 or wider) and the number of valid labels of the next token.
+
+        `hidden` is `[B, 2, T, D]`: the hidden states of the main model, then those of the MTP layer. `targets` has
+        `labels` and `next_labels`, both `[B, T]`; without `next_labels`, `hidden` is `[B, T, D]`.
+        """
         if "next_labels" not in targets:
             return self.loss(head, hidden, targets)
-        own_BTD, ahead_BTD = hidden.unbind(1)
-        loss_sum, count = self.loss(head, own_BTD, targets)
-        ahead_sum, _ = self.loss(head, ahead_BTD, {"labels": targets["next_labels"]})
-        return loss_sum + self.weight * ahead_sum, count
+        main_BTD, mtp_BTD = hidden.unbind(1)
+        main_sum, count = self.loss(head, main_BTD, targets)
+        mtp_sum, _ = self.loss(head, mtp_BTD, {"labels": targets["next_labels"]})
+        return main_sum + self.weight * mtp_sum, count

@@ -1,4 +1,4 @@
-"""Optimizers: how gradients become updates, with groups of parameters chosen by name."""
+"""Optimizers, with parameter groups chosen by name."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from titan_trainer.protocols import State
 
 
 class ParameterGroup(Configurable.Config):
-    """Which parameters get another learning rate or weight decay than the rest."""
+    """Learning rate and weight decay of the parameters whose names match a pattern."""
 
     pattern: str
-    """Of fully qualified parameter names; `*` stands for anything: `*norm*`, `embedding.*`."""
+    """Pattern of fully qualified parameter names; `*` matches any characters: `*norm*`, `embedding.*`."""
     lr_factor: float = 1.0
-    """Times the optimizer's learning rate."""
+    """Factor of the optimizer's learning rate for this group."""
     weight_decay: float | None = None
-    """In place of the optimizer's. None: the optimizer's."""
+    """Weight decay of this group. None: the optimizer's."""
 
     def validate(self) -> None:
         require_finite("parameter_groups.lr_factor", self.lr_factor)
@@ -33,7 +33,7 @@ class ParameterGroup(Configurable.Config):
 
 
 class Optimizer(Configurable, ABC):
-    """A torch optimizer over named parameters; its whole state exists from the start, under the parameters' names."""
+    """A torch optimizer over named parameters; its full state exists from the start, keyed by parameter name."""
 
     class Config(Configurable.Config):
         lr: float = 8e-4
@@ -41,7 +41,7 @@ class Optimizer(Configurable, ABC):
         weight_decay: float = 0.1
         """Decoupled weight decay."""
         parameter_groups: list[ParameterGroup] = []
-        """Exceptions, first match first."""
+        """Groups with another learning rate or weight decay. A parameter belongs to the first group that matches."""
 
         def validate(self) -> None:
             for name in ("lr", "weight_decay"):
@@ -54,7 +54,10 @@ class Optimizer(Configurable, ABC):
         parameters: Iterable[tuple[str, nn.Parameter]],
         nonlocal_parameters: Collection[str] = (),
     ) -> None:
-        """`nonlocal_parameters` are parameters of the model that other ranks have: patterns may be about these alone."""
+        """Build the torch optimizer and its state.
+
+        `nonlocal_parameters` are names of parameters that only other ranks hold; a pattern may match these alone.
+        """
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self.optimizer = self.build_optimizer(group_parameters(self.parameters, config, nonlocal_parameters))
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -63,29 +66,29 @@ class Optimizer(Configurable, ABC):
 
     @abstractmethod
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer over these parameter groups."""
+        """Return the torch optimizer over these parameter groups."""
 
     @abstractmethod
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's state of `parameter` before the first step."""
+        """Return the optimizer state of `parameter` before the first step."""
 
     def step(self, lr_factor: float) -> None:
-        """Update the parameters at `lr_factor` times each group's peak learning rate, and drop the gradients."""
+        """Update the parameters with `lr_factor` times each group's peak learning rate, and free the gradients."""
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_factor
         self.optimizer.step()
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> State:
-        """`{parameter name: {state name: tensor}}`, the live tensors."""
+        """Return `{parameter name: {state name: tensor}}` with the live tensors."""
         return {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Copy `state`, complete and of the same names, into the optimizer."""
+        """Copy `state`, which must have every name, into the optimizer."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 for key, value in self.optimizer.state[parameter].items():
@@ -100,17 +103,14 @@ class AdamW(Optimizer):
         beta2: float = 0.95
         eps: float = 1e-8
         implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-        """How torch runs the update: one kernel for all parameters, one per operation, or a loop."""
+        """Kernels of the update: a loop over parameters, one kernel per operation (foreach), or one in all (fused)."""
 
         def validate(self) -> None:
             super().validate()
             require_finite("eps", self.eps)
             for name in ("beta1", "beta2"):
                 if not 0 <= getattr(self, name) < 1:
-                    raise ConfigError(
-                        f"Got {name} {getattr(self, name)}. It is the share of the past in a running mean, from 0 to "
-                        f"below 1. Set optimizer.{name} in that range."
-                    )
+                    raise ConfigError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}.")
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class AdamW(Optimizer):
         super().__init__(config, parameters=parameters, nonlocal_parameters=nonlocal_parameters)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """torch's AdamW."""
+        """Return `torch.optim.AdamW` over `groups`."""
         return torch.optim.AdamW(
             groups,
             betas=(self.config.beta1, self.config.beta2),
@@ -133,7 +133,7 @@ class AdamW(Optimizer):
         )
 
     def initial_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Zero moments, shaped and sharded like the parameter."""
+        """Return a step counter of 0 and zero moments, shaped and sharded like the parameter."""
         step_device = parameter.device if self.config.implementation == "fused" else "cpu"
         return {
             "step": torch.zeros((), dtype=torch.float32, device=step_device),
@@ -143,40 +143,38 @@ class AdamW(Optimizer):
 
 
 def require_finite(name: str, value: float) -> None:
-    """Raise ConfigError unless the optimizer's setting is a finite number, 0 or more."""
+    """Raise ConfigError unless `value`, that of the setting optimizer.`name`, is finite and at least 0."""
     if not 0 <= value < math.inf:
-        raise ConfigError(
-            f"Got {name} {value}. It must be a finite number, not negative. Set optimizer.{name} to 0 or more."
-        )
+        raise ConfigError(f"optimizer.{name} must be finite and at least 0, got {value}.")
 
 
 def group_parameters(
     parameters: dict[str, nn.Parameter], config: Optimizer.Config, nonlocal_parameters: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Torch's parameter groups: one per entry of `config.parameter_groups`, and one for all others.
+    """Return torch's parameter groups: one per entry of `config.parameter_groups`, and one for all other parameters.
 
-    Raises ConfigError if a pattern matches no parameter, here or elsewhere, that an earlier one left.
+    Raises ConfigError if a pattern matches no parameter, local or nonlocal, that earlier patterns have not matched.
     """
     groups = []
     remaining = dict(parameters)
-    left_elsewhere = set(nonlocal_parameters)
-    for exception in config.parameter_groups:
-        names = [name for name in remaining if fnmatchcase(name, exception.pattern)]
-        taken_elsewhere = {name for name in left_elsewhere if fnmatchcase(name, exception.pattern)}
-        left_elsewhere -= taken_elsewhere
-        if not names and taken_elsewhere:
+    remaining_nonlocal = set(nonlocal_parameters)
+    for group in config.parameter_groups:
+        names = [name for name in remaining if fnmatchcase(name, group.pattern)]
+        nonlocal_names = {name for name in remaining_nonlocal if fnmatchcase(name, group.pattern)}
+        remaining_nonlocal -= nonlocal_names
+        if not names and nonlocal_names:
             continue
         if not names:
             raise ConfigError(
-                f"Got the parameter group {exception.pattern!r}, which matches no parameter. A group needs at least "
-                "one that no earlier group took. Change optimizer.parameter_groups; the nearest name is "
-                f"{nearest(exception.pattern, [*parameters, *nonlocal_parameters])}."
+                "optimizer.parameter_groups must each match a parameter that no earlier group matches, got pattern "
+                f"{group.pattern!r}. The closest name is "
+                f"{nearest(group.pattern, [*parameters, *nonlocal_parameters])}."
             )
         groups.append(
             {
                 "params": [remaining.pop(name) for name in names],
-                "lr": config.lr * exception.lr_factor,
-                "weight_decay": config.weight_decay if exception.weight_decay is None else exception.weight_decay,
+                "lr": config.lr * group.lr_factor,
+                "weight_decay": config.weight_decay if group.weight_decay is None else group.weight_decay,
             }
         )
     if remaining:

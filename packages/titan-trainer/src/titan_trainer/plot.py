@@ -1,4 +1,4 @@
-"""The picture of a run: its loss over steps."""
+"""Plot of a run's loss over steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from titan_trainer.metrics import read_metrics
 def draw_loss_curve(
     metrics: Path, picture: Path, *, levels: Mapping[str, float] | None = None, title: str = ""
 ) -> None:
-    """Draw the training and validation loss of a `metrics.jsonl` into `picture` (PNG, SVG, PDF by its suffix).
+    """Plot the training and validation loss of a `metrics.jsonl` into `picture` (PNG, SVG or PDF by its suffix).
 
-    `levels` are named horizontal lines, such as the entropy a model of token frequencies alone would reach. Needs
-    `pip install titan-trainer[plot]`.
+    `levels` are named horizontal lines, such as the unigram entropy: the loss of a model that knows only how often each
+    token occurs. Needs `pip install titan-trainer[plot]`.
     """
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    from matplotlib.figure import Figure  # not pyplot, which has global state and needs a display
 
     records = read_metrics(metrics)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

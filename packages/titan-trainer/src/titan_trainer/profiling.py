@@ -1,34 +1,38 @@
-"""A trace of some steps for Perfetto, and a snapshot of accelerator memory."""
+"""Profiler traces of single steps for Perfetto, and snapshots of accelerator memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from titan_config import ConfigError, Configurable, require_local
+from titan_config import ConfigError, require_local
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from titan_trainer.callbacks import Callback, Record
+from titan_trainer.protocols import Run
 
-class Profiler(Configurable):
-    """A context that traces `active` steps out of every `profile_freq`, after `warmup` steps of preparation.
+
+class Profiler(Callback):
+    """Traces of the last `profiler_active` steps of every `profile_freq`.
 
     Each rank writes `dump_folder/<save_traces_folder>/step-<n>/rank<r>.json.gz`, and with `enable_memory_snapshot`
-    on an accelerator `rank<r>_memory.pickle` beside it (for https://pytorch.org/memory_viz).
+    also `rank<r>_memory.pickle` in the same folder (for https://pytorch.org/memory_viz).
     """
 
-    class Config(Configurable.Config):
+    class Config(Callback.Config):
         profile_freq: int = 10
         """Steps from one trace to the next."""
         profiler_active: int = 1
-        """Steps in a trace."""
+        """Steps in each trace."""
         profiler_warmup: int = 3
-        """Steps before them that the profiler runs without recording."""
+        """Warm-up steps before each trace, in which the profiler runs without recording."""
         save_traces_folder: str = "profile_traces"
-        """Below dump_folder."""
+        """Folder of the traces, relative to dump_folder."""
         enable_memory_snapshot: bool = False
-        """Also record allocations; accelerators only."""
+        """Also record memory allocations (CUDA only)."""
 
         def validate(self) -> None:
             require_local(self.save_traces_folder, "profiling.save_traces_folder")
@@ -38,19 +42,18 @@ class Profiler(Configurable):
                 or self.profile_freq < self.profiler_active + self.profiler_warmup
             ):
                 raise ConfigError(
-                    f"Got {self.profiler_warmup} warm-up and {self.profiler_active} traced steps out of every "
-                    f"{self.profile_freq}. One step at least is traced, and both fit in profile_freq. "
-                    "Raise --profiling.profile_freq."
+                    "profiling must have profiler_active >= 1, profiler_warmup >= 0 and profile_freq >= "
+                    "profiler_active + profiler_warmup, got "
+                    f"{self.profiler_active}, {self.profiler_warmup} and {self.profile_freq}."
                 )
+
+    config: Config
 
     def __init__(self, config: Config, *, dump_folder: Path, device: torch.device, first_step: int) -> None:
         if config.enable_memory_snapshot and device.type != "cuda":
-            raise ConfigError(
-                f"Got enable_memory_snapshot on {device.type}. Only CUDA's allocator keeps a history. "
-                "Turn --profiling.enable_memory_snapshot off here."
-            )
+            raise ConfigError(f"profiling.enable_memory_snapshot must be False without CUDA, got device {device.type}.")
         self.config, self.device, self.step = config, device, first_step
-        self.is_over = False
+        self.is_closed = False
         self.folder = dump_folder / config.save_traces_folder
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         wait = config.profile_freq - config.profiler_warmup - config.profiler_active
@@ -61,7 +64,7 @@ class Profiler(Configurable):
             record_shapes=True,
         )
 
-    def __enter__(self) -> Profiler:
+    def __enter__(self) -> Self:
         if self.config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history()
         self.profile.__enter__()
@@ -70,18 +73,18 @@ class Profiler(Configurable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.is_over = True
+        self.is_closed = True
         self.profile.__exit__(kind, error, trace)
         if self.config.enable_memory_snapshot:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def step_ended(self, step: int) -> None:
-        """Take note that step number `step` is over."""
-        self.step = step
+    def on_step_end(self, run: Run, record: Record) -> None:
+        """Advance the schedule of the profiler."""
+        self.step = record["step"]
         self.profile.step()
 
     def _write(self, finished: profile) -> None:
-        if self.is_over:  # the run ended within a trace
+        if self.is_closed:  # the run ended before the trace was complete
             return
         folder = self.folder / f"step-{self.step}"
         folder.mkdir(parents=True, exist_ok=True)

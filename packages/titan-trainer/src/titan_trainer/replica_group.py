@@ -1,4 +1,4 @@
-"""The default replica group: one replica, always whole."""
+"""The default replica group: a single replica, without fault tolerance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_trainer.protocols import State
 
 
 class SingleReplica(Configurable):
-    """A `ReplicaGroup` of one: nobody joins, nobody leaves, and every step commits."""
+    """A `ReplicaGroup` of one replica: none joins, none leaves, and every step commits."""
 
     class Config(Configurable.Config):
         pass
@@ -27,18 +27,18 @@ class SingleReplica(Configurable):
         step: int = 0,
         identity: Any = None,
     ) -> None:
-        """Nobody needs healing."""
+        """Do nothing: there is no other replica to heal."""
 
     def begin_step(self) -> tuple[int, int]:
-        """This replica, of one."""
+        """Return (0, 1): the first replica of one."""
         return 0, 1
 
     def reduce_(self, tensor: Tensor) -> None:
-        """A sum over one replica is the tensor itself."""
+        """Leave `tensor` unchanged: it is the sum over one replica."""
 
     def commit(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing."""

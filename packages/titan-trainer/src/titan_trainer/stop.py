@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as polite requests: the step is finished, the run saved, the process ends with code 0."""
+"""Graceful shutdown on SIGTERM and SIGINT: the step is finished, the run saved, the process ends with code 0."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT set `received` instead of ending the process; a second SIGINT ends it.
+    """A context in which SIGTERM and SIGINT set `received` instead of ending the process.
 
-    SIGINT stays ignored where it was, as in a job in the background.
+    A second SIGINT ends the process at once. If SIGINT was ignored before, as in a background job of a shell, it stays
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,7 @@ class StopRequest:
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 if number is signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
                     self.previous[number] = signal.signal(number, self._receive)
@@ -36,6 +37,6 @@ class StopRequest:
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
         self.received = True
         if signal_number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the process waits outside of Python
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process even while it waits in C++
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"Stopping after this step, and saving it. Another interrupt ends the run at once.\n")
+                os.write(2, b"Stopping after this step. Interrupt again to end the run at once, without saving.\n")

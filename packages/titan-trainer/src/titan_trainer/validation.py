@@ -1,4 +1,4 @@
-"""The loss on text that training does not see."""
+"""Validation: the mean loss on held-out data."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ from titan_trainer.protocols import Loader, Loss
 
 log = logging.getLogger(__name__)
 
-MANY_BATCHES = 10_000
-"""Global batches after which a validation says that it is still going on."""
+WARN_AFTER_BATCHES = 10_000
+"""Number of global batches after which a validation warns that it has not finished."""
 
 
 class Validator(Configurable):
-    """Evaluates the mean loss over the same rows each time: the first of its loader, until they hold enough targets."""
+    """The mean loss over the same sequences in each validation: the first of its loader, up to `tokens` targets."""
 
     class Config(Configurable.Config):
         dataloader: Configurable.Config
-        """Of the validation text; one that ends after an epoch where `tokens` is None."""
+        """Loader of the validation data. If `tokens` is None, it must end after an epoch."""
         interval: int = 100
-        """Training steps from one validation to the next; there is one after step training.steps, too."""
+        """Training steps from one validation to the next; step training.steps is followed by one, too."""
         tokens: int | None = None
-        """Valid targets to evaluate, in whole global batches. None: until the loader ends, so it must not be
-        `infinite`."""
+        """Valid targets to evaluate, in whole global batches. None: all data of the loader, which must be finite."""
 
         def validate(self) -> None:
             for name in ("interval", "tokens"):
                 value = getattr(self, name)
                 if value is not None and value < 1:
-                    raise ConfigError(
-                        f"Got validator.{name} {value}. It must be 1 or more. Set --validator.{name} above 0."
-                    )
+                    raise ConfigError(f"validator.{name} must be at least 1, got {value}.")
             if self.tokens is None and getattr(self.dataloader, "infinite", False) is True:
                 raise ConfigError(
-                    "validator.tokens must be a number where validator.dataloader.infinite is True, got None. Set "
+                    "validator.tokens must be a number if validator.dataloader.infinite is True, got None. Set "
                     "--validator.tokens, or --validator.dataloader.infinite False.",
                     "tokens",
                 )
@@ -52,19 +49,19 @@ class Validator(Configurable):
         loss: Loss,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Build the loop. `is_stopped` is asked before each batch, with the same answer on every rank."""
+        """Build the validator. `is_stopped` is called before each batch and must return the same on every rank."""
         self.config, self.loader, self.parallel, self.loss = config, loader, parallel, loss
         self.is_stopped = is_stopped
         self.start = loader.state_dict()
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Return whether to validate after step number `step`."""
+        """Return whether to validate after step number `step`; `last` if it is the last of the run."""
         return last or step % self.config.interval == 0
 
     def validate(self) -> float | None:
-        """Return the mean loss over all valid targets, the same on every rank; None where it was stopped.
+        """Return the mean loss over all valid targets, the same on every rank; None if `is_stopped` returned True.
 
-        Raises ValueError if the loader gives no valid target.
+        Raises ValueError if the data has no valid target.
         """
         dims = self.parallel.dims
         self.loader.load_state_dict(self.start)
@@ -72,10 +69,10 @@ class Validator(Configurable):
         while self.config.tokens is None or count < self.config.tokens:
             if self.is_stopped():
                 return None
-            if num_batches == MANY_BATCHES:
+            if num_batches == WARN_AFTER_BATCHES:
                 if count == 0:
                     break
-                log.warning("Validated on %d batches, and is not done: see --validator.tokens.", num_batches)
+                log.warning("Validation has not finished after %d batches. Limit it: --validator.tokens.", num_batches)
             batches = self.loader.next_batches(dims.dp_rank, dims.dp_size)
             if not batches:
                 break
@@ -89,7 +86,7 @@ class Validator(Configurable):
             self.loader.commit(cursor_delta)
         if count == 0:
             raise ValueError(
-                f"Got no valid target in {num_batches} batches of validation. The text must fill at least one batch. "
-                "Give it more text, or take a smaller global batch."
+                f"Validation data must fill at least one global batch, got no valid target in {num_batches} batches. "
+                "Use more text, or a smaller --training.global_batch_size."
             )
         return loss_sum / count

@@ -1,1 +1,1 @@
-"""The files of a checkpoint: index, state, manifest, safetensors."""
+"""The files of a checkpoint: index, JSON state, manifest, safetensors."""

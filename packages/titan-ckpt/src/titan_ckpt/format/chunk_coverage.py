@@ -1,4 +1,4 @@
-"""Boxes that fill a larger one exactly once."""
+"""Check that the chunks of a tensor cover it exactly once."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from collections.abc import Sequence
 from itertools import product
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""The offsets and the sizes of a box."""
+"""Offsets and sizes of a box."""
 
-_MOST_DIMS_CUT = 8  # a mesh has five axes; each dim doubles the corners
+_MAX_SPLIT_DIMS = 8  # a mesh has five axes; each split dim doubles the number of corners
 
 
-def misfit(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
-    """Return what is wrong with `boxes` as the mappings of a tensor of `shape`: empty when they fill it exactly once.
+def find_coverage_error(shape: tuple[int, ...], boxes: Sequence[Box]) -> str:
+    """Return why `boxes` are not the chunks of a tensor of `shape`, or an empty string if they cover it exactly once.
 
-    Boxes fill a shape without gap or overlap when, and only when, their corners (with alternating signs) add up to
-    those of the shape: the signed corners determine how often each point is covered. Time: boxes x 2^dims cut.
+    Boxes cover a shape without gap or overlap if and only if their corners, with alternating signs, add up to those of
+    the shape: the signed corners determine how often each element is covered. Time: number of boxes x 2^(number of
+    split dims).
     """
     if not boxes:
         return "no chunks"
     for offsets, sizes in boxes:
         if not len(offsets) == len(sizes) == len(shape):
-            return f"a chunk of {len(sizes)} dims at {list(offsets)}"
-        inside = all(
-            offset >= 0 and (size > 0 or whole == 0) and offset + size <= whole
-            for offset, size, whole in zip(offsets, sizes, shape, strict=True)
+            return f"a chunk with {len(sizes)} dims at {list(offsets)}"
+        is_inside = all(
+            offset >= 0 and (size > 0 or full == 0) and offset + size <= full
+            for offset, size, full in zip(offsets, sizes, shape, strict=True)
         )
-        if not inside:
+        if not is_inside:
             return f"a chunk of {list(sizes)} at {list(offsets)}"
     if 0 in shape:
         return ""
-    cut = [dim for dim, whole in enumerate(shape) if any(sizes[dim] != whole for _, sizes in boxes)]
-    if len(cut) > _MOST_DIMS_CUT:
-        return f"chunks that are cut along {len(cut)} dims"
+    split_dims = [dim for dim, full in enumerate(shape) if any(sizes[dim] != full for _, sizes in boxes)]
+    if len(split_dims) > _MAX_SPLIT_DIMS:
+        return f"chunks that are split along {len(split_dims)} dims (at most {_MAX_SPLIT_DIMS} are supported)"
     corners: Counter[tuple[int, ...]] = Counter()
     for offsets, sizes in boxes:
-        _add_corners(corners, [(offsets[dim], offsets[dim] + sizes[dim]) for dim in cut], 1)
-    _add_corners(corners, [(0, shape[dim]) for dim in cut], -1)
+        _add_corners(corners, [(offsets[dim], offsets[dim] + sizes[dim]) for dim in split_dims], 1)
+    _add_corners(corners, [(0, shape[dim]) for dim in split_dims], -1)
     return "chunks with a gap or an overlap" if any(corners.values()) else ""
 
 

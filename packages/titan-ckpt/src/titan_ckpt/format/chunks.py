@@ -1,4 +1,4 @@
-"""The mapping of a tensor that this rank holds, and where it belongs in the whole."""
+"""The chunk of a tensor that this rank holds, and its place in the full tensor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a second of imports: left to the first save or load
+if TYPE_CHECKING:  # takes a second to import: deferred to the first save or load
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
     from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of the tensor `name`: `data` holds the elements from `offsets` on; `shape` is the whole tensor's."""
+    """A box of the tensor `name`: `data` starts at `offsets` of the full tensor, whose shape is `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,42 +28,43 @@ class Chunk:
 
     @property
     def key(self) -> str:
-        """The chunk's name in a file."""
+        """Name of the chunk in a safetensors file."""
         return chunk_key(self.name, self.offsets)
 
     @property
     def box(self) -> ChunkStorageMetadata:
-        """The chunk's place, as DCP's resharding knows it."""
+        """Place of the chunk, in the format of DCP's resharding."""
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
         return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=self.data.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """The chunk's place, as an index into the whole tensor."""
+        """Place of the chunk, as an index into the full tensor."""
         return tuple(slice(offset, offset + size) for offset, size in zip(self.offsets, self.data.shape, strict=True))
 
     def holding(self, data: Tensor) -> Chunk:
-        """The same place with other data."""
+        """Return a chunk with the same place and other data."""
         return replace(self, data=data)
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether `tensor` is a `DTensor`, without importing what makes them."""
+    """Return whether `tensor` is a `DTensor`, without importing `torch.distributed.tensor`."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
-    """A chunk's name in a file: `model.weight@0,128`."""
+    """Return the name of a chunk in a safetensors file, such as `model.weight@0,128`."""
     return f"{name}@{','.join(map(str, offsets))}"
 
 
 def local_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
-    """Return what this rank holds of each tensor, sharing memory; tensors of which it holds nothing are left out.
+    """Return the chunk that this rank holds of each tensor, sharing memory; tensors without a local chunk are omitted.
 
     Raises:
-        RuntimeError: (torch's) for a DTensor with a Partial placement: its values do not exist until they are summed.
+        RuntimeError: raised by torch for a DTensor with a Partial placement, whose values do not exist before they are
+            reduced.
     """
     chunks = {}
     for name, tensor in tensors.items():
@@ -80,7 +81,7 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
 
 
 def is_writer(name: str, tensor: Tensor) -> bool:
-    """Whether this rank is the one among the replicas of its mapping of a DTensor that writes it; spread by name."""
+    """Return whether this rank writes `tensor`: one replica of each shard of a DTensor does, chosen by name."""
     if not is_dtensor(tensor):
         return True
     coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()

@@ -1,4 +1,4 @@
-"""Files that are whole when they are there: hashed while written, flushed to the disk."""
+"""Durable files: hashed while written, flushed to the disk, published by a rename."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its size in bytes and the xxh3 (64 bits, in hexadecimal digits) of its content."""
+    """Expected size of a file in bytes, and the xxh3 of its content (64 bits, hexadecimal)."""
 
     size: int
     xxh3: str
 
 
 def write_blocks(path: Path, blocks: Iterable[Any]) -> FileRecord:
-    """Write a new file from buffers, hashing them on the way, and flush it to the disk.
+    """Write buffers to a new file, hash them while writing, and flush the file to the disk; return its record.
 
     Raises:
-        FileExistsError: when there is a file of that name.
+        FileExistsError: if a file of that name exists.
     """
     digest, size = xxhash.xxh3_64(), 0
     with path.open("xb") as file:
@@ -37,24 +37,24 @@ def write_blocks(path: Path, blocks: Iterable[Any]) -> FileRecord:
             file.write(block)
             digest.update(block)
             size += len(block)
-            del block  # before the next one is made
+            del block  # free it before the next one is created
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
 
 
 def encode_json(data: Any) -> bytes:
-    """Return `data` as the content of a JSON file, on one line: Python's fast encoder does not indent."""
+    """Return `data` as the content of a JSON file, on one line: Python's fast encoder cannot indent."""
     return (json.dumps(data) + "\n").encode()
 
 
 def write_json(path: Path, data: Any) -> FileRecord:
-    """Write `data` as a new JSON file; returns its record."""
+    """Write `data` as a new JSON file and return its record."""
     return write_blocks(path, [encode_json(data)])
 
 
 def flush_folder(path: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
+    """Flush the names in a folder to the disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,18 +63,22 @@ def flush_folder(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a folder whose files are flushed to a name that is free, so that it is there whole or not at all.
+    """Rename a folder of flushed files to an unused name, so that it exists completely or not at all.
 
     Raises:
-        FileExistsError: when there is something of that name.
+        FileExistsError: if the name is in use.
     """
     rename_flushed(temporary, final)
     flush_folder(final.parent)
 
 
 def rename_flushed(temporary: Path, final: Path) -> None:
-    """Do what `publish` does, but for flushing the new name."""
+    """Rename a folder of flushed files to an unused name, without flushing the new name.
+
+    Raises:
+        FileExistsError: if the name is in use.
+    """
     if final.exists():
-        raise FileExistsError(errno.EEXIST, "There is such a name already", str(final))
+        raise FileExistsError(errno.EEXIST, "The name is in use", str(final))
     flush_folder(temporary)
     os.rename(temporary, final)

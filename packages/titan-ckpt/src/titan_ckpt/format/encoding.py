@@ -1,4 +1,4 @@
-"""Values of a state as JSON: what JSON lacks is an object whose only key says what it is."""
+"""JSON encoding of state values; a type that JSON lacks becomes an object with a single tag key."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from titan_ckpt.errors import CheckpointError
 _TUPLE, _SET, _ITEMS, _BYTES, _ARRAY, _TENSOR = (
     "__tuple__",  # {"__tuple__": [...]}
     "__set__",
-    "__items__",  # [[key, value], ...]: a dictionary with keys that are no text
+    "__items__",  # [[key, value], ...]: a dictionary with keys that are not strings
     "__bytes__",  # base64
-    "__array__",  # [numpy's name of the type, shape ([]: a number, null: an array of no axes), base64]
-    "__tensor__",  # its name in the index
+    "__array__",  # [NumPy name of the dtype, shape ([]: a scalar, null: an array without axes), base64]
+    "__tensor__",  # name of the tensor in the index
 )
 _TAGS = {_TUPLE, _SET, _ITEMS, _BYTES, _ARRAY, _TENSOR}
 
 _MAX_DIGITS = 4300
-"""Python reads no more digits of an integer in JSON."""
-_TOO_LARGE = 10**_MAX_DIGITS
+"""Python's limit on the digits of an integer in JSON."""
+_INT_LIMIT = 10**_MAX_DIGITS
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as JSON; the tensors in it are added to `tensors`, by their paths.
+    """Return a value as JSON data, and add the tensors in it to `tensors`, by path.
 
     Raises:
-        CheckpointError: for a value of another type; it names the path.
+        CheckpointError: if a value has an unsupported type; the message names its path.
     """
     kind = type(value)
-    if kind is int and abs(value) >= _TOO_LARGE:
+    if kind is int and abs(value) >= _INT_LIMIT:
         raise CheckpointError(
-            f"{path} must be an integer of at most {_MAX_DIGITS} digits, got one of {value.bit_length()} bits. "
-            f"Store it as bytes."
+            f"{path} must be an integer of at most {_MAX_DIGITS} digits, got one of {value.bit_length()} bits. Store "
+            "it as bytes."
         )
     if value is None or kind in (bool, int, float, str):
         return value
@@ -55,35 +55,35 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in "biufcSUmM":
         shape = list(value.shape) if value.shape or isinstance(value, np.generic) else None
         return {_ARRAY: [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]}
-    if is_dictionary(value):
+    if is_dict(value):
         return _encode_mapping(value, path, tensors)
     raise CheckpointError(
-        f"{path} must be a tensor, number, text, bytes, numpy array, list, tuple, set or dictionary, got "
-        f"{_name(kind)}. A checkpoint holds no pickles and gives back the types that it got: store the fields of such "
-        f"an object in state_dict, and set them in load_state_dict."
+        f"{path} must be a tensor, number, string, bytes, NumPy array, list, tuple, set or dictionary, got "
+        f"{_name(kind)}. Return the fields of the object from state_dict and restore them in load_state_dict "
+        "(checkpoints contain no pickles)."
     )
 
 
-def is_dictionary(value: Any) -> bool:
-    """Return whether a value is kept as a dictionary: torch's optimizers and schedulers have the three others."""
+def is_dict(value: Any) -> bool:
+    """Return whether a value is stored as a dictionary: dict and the subclasses that torch optimizers use."""
     return type(value) in (dict, OrderedDict, defaultdict, Counter)
 
 
-def has_names(value: Mapping[Any, Any]) -> bool:
-    """Return whether the keys are text, as names of tensors are."""
+def has_text_keys(value: Mapping[Any, Any]) -> bool:
+    """Return whether all keys are strings, like names of tensors, and the mapping does not look like a tagged value."""
     return all(type(key) is str for key in value) and not is_tagged(dict(value))
 
 
 def is_tagged(value: Any) -> bool:
-    """Return whether a JSON value stands for one that JSON lacks."""
+    """Return whether a JSON value encodes a type that JSON lacks."""
     return isinstance(value, dict) and len(value) == 1 and not _TAGS.isdisjoint(value)
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
-    """Return the value that was encoded, with tensors of these paths; without `tensors` their places stay as they are.
+    """Return the encoded value, with its tensors taken from `tensors` by path; None leaves their placeholders.
 
     Raises:
-        KeyError, TypeError, ValueError: when it was not made by `encode`.
+        KeyError, TypeError, ValueError: if the data was not written by `encode`.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -105,7 +105,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
 def _decode_array(dtype: str, shape: list[int] | None, content: str) -> Any:
     kind = np.dtype(dtype)
     if kind.hasobject:
-        raise ValueError(f"an array must be of numbers or text, got {dtype}")
+        raise ValueError(f"the dtype of an array must be numeric or text, got {dtype}")
     array = np.frombuffer(base64.b64decode(content), kind).reshape(shape or ()).copy()
     return array[()] if shape == [] else array
 
@@ -119,7 +119,7 @@ def _encode_items(items: Iterable[Any], path: str, tensors: dict[str, Tensor]) -
 
 
 def _encode_mapping(value: Mapping[Any, Any], path: str, tensors: dict[str, Tensor]) -> Any:
-    if has_names(value):
+    if has_text_keys(value):
         return {key: encode(item, f"{path}.{key}", tensors) for key, item in value.items()}
     keys = [encode(key, f"a key of {path}", tensors) for key in value]
     items = [encode(item, f"{path}[{key!r}]", tensors) for key, item in value.items()]

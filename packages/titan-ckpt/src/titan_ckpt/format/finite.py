@@ -1,4 +1,4 @@
-"""Values that are not finite among weights."""
+"""Detection of NaN and infinite values in weights."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors with NaN or infinite values; each is read once, and nothing of its size is made.
+def find_nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors with NaN or infinite values; reads each tensor once, without a copy.
 
-    A `DTensor` gives the answer of all its ranks, in a collective; give local tensors to ask this rank alone.
+    For a `DTensor` the answer covers all ranks and needs a collective; pass local tensors to check this rank alone.
     """
     extremes = {name: _extremes(tensor.detach()) for name, tensor in tensors.items() if tensor.numel()}
     return [name for name, pair in extremes.items() if not all(math.isfinite(float(value)) for value in pair)]
 
 
 def _extremes(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The least and the greatest value, which are NaN where any is."""
+    """Return the minimum and the maximum, which are NaN if any value is NaN."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point():
         return ()
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.bfloat16)  # torch has no order for its types of 8 bits; float8_e8m0fnu fits
+        tensor = tensor.to(torch.bfloat16)  # torch cannot compare float8; bfloat16 holds all of its values
     return torch.aminmax(tensor)

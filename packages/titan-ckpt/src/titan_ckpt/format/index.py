@@ -1,4 +1,4 @@
-"""The index of a checkpoint: of each tensor its type, its shape, and which file holds which box of it."""
+"""The index of a checkpoint: dtype and shape of each tensor, and the file of each of its chunks."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
-from titan_ckpt.format.chunk_coverage import misfit
+from titan_ckpt.format.chunk_coverage import find_coverage_error
 from titan_ckpt.format.chunks import Chunk, chunk_key
 from titan_ckpt.format.durable_files import INDEX, encode_json
 from titan_ckpt.format.regular_file import read_json
 from titan_ckpt.format.safetensors_writer import DTYPE_NAMES, DTYPES
-from titan_ckpt.format.schema import LARGEST, to_file_name, to_integers, to_list, to_object
+from titan_ckpt.format.schema import MAX_INT64, to_file_name, to_integers, to_list, to_object
 
-if TYPE_CHECKING:  # a second of imports: left to the first save or load
+if TYPE_CHECKING:  # takes a second to import: deferred to the first save or load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """Which file holds the box of a tensor that begins at `offsets` and has `sizes`."""
+    """A box of a tensor, from `offsets` on and of `sizes`, and the file that contains it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
 
     def key(self, tensor: str) -> str:
-        """The chunk's name in its file, as one of the tensor of that name."""
+        """Return the name of this chunk of `tensor` in its file."""
         return chunk_key(tensor, self.offsets)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor in a checkpoint; `dtype` is safetensors' name of the type."""
+    """A full tensor in a checkpoint; `dtype` is the safetensors name of its dtype."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,11 +45,11 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type as torch knows it."""
+        """The torch dtype."""
         return DTYPES[self.dtype]
 
     def boxes(self) -> TensorStorageMetadata:
-        """The chunks as DCP's resharding knows them, in the same order."""
+        """Return the chunks in the format of DCP's resharding, in the same order."""
         from torch.distributed.checkpoint.metadata import (
             ChunkStorageMetadata,
             TensorProperties,
@@ -64,7 +64,7 @@ Index = dict[str, StoredTensor]
 
 
 def index_of(chunks: Iterable[Chunk], file: str) -> Index:
-    """Return the index of what one rank wrote to `file`."""
+    """Return the index of the chunks that one rank writes to `file`."""
     return {
         chunk.name: StoredTensor(
             DTYPE_NAMES[chunk.data.dtype], chunk.shape, (StoredChunk(chunk.offsets, tuple(chunk.data.shape), file),)
@@ -74,10 +74,11 @@ def index_of(chunks: Iterable[Chunk], file: str) -> Index:
 
 
 def join_indices(indices: Iterable[Index]) -> Index:
-    """Return the index of what all ranks wrote.
+    """Return the index of the chunks of all ranks.
 
     Raises:
-        CheckpointError: when ranks disagree on a tensor's shape or type, or their chunks do not fill it exactly.
+        CheckpointError: if ranks disagree on the shape or the dtype of a tensor, or their chunks do not cover it
+            exactly once.
     """
     joined: Index = {}
     for index in indices:
@@ -85,17 +86,17 @@ def join_indices(indices: Iterable[Index]) -> Index:
             known = joined.get(name, StoredTensor(tensor.dtype, tensor.shape, ()))
             if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
                 raise CheckpointError(
-                    f"Got {name} as {known.dtype} {known.shape} on one rank and as {tensor.dtype} {tensor.shape} on "
-                    f"another. A tensor must be of one type and shape on all ranks. Give them different names if they "
-                    f"are different."
+                    f"{name} must have the same dtype and shape on all ranks, got {known.dtype} {known.shape} on one "
+                    f"rank and {tensor.dtype} {tensor.shape} on another. Rename one of them if they are different "
+                    "tensors."
                 )
             joined[name] = StoredTensor(tensor.dtype, tensor.shape, known.chunks + tensor.chunks)
     for name, tensor in joined.items():
-        problem = misfit(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
-        written, whole = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
+        problem = find_coverage_error(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
+        written, size = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.shape)
         if problem:
             raise CheckpointError(
-                f"Chunks of {name} must fill its {whole} elements exactly once, got {written} in {problem}."
+                f"Chunks of {name} must cover its {size} elements exactly once, got {written} elements in {problem}."
             )
     return joined
 
@@ -113,20 +114,20 @@ def read_index(folder: Path) -> Index:
     """Return the index of a checkpoint.
 
     Raises:
-        BrokenCheckpoint: when it is not of that form, or the chunks of a tensor do not fill it exactly once.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if it is not a valid index, or the chunks of a tensor do not cover it exactly once.
+        CheckpointError: if the disk fails.
     """
-    data = to_object(read_json(folder / INDEX, LARGEST), INDEX)
+    data = to_object(read_json(folder / INDEX, MAX_INT64), INDEX)
     return {name: _tensor(entry, name) for name, entry in data.items()}
 
 
 def _tensor(data: Any, name: str) -> StoredTensor:
     to_object(data, name, ("dtype", "shape", "chunks"))
     if not isinstance(data["dtype"], str) or data["dtype"] not in DTYPES:
-        raise BrokenCheckpoint(f"{name} is of the type {data['dtype']!r:.40}")
+        raise BrokenCheckpoint(f"{name} has the unknown dtype {data['dtype']!r:.40}")
     chunks = tuple(_chunk(chunk, name) for chunk in to_list(data["chunks"], f"the chunks of {name}"))
     tensor = StoredTensor(data["dtype"], to_integers(data["shape"], f"the shape of {name}"), chunks)
-    problem = misfit(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    problem = find_coverage_error(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
     if problem:
         raise BrokenCheckpoint(f"{name} of shape {list(tensor.shape)} has {problem}")
     return tensor

@@ -1,4 +1,4 @@
-"""The manifest: written last, it makes a folder a checkpoint and says what each of its files must be."""
+"""The manifest of a checkpoint: written last, it makes the folder valid and records size and checksum of each file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ import xxhash
 
 from titan_ckpt.errors import BrokenCheckpoint, UnknownFormat
 from titan_ckpt.format.durable_files import CONFIG, INDEX, STATE, FileRecord, write_json
-from titan_ckpt.format.regular_file import Missing, read_json
+from titan_ckpt.format.regular_file import FileMissing, read_json
 from titan_ckpt.format.schema import to_file_name, to_integer, to_list, to_object, to_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
-_LARGEST_MANIFEST = 1 << 26  # a record of a file takes a hundred bytes
+_MAX_MANIFEST_BYTES = 1 << 26  # the record of a file takes about 100 bytes
 _TITAN = ("titan-ckpt", "titan-config", "titan-data", "titan-ft", "titan-models", "titan-parallel", "titan-trainer")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of; `versions` are of torch and of the titan packages that were installed.
+    """The contents of a checkpoint, and the installed versions of torch and the titan packages.
 
-    `load_step` is the setting of that name that the saving run began or went on with (None: none). `counters` are the
-    parts whose value `step` was the checkpoint's step.
+    `load_step` is the config field of that name of the run that saved it (None: not set). `counters` names the parts
+    whose value `step` was equal to the step of the checkpoint.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Manifest:
 
 @cache
 def installed_versions() -> dict[str, str]:
-    """Return the versions of torch and of the titan packages that are installed."""
+    """Return the installed versions of torch and of the titan packages."""
     versions = {"torch": str(torch.__version__)}
     for name in _TITAN:
         with suppress(PackageNotFoundError):
@@ -55,7 +55,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, with a checksum of itself, as a new file of `folder`."""
+    """Write the manifest, with a checksum of its own content, as a new file of `folder`."""
     content = asdict(manifest)
     write_json(folder / MANIFEST, {"xxh3": _content_hash(content), "content": content})
 
@@ -64,21 +64,20 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        BrokenCheckpoint: when there is none, it is not as it was written, or it is that of another step than the name
-            of the folder says.
-        UnknownFormat: when it is of a format that this version does not read.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if it is missing or changed, or its step is not that of the folder name.
+        UnknownFormat: if this version cannot read its format.
+        CheckpointError: if the disk fails.
     """
     try:
-        stored = to_object(read_json(folder / MANIFEST, _LARGEST_MANIFEST), MANIFEST)
-    except Missing as error:
+        stored = to_object(read_json(folder / MANIFEST, _MAX_MANIFEST_BYTES), MANIFEST)
+    except FileMissing as error:
         if not os.path.lexists(folder):
             raise
         raise BrokenCheckpoint(f"it has no {MANIFEST}") from error
     content = to_object(stored.get("content", stored), MANIFEST)
     found = content.get("format")
     if type(found) is int and found > 0 and found != FORMAT:
-        raise UnknownFormat(f"its format is {found}, and this titan-ckpt reads format {FORMAT}")
+        raise UnknownFormat(f"its format must be {FORMAT} for this version of titan-ckpt, got {found}")
     to_object(stored, MANIFEST, ("xxh3", "content"))
     if stored["xxh3"] != _content_hash(content):
         raise BrokenCheckpoint(f"{MANIFEST} does not match its own checksum")
@@ -90,7 +89,7 @@ def _checked(content: dict[str, Any], folder: Path) -> Manifest:
     step = to_integer(content["step"], "step")
     name = STEP_NAME.fullmatch(folder.name)
     if name and int(name[1]) != step:
-        raise BrokenCheckpoint(f"{MANIFEST} is that of step {step}")
+        raise BrokenCheckpoint(f"{MANIFEST} is of step {step}, not of the step in the folder name")
     records = to_object(content["files"], "files")
     for required in (INDEX, STATE, CONFIG):
         if required not in records:

@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint that was found whole, resharded to whatever this rank holds of them."""
+"""Readers of a verified checkpoint: JSON values, config, and tensors resharded to the chunks of this rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titan_ckpt.format.encoding import decode
 from titan_ckpt.format.index import Index, read_index
 from titan_ckpt.format.regular_file import read_json
 from titan_ckpt.format.safetensors_reader import MappedFile, open_mapped
-from titan_ckpt.format.schema import LARGEST, to_object
+from titan_ckpt.format.schema import MAX_INT64, to_object
 from titan_ckpt.paths import local_path
 
 
@@ -26,10 +26,10 @@ def read_values(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the JSON values of a checkpoint, by part.
 
     Raises:
-        BrokenCheckpoint: when they are not of that form.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if they are not valid.
+        CheckpointError: if the disk fails.
     """
-    parts = to_object(read_json(folder / STATE, LARGEST, constants=True), STATE)
+    parts = to_object(read_json(folder / STATE, MAX_INT64, constants=True), STATE)
     values = {name: to_object(values, f"the part {name!r:.40}") for name, values in parts.items()}
     try:
         for value in values.values():
@@ -40,19 +40,19 @@ def read_values(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_config(folder: Path) -> Any:
-    """Return the config of the run that saved a checkpoint, as plain data (None: it saved none).
+    """Return the config of the run that saved a checkpoint, as plain data; None if none was saved.
 
     Raises:
-        BrokenCheckpoint: when it is neither an object nor None.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if it is neither an object nor null.
+        CheckpointError: if the disk fails.
     """
     folder = local_path(folder, "checkpoint")
-    config = read_json(folder / CONFIG, LARGEST, constants=True)
+    config = read_json(folder / CONFIG, MAX_INT64, constants=True)
     return None if config is None else to_object(config, CONFIG)
 
 
 class TensorReader:
-    """Reads boxes of a checkpoint's tensors; a context manager that keeps the files open.
+    """Reads tensors of a checkpoint; a context manager that keeps the files open.
 
     >>> with TensorReader(Path("checkpoint/step-20")) as reader:   # doctest: +SKIP
     ...     weight = reader.read("model.norm.weight")
@@ -73,7 +73,7 @@ class TensorReader:
         self._stack.close()
 
     def fill(self, chunks: Iterable[Chunk]) -> None:
-        """Copy the stored values into the chunks' data, wherever the boundaries of the stored chunks are."""
+        """Copy stored values into the data of `chunks`, which need not match the boundaries of the stored chunks."""
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
         for chunk in chunks:
@@ -86,7 +86,7 @@ class TensorReader:
                 target.copy_(source[_slices(item.storage_offsets, item.lengths)])
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor, on the CPU."""
+        """Return a full tensor, on the CPU."""
         stored = self.index[name]
         data = torch.empty(stored.shape, dtype=stored.torch_dtype)
         self.fill([Chunk(name, stored.shape, (0,) * len(stored.shape), data)])

@@ -1,4 +1,4 @@
-"""Files as they are read: kind and size come first, and an I/O error is tried again before it is one."""
+"""Reads of regular files: kind and size are checked first, and I/O errors are retried."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import xxhash
 
 from titan_ckpt.errors import BrokenCheckpoint, CheckpointError
 from titan_ckpt.format.durable_files import FileRecord
-from titan_ckpt.format.strict_json import finite, unique
+from titan_ckpt.format.strict_json import parse_finite, reject_duplicate_keys
 
 T = TypeVar("T")
 
@@ -24,15 +24,15 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _PAUSES_S = (0.1, 0.3, 0.9)
 
 
-class Missing(BrokenCheckpoint):
-    """There is no file of that name."""
+class FileMissing(BrokenCheckpoint):
+    """A file of a checkpoint does not exist."""
 
 
-def retried(action: Callable[[], T], path: Path) -> T:
-    """Return what `action` returns; an I/O error at `path` is tried again three times within about a second.
+def retry_io(action: Callable[[], T], path: Path) -> T:
+    """Return the result of `action`; an I/O error at `path` is retried three times, within about 1.3 s.
 
     Raises:
-        CheckpointError: when it fails still. It is no BrokenCheckpoint: what cannot be read now may be whole.
+        CheckpointError: if the last attempt fails. It is not a BrokenCheckpoint: an unreadable file may be intact.
     """
     for pause in (*_PAUSES_S, None):
         try:
@@ -40,20 +40,20 @@ def retried(action: Callable[[], T], path: Path) -> T:
         except OSError as error:
             if pause is None:
                 raise CheckpointError(
-                    f"{path} must be readable, got {error} in {len(_PAUSES_S) + 1} attempts. Nothing was loaded, moved "
-                    f"or deleted. Restore the disk or the permissions and start again, or move {path.parent} away."
+                    f"{path} must be readable, got {error} in {len(_PAUSES_S) + 1} attempts. Nothing was loaded, "
+                    f"moved or deleted. Restore the disk or the permissions and restart, or move {path.parent} away."
                 ) from error
         time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a regular file in bytes, or of the one that a link leads to.
+    """Return the size of a regular file, or of the regular file that a link points to, in bytes.
 
     Raises:
-        Missing: when there is none.
-        BrokenCheckpoint: when it is a folder, a fifo, a device or a socket.
-        CheckpointError: when the disk fails.
+        FileMissing: if it does not exist.
+        BrokenCheckpoint: if it is a folder, FIFO, device or socket.
+        CheckpointError: if the disk fails.
     """
 
     def look() -> os.stat_result | None:
@@ -64,18 +64,18 @@ def size_of(path: Path) -> int:
                 return None
             raise
 
-    found = retried(look, path)
+    found = retry_io(look, path)
     if found is None and not os.path.lexists(path.parent):
-        raise Missing(f"there is no {path.parent.name} in {path.parent.parent}")
+        raise FileMissing(f"{path.parent} does not exist")
     if found is None:
-        raise Missing(f"{path.name} is missing")
+        raise FileMissing(f"{path.name} is missing")
     if not stat.S_ISREG(found.st_mode):
         raise BrokenCheckpoint(f"{path.name} is not a regular file")
     return found.st_size
 
 
 def record_of(path: Path) -> FileRecord:
-    """Return the record of a regular file as it is on the disk. Raises what `size_of` does."""
+    """Return the record of a regular file as it is on the disk. Raises the errors of `size_of`."""
     expected = size_of(path)
 
     def read() -> FileRecord:
@@ -86,32 +86,34 @@ def record_of(path: Path) -> FileRecord:
                 size += len(block)
         return FileRecord(size, digest.hexdigest())
 
-    return retried(read, path)
+    return retry_io(read, path)
 
 
-def read_json(path: Path, largest: int, constants: bool = False) -> Any:
-    """Return the data of a JSON file of at most `largest` bytes; NaN and Infinity only with `constants`.
+def read_json(path: Path, max_bytes: int, constants: bool = False) -> Any:
+    """Return the data of a JSON file of at most `max_bytes` bytes; NaN and Infinity are allowed only with `constants`.
 
     Raises:
-        BrokenCheckpoint: when it is no such file, or not JSON. Besides, what `size_of` raises.
+        BrokenCheckpoint: if it is larger or not JSON. Also the errors of `size_of`.
     """
     size = size_of(path)
-    if size > largest:
-        raise BrokenCheckpoint(f"{path.name} has {size} bytes and should have at most {largest}")
+    if size > max_bytes:
+        raise BrokenCheckpoint(f"{path.name} must have at most {max_bytes} bytes, got {size}")
 
     def read() -> bytes:
         with _open(path) as file:
             return file.read(size)
 
-    content = retried(read, path)
+    content = retry_io(read, path)
     try:
         if constants:
-            return json.loads(content, object_pairs_hook=unique)
-        return json.loads(content, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+            return json.loads(content, object_pairs_hook=reject_duplicate_keys)
+        return json.loads(
+            content, object_pairs_hook=reject_duplicate_keys, parse_constant=parse_finite, parse_float=parse_finite
+        )
     except (ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{path.name} cannot be read: {error}") from error
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open without waiting, whatever has come into the file's place since it was looked at."""
+    """Open a file without blocking, even if a FIFO has replaced it since the check."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")

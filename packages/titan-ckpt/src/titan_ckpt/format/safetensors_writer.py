@@ -1,4 +1,4 @@
-"""A safetensors file: which tensor is where in it, and how it is written tensor by tensor."""
+"""Layout of a safetensors file, and writing it one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""torch's types and their names in a safetensors file."""
+"""torch dtypes and their names in a safetensors file."""
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file begins with, the first byte of each tensor in it (in that order), and its size in bytes.
+    """The header of a safetensors file, the offset of each tensor in it (in file order), and its size in bytes.
 
-    Each tensor begins at a multiple of its item's size, and the next one where it ends.
+    The offset of each tensor is a multiple of its item size; the tensors follow each other without gaps.
     """
 
     header: bytes
@@ -51,11 +51,11 @@ class Layout:
 
 
 def layout_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
-    """Return where tensors go in a safetensors file.
+    """Return the layout of a safetensors file with these tensors.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
-    keys = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # so that every item is aligned
+    keys = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligns every item
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     ends = [0]
     for key in keys:
@@ -70,27 +70,27 @@ def layout_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
-    """Write tensors as a new safetensors file, one after the other without a copy in memory; returns its record.
+    """Write tensors as a new safetensors file, one after the other without a copy in memory; return its record.
 
-    `safetensors` itself would write the same file, but makes it in memory and cannot hash it on the way.
+    `safetensors` itself writes an equivalent file, but builds it in memory and cannot hash it while writing.
 
     Raises:
-        FileExistsError: when there is a file of that name.
+        FileExistsError: if a file of that name exists.
     """
     layout = layout_of(tensors, metadata)
     return write_blocks(path, chain([layout.header], map(_content, map(tensors.__getitem__, layout.starts))))
 
 
-def write_streamed(path: Path, stand_ins: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write tensors as a new safetensors file for Hugging Face, each one read when it is its turn and then let go.
+def write_streamed(path: Path, meta_tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write a new safetensors file for Hugging Face; each tensor is read only when it is written, then freed.
 
-    `stand_ins` have their shapes and types. Other ranks take part with `read_through`: where `read` waits for them, it
-    is called for all tensors, even after the disk has refused one.
+    `meta_tensors` have their shapes and dtypes. Other ranks call `read_through` meanwhile: if `read` is a collective,
+    it is called for all tensors, even after the disk has failed on one.
 
     Raises:
-        FileExistsError: when there is a file of that name.
+        FileExistsError: if a file of that name exists.
     """
-    layout = layout_of(stand_ins, {"format": "pt"})
+    layout = layout_of(meta_tensors, {"format": "pt"})
     contents = (_content(read(key)) for key in layout.starts)
     try:
         write_blocks(path, chain([layout.header], contents))
@@ -98,12 +98,12 @@ def write_streamed(path: Path, stand_ins: Mapping[str, Tensor], read: Callable[[
         deque(contents, maxlen=0)
 
 
-def read_through(stand_ins: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Read what another rank writes, in its order."""
-    for key in layout_of(stand_ins).starts:
+def read_through(meta_tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Call `read` for the tensors that another rank writes, in the same order."""
+    for key in layout_of(meta_tensors).starts:
         read(key)
 
 
 def _content(tensor: Tensor) -> memoryview | bytes:
-    """The bytes of a tensor, without a copy where it is on the CPU and in one mapping."""
+    """Return the bytes of a tensor; no copy if it is contiguous and on the CPU."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""

@@ -1,4 +1,4 @@
-"""JSON read strictly: no key twice, no number that is not finite."""
+"""Strict JSON: duplicate keys and non-finite numbers are errors."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ _LFS_BEGIN = b"version https://git-lfs"
 _LFS_POINTER = "a Git LFS pointer"
 
 
-def is_there(path: Path) -> bool:
-    """Return whether there is a regular file of that name, itself or through a link.
+def regular_file_exists(path: Path) -> bool:
+    """Return whether `path` is a regular file, or a link to one.
 
     Raises:
-        CheckpointError: when it is a folder, a fifo, a device, or a link to nothing.
+        CheckpointError: if it is a folder, FIFO, device or dangling link.
     """
     if not os.path.lexists(path):
         return False
     if not path.is_file():
-        kind = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else "a fifo or a device"
+        kind = "a dangling link" if not path.exists() else "a folder" if path.is_dir() else "a FIFO or a device"
         raise CheckpointError(f"{path} must be a regular file, got {kind}.")
     return True
 
 
 def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file, or the one that is its value of `key`.
+    """Return the JSON object in a file, or the object under its key `key`.
 
     Raises:
-        CheckpointError: when there is none, it is a Git LFS pointer, an object has a key twice, a number is not finite,
-            or the file is nested deeper than Python reads.
+        CheckpointError: if there is no such object, the file is a Git LFS pointer, a key is duplicated, a number is not
+            finite, or the nesting is deeper than Python can parse.
     """
     try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        data = json.loads(
+            path.read_bytes(),
+            object_pairs_hook=reject_duplicate_keys,
+            parse_constant=parse_finite,
+            parse_float=parse_finite,
+        )
     except (OSError, ValueError, RecursionError) as error:
         got = _LFS_POINTER if is_lfs_pointer(path) else f"{error!r:.300}"
         raise _not_object(path, key, got) from error
@@ -50,7 +55,7 @@ def read_json(path: Path, key: str | None = None) -> dict[str, Any]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Return whether a file is what Git LFS leaves in the place of one that was not downloaded."""
+    """Return whether a file is the placeholder of a file that Git LFS has not downloaded."""
     try:
         with path.open("rb") as file:
             return file.read(len(_LFS_BEGIN)) == _LFS_BEGIN
@@ -59,21 +64,21 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _not_object(path: Path, key: str | None, got: str) -> CheckpointError:
-    with_key = f" with an object {key}" if key else ""
+    with_key = f" with the object {key}" if key else ""
     return CheckpointError(f"{path} must be a JSON object{with_key}, got {got}. Download or export it again.")
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON. Raises ValueError when it has a key twice."""
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dictionary. Raises ValueError for a duplicate key."""
     data = dict(pairs)
     if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is duplicated")
     return data
 
 
-def finite(text: str) -> float:
-    """Return the number that a JSON text writes. Raises ValueError when it is not finite."""
+def parse_finite(text: str) -> float:
+    """Return the number in a JSON text. Raises ValueError if it is not finite."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {text:.40} is not finite")
     return number

@@ -1,11 +1,11 @@
-"""Verify a checkpoint: sizes and checksums of its files, and that index, values and tensors agree."""
+"""Verification of a checkpoint: sizes and checksums of its files, and consistency of index, values and tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, listed
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, join_names
 from titan_ckpt.format.durable_files import CONFIG, INDEX, STATE, FileRecord
 from titan_ckpt.format.index import Index, read_index
 from titan_ckpt.format.manifest import Manifest, read_manifest
@@ -15,19 +15,19 @@ from titan_ckpt.format.safetensors_reader import open_mapped
 from titan_ckpt.format.safetensors_writer import DTYPE_NAMES
 from titan_ckpt.paths import local_path
 
-NOT_TENSORS = (INDEX, STATE, CONFIG)
+JSON_FILES = (INDEX, STATE, CONFIG)
 
 
-def files_of_tensors(manifest: Manifest) -> list[str]:
-    """Return the names of the files that hold tensors."""
-    return sorted(manifest.files.keys() - set(NOT_TENSORS))
+def tensor_files(manifest: Manifest) -> list[str]:
+    """Return the names of the tensor files."""
+    return sorted(manifest.files.keys() - set(JSON_FILES))
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Return what is wrong with the files `names` of a checkpoint, one sentence each; empty when they are whole.
+    """Return the damage of the files `names` of a checkpoint, one sentence each; empty if they are intact.
 
     Raises:
-        CheckpointError: when the disk fails.
+        CheckpointError: if the disk fails.
     """
     damage = []
     for name in names:
@@ -39,52 +39,54 @@ def find_damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[
             damage.append(str(error))
             continue
         if found.size != expected.size:
-            damage.append(f"{name} has {found.size} bytes and should have {expected.size}")
+            damage.append(f"{name} must have {expected.size} bytes, got {found.size}")
         elif found.xxh3 != expected.xxh3:
-            damage.append(f"{name} has the right size but other content (xxh3 {found.xxh3}, should be {expected.xxh3})")
+            damage.append(
+                f"{name} has the right size but changed content: its xxh3 must be {expected.xxh3}, got {found.xxh3}"
+            )
     return damage
 
 
 def check_whole(folder: Path) -> Manifest:
-    """Check every file of a checkpoint and return its manifest.
+    """Verify every file of a checkpoint and return its manifest.
 
     Raises:
-        BrokenCheckpoint: naming every file that is missing, truncated or changed, or what does not fit together.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if files are missing, truncated or changed (the message names all of them), or inconsistent.
+        CheckpointError: if the disk fails.
     """
     folder = local_path(folder, "checkpoint")
     manifest = read_manifest(folder)
-    damage = find_damage(folder, manifest, manifest.files) or find_contradictions(folder, manifest)
+    damage = find_damage(folder, manifest, manifest.files) or find_inconsistencies(folder, manifest)
     if not damage:
-        damage = find_other_tensors(folder, read_index(folder), files_of_tensors(manifest))
+        damage = find_tensor_mismatches(folder, read_index(folder), tensor_files(manifest))
     if damage:
         raise BrokenCheckpoint("; ".join(damage))
     return manifest
 
 
-def find_contradictions(folder: Path, manifest: Manifest) -> list[str]:
-    """Return what is wrong with what the whole JSON files of a checkpoint say; empty when they fit together."""
+def find_inconsistencies(folder: Path, manifest: Manifest) -> list[str]:
+    """Return the inconsistencies between the JSON files of a checkpoint, one phrase each; empty if there are none."""
     try:
         index, values = read_index(folder), read_values(folder)
         read_config(folder)
     except BrokenCheckpoint as error:
         return [str(error)]
     used = {chunk.file for tensor in index.values() for chunk in tensor.chunks}
-    files = set(files_of_tensors(manifest))
-    problems = [f"{name} is not listed" for name in sorted(used - files)[:4]]
-    problems += [f"{name} holds no tensor of {INDEX}" for name in sorted(files - used)[:4]]
+    files = set(tensor_files(manifest))
+    problems = [f"{name} is in {INDEX} but not in the manifest" for name in sorted(used - files)[:4]]
+    problems += [f"{name} contains no tensor of {INDEX}" for name in sorted(files - used)[:4]]
     for name in manifest.counters:
         found = values[name].get("step") if name in values else None
         if type(found) is not int or found != manifest.step:
-            problems.append(f"{name} is at step {found!r:.40}")
+            problems.append(f"the part {name} must be at step {manifest.step}, got step {found!r:.40}")
     return problems
 
 
-def find_other_tensors(folder: Path, index: Index, files: Iterable[str]) -> list[str]:
-    """Return in which of the whole `files` there are other tensors than the index says; empty when they are those.
+def find_tensor_mismatches(folder: Path, index: Index, files: Iterable[str]) -> list[str]:
+    """Return which of the intact `files` contain other tensors than the index states; empty if none do.
 
     Raises:
-        CheckpointError: when the disk fails.
+        CheckpointError: if the disk fails.
     """
     expected: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {name: {} for name in files}
     for tensor_name, tensor in index.items():
@@ -95,7 +97,7 @@ def find_other_tensors(folder: Path, index: Index, files: Iterable[str]) -> list
     for name, there in expected.items():
         try:
             with open_mapped(folder / name) as file:
-                found = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in file.stand_ins().items()}
+                found = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in file.meta_tensors().items()}
         except CheckpointError as error:
             if not isinstance(error, BrokenCheckpoint):
                 raise
@@ -103,5 +105,5 @@ def find_other_tensors(folder: Path, index: Index, files: Iterable[str]) -> list
             continue
         other = sorted(key for key in there.keys() | found.keys() if there.get(key) != found.get(key))
         if other:
-            problems.append(f"{name} and {INDEX} differ in {listed(other)}")
+            problems.append(f"{name} and {INDEX} differ in {join_names(other)}")
     return problems

@@ -1,4 +1,4 @@
-"""What titan-ckpt asks of an adapter between a model's weights and Hugging Face's."""
+"""Interface of the adapters that translate between a model's weights and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from titan_ckpt.errors import CheckpointError, listed
+from titan_ckpt.errors import CheckpointError, join_names
 
 T = TypeVar("T")
 
 
 class WeightMapping(Protocol):
-    """Weights of a model, and the tensors in Hugging Face's files that hold the same numbers."""
+    """Weights of a model, and the tensors in Hugging Face files with the same numbers."""
 
     @property
     def own(self) -> Sequence[tuple[str, int | None]]:
-        """Names of weights; with a number, of one of the matrices that a weight is a stack of.
+        """Names of model weights; with an index, one matrix of a stacked weight (such as one expert).
 
-        A mapping without any is a check: it is read before any weight is touched.
+        A mapping without weights is a check: its tensors are passed to `from_hf` before any weight changes.
         """
 
     @property
     def hf_names(self) -> Sequence[str]:
-        """Names in the files: one to write, one or several to read; none for state that is not exported."""
+        """Tensor names in the files: one to write, one or more to read; none for state that is not exported."""
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its numbers are computed from quantized ones, and may be rounded to the model's dtype."""
+        """Whether its values are dequantized, and may be rounded to the dtype of the model."""
 
     @property
     def keeps_dtype(self) -> bool:
-        """Whether it is exported in the dtype that it has in the model, whatever the others are rounded to."""
+        """Whether it is exported in its dtype in the model, regardless of the dtype of the export."""
 
-    def to_hf(self, own: Sequence[Tensor], /) -> Tensor: ...
+    def to_hf(self, weights: Sequence[Tensor], /) -> Tensor: ...
 
-    def from_hf(self, theirs: Sequence[Tensor], /) -> Sequence[Tensor]: ...
+    def from_hf(self, hf_tensors: Sequence[Tensor], /) -> Sequence[Tensor]: ...
 
 
 class HFAdapter(Protocol):
-    """Translates the weights of a model mapping by mapping; ValueErrors say what does not fit."""
+    """Translates weights of a model to and from Hugging Face, one mapping at a time; raises ValueError on misfits."""
 
     def mappings(self) -> Sequence[WeightMapping]:
-        """All of the model, as it is exported."""
+        """Return mappings that cover the whole model, as it is exported."""
 
     def find(self, stored: Mapping[str, Tensor], config: Mapping[str, Any] | None, /) -> Sequence[WeightMapping]:
-        """All of the model, as it is in files with these tensors (on the meta device) and this `config.json`.
+        """Return mappings that cover the model, as it is stored in files with these tensors and this `config.json`.
 
-        Every tensor is in a mapping; those that the model has no use for are in one without own weights.
+        `stored` are on the meta device. Every stored tensor belongs to a mapping; tensors that the model does not use
+        belong to one without model weights.
         """
 
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` to export, but for the dtype."""
+        """Return the `config.json` of an export, without its dtype."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """A mapping that is a weight under another name: what an adapter of one's own is made of."""
+    """A mapping of one weight to one tensor of another name; the building block of custom adapters."""
 
     name: str
     hf_name: str
@@ -75,44 +76,44 @@ class Renamed:
     def hf_names(self) -> list[str]:
         return [self.hf_name]
 
-    def to_hf(self, own: Sequence[Tensor]) -> Tensor:
-        return own[0]
+    def to_hf(self, weights: Sequence[Tensor]) -> Tensor:
+        return weights[0]
 
-    def from_hf(self, theirs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return theirs
+    def from_hf(self, hf_tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return hf_tensors
 
 
-def on_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same (whole) shapes and types, without data."""
+def to_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same full shapes and dtypes on the meta device."""
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
 
 
-def parts_of(mapping: WeightMapping, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The own tensors of a mapping, out of a model's state."""
+def select_weights(mapping: WeightMapping, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the model weights of a mapping from the state of the model."""
     return [state[name] if index is None else state[name][index] for name, index in mapping.own]
 
 
-def asked(adapter: Callable[..., T], *arguments: Any) -> T:
-    """Ask an adapter.
+def call_adapter(adapter: Callable[..., T], *arguments: Any) -> T:
+    """Call a method of an adapter or of a mapping.
 
     Raises:
-        CheckpointError: with the adapter's reason, when it refuses.
+        CheckpointError: if it raises ValueError or KeyError; the message includes the reason.
     """
     try:
         return adapter(*arguments)
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"The model's Hugging Face adapter refused the weights: {error}") from error
+        raise CheckpointError(f"The model's Hugging Face adapter rejected the weights: {error}") from error
 
 
 def check_complete(
-    mappings: Sequence[WeightMapping], state: Mapping[str, Tensor], elsewhere: Collection[str] = ()
+    mappings: Sequence[WeightMapping], state: Mapping[str, Tensor], nonlocal_weights: Collection[str] = ()
 ) -> None:
-    """Check that mappings are all of a state, and nothing of it twice; `elsewhere` are weights that other ranks have.
+    """Check that the mappings cover each weight of `state` exactly once; `nonlocal_weights` are held by other ranks.
 
     Raises:
-        CheckpointError: naming weights that are not.
+        CheckpointError: if they do not; the message names the weights.
     """
-    found = Counter(slot for mapping in mappings for slot in mapping.own if slot[0] not in elsewhere)
+    found = Counter(slot for mapping in mappings for slot in mapping.own if slot[0] not in nonlocal_weights)
     stacked = {name for name, index in found if index is not None and name in state}
     needed: Counter[tuple[str, int | None]]
     needed = Counter((name, index) for name in stacked for index in range(len(state[name])))
@@ -120,20 +121,20 @@ def check_complete(
     if found != needed:
         wrong = sorted({name for name, index in found | needed if found[name, index] != needed[name, index]})
         raise CheckpointError(
-            f"Got an adapter that makes other tensors than the model has. It must be a bijection: {listed(wrong)} are "
-            f"missing, unexpected or there twice. Correct the adapter."
+            f"The Hugging Face adapter must map each weight of the model exactly once, got {join_names(wrong)} "
+            f"missing, unexpected or duplicated."
         )
 
 
 def adapter_of(config: Any) -> HFAdapter:
-    """Return the adapter of a run's config, found as `config.model.hf_adapter()`.
+    """Return the adapter of a run's config, `config.model.hf_adapter()`.
 
     Raises:
-        CheckpointError: when there is no such config.
+        CheckpointError: if `config` is None.
     """
     if config is None:
         raise CheckpointError(
-            "Got no config of the run. The Hugging Face adapter is found as config.model.hf_adapter(). Build the "
-            "checkpointer with config=..., or give an adapter."
+            "The Hugging Face adapter needs the config of the run (config.model.hf_adapter()), got None. Build the "
+            "checkpointer with config=..., or pass an adapter."
         )
     return config.model.hf_adapter()

@@ -1,4 +1,4 @@
-"""Weights out to Hugging Face's format, from a checkpoint or a live model, plain or sharded."""
+"""Export of weights to Hugging Face format, from a checkpoint or from a live model, plain or sharded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from titan_ckpt.errors import CheckpointError
 from titan_ckpt.format.chunks import is_dtensor
 from titan_ckpt.format.readers import TensorReader, read_config
 from titan_ckpt.format.verify import check_whole
-from titan_ckpt.hugging_face.adapter import HFAdapter, WeightMapping, asked, check_complete, on_meta, parts_of
+from titan_ckpt.hugging_face.adapter import (
+    HFAdapter,
+    WeightMapping,
+    call_adapter,
+    check_complete,
+    select_weights,
+    to_meta,
+)
 from titan_ckpt.hugging_face.base_folder import BASE_MODEL
 from titan_ckpt.hugging_face.folder_writer import write_folder
-from titan_ckpt.hugging_face.metadata import Companions, companions, ids_of_saved
+from titan_ckpt.hugging_face.metadata import ExportMetadata, export_metadata, token_ids_of_saved_config
 from titan_ckpt.paths import local_path
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -34,27 +41,28 @@ def save_hf(
     tokenizer: Path | None = None,
     base_model: Path | None = None,
 ) -> None:
-    """Write the weights of a live model, plain or sharded, as a folder that `transformers` loads.
+    """Write the weights of a live model, plain or sharded, to a new folder that `transformers` can load.
 
-    A collective of all ranks. Rank 0 writes; beside the model there is never more than one mapping of it. Floating point
-    numbers are rounded to `dtype` (None: as they are), but for mappings that keep theirs.
+    A collective of all ranks. Rank 0 writes; only one mapping at a time needs memory in addition to the model.
+    Floating-point weights are rounded to `dtype` (None: keep their dtypes), except for mappings with `keeps_dtype`. A
+    file has at most `max_file_bytes` bytes of tensors, or one larger tensor.
 
-    `base_model` is the Hugging Face folder that the model began with (None: there is none): what training does not
-    change is that of its `config.json` (ids of tokens, settings of no layer), its `generation_config.json` and its
-    tokenizer. The tokenizer's files are copied from the folder `tokenizer` instead, if that is given.
+    `base_model` is the Hugging Face folder that the model was initialized from (None: there is none). It provides what
+    training does not change: the token ids and the other non-architecture settings of its `config.json`, its
+    `generation_config.json`, and its tokenizer. `tokenizer` is a folder to copy the tokenizer files from instead.
 
     Raises:
-        CheckpointError: when the adapter refuses the state, the folder is there already, or what is copied is not.
+        CheckpointError: if the adapter rejects the state, `folder` exists, or a folder or file to copy from is missing.
     """
-    ranks = CollectiveGuard()
+    guard = CollectiveGuard()
 
     def read(name: str) -> Tensor:
         tensor = state[name].detach()
         return (tensor.full_tensor() if is_dtensor(tensor) else tensor).cpu()
 
-    ranks.together(lambda: _check_new(folder) if ranks.is_first else None)
-    beside = partial(companions, base=base_model, tokenizer=tokenizer, run_ids=dict)
-    _write(on_meta(state), read, adapter, folder, dtype, max_file_bytes, ranks, beside)
+    guard.run_on_all(lambda: _check_new(folder) if guard.is_first else None)
+    build_metadata = partial(export_metadata, base=base_model, tokenizer=tokenizer, run_ids=dict)
+    _write(to_meta(state), read, adapter, folder, dtype, max_file_bytes, guard, build_metadata)
 
 
 def export_hf(
@@ -66,17 +74,16 @@ def export_hf(
     tokenizer: Path | None = None,
     base_model: Path | None = None,
 ) -> None:
-    """Write the part "model" of a checkpoint as a folder that `transformers` loads, without the model.
+    """Export the part "model" of a checkpoint to a new folder that `transformers` can load, without building the model.
 
-    The adapter is that of the saved config, `config["model"].hf_adapter()`, unless one is given. The base model is the
-    one that the run began with (its copy beside the checkpoints, or `initial_load_path`), unless one is given; for a
-    run that began without, ids of tokens are those of its tokenizer, `config["tokenizer"].build()`. The rest is as in
-    `save_hf`.
+    `adapter` defaults to that of the saved config, `config["model"].hf_adapter()`. `base_model` defaults to the one
+    that initialized the run (its copy beside the checkpoints, or `initial_load_path`); if there was none, the token ids
+    are those of the run's tokenizer, `config["tokenizer"].build()`. The other arguments are those of `save_hf`.
 
     Raises:
-        BrokenCheckpoint: when the checkpoint is not whole.
-        CheckpointError: when it has no model or no config, the adapter refuses it, the folder is there already, or the
-            base model or the tokenizer of the run is gone.
+        BrokenCheckpoint: if the checkpoint is not valid.
+        CheckpointError: if it has no model or no config, the adapter rejects it, `folder` exists, or the base model or
+            the tokenizer of the run is missing.
     """
     check_whole(checkpoint)
     config = read_config(checkpoint)
@@ -84,8 +91,10 @@ def export_hf(
         adapter = _saved_adapter(checkpoint, config)
     if base_model is None:
         base_model = _saved_base(checkpoint, config)
-    beside = partial(companions, base=base_model, tokenizer=tokenizer, run_ids=partial(ids_of_saved, config))
-    export_checkpoint(checkpoint, folder, dtype, adapter, beside, max_file_bytes)
+    build_metadata = partial(
+        export_metadata, base=base_model, tokenizer=tokenizer, run_ids=partial(token_ids_of_saved_config, config)
+    )
+    export_checkpoint(checkpoint, folder, dtype, adapter, build_metadata, max_file_bytes)
 
 
 def export_checkpoint(
@@ -93,10 +102,10 @@ def export_checkpoint(
     folder: Path,
     dtype: torch.dtype | None,
     adapter: HFAdapter,
-    beside: Callable[[Mapping[str, Any]], Companions],
+    build_metadata: Callable[[Mapping[str, Any]], ExportMetadata],
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write the model of a checkpoint that was found whole; `beside` makes what goes with its `config.json`."""
+    """Export the model of a verified checkpoint; `build_metadata` returns the other files for its `config.json`."""
     _check_new(folder)
     with TensorReader(checkpoint) as reader:
         prefix = "model."
@@ -109,7 +118,7 @@ def export_checkpoint(
         def read(name: str) -> Tensor:
             return reader.read(prefix + name)
 
-        _write(state, read, adapter, folder, dtype, max_file_bytes, CollectiveGuard(alone=True), beside)
+        _write(state, read, adapter, folder, dtype, max_file_bytes, CollectiveGuard(alone=True), build_metadata)
 
 
 def _write(
@@ -119,43 +128,43 @@ def _write(
     folder: Path,
     dtype: torch.dtype | None,
     max_file_bytes: int,
-    ranks: CollectiveGuard,
-    beside: Callable[[Mapping[str, Any]], Companions],
+    guard: CollectiveGuard,
+    build_metadata: Callable[[Mapping[str, Any]], ExportMetadata],
 ) -> None:
-    all_pieces = asked(adapter.mappings)
-    check_complete(all_pieces, state)
-    mappings = {mapping.hf_names[0]: mapping for mapping in all_pieces if mapping.hf_names}
-    stand_ins = {
+    all_mappings = call_adapter(adapter.mappings)
+    check_complete(all_mappings, state)
+    mappings = {mapping.hf_names[0]: mapping for mapping in all_mappings if mapping.hf_names}
+    meta_tensors = {
         key: tensor.to(_rounded(mapping, tensor.dtype, dtype))
         for key, mapping in mappings.items()
-        for tensor in [asked(mapping.to_hf, parts_of(mapping, state))]
+        for tensor in [call_adapter(mapping.to_hf, select_weights(mapping, state))]
     }
-    kept = _Kept(read)
+    cache = _WeightCache(read)
 
     def read_hf(key: str) -> Tensor:
-        own = kept.only({name for name, _ in mappings[key].own})
-        return mappings[key].to_hf(parts_of(mappings[key], own)).to(stand_ins[key].dtype)
+        weights = cache.get({name for name, _ in mappings[key].own})
+        return mappings[key].to_hf(select_weights(mappings[key], weights)).to(meta_tensors[key].dtype)
 
-    weights = [tensor.dtype for key, tensor in stand_ins.items() if not mappings[key].keeps_dtype]
-    floats = (each for each in weights if each.is_floating_point)
+    dtypes = [tensor.dtype for key, tensor in meta_tensors.items() if not mappings[key].keeps_dtype]
+    floats = (each for each in dtypes if each.is_floating_point)
     widest = max(floats, key=lambda each: each.itemsize, default=torch.float32)
     config = {**adapter.hf_config(), "dtype": str(widest).removeprefix("torch.")}
-    made = ranks.together(lambda: beside(config) if ranks.is_first else None)
-    write_folder(folder, stand_ins, read_hf, made, max_file_bytes, ranks)
+    metadata = guard.run_on_all(lambda: build_metadata(config) if guard.is_first else None)
+    write_folder(folder, meta_tensors, read_hf, metadata, max_file_bytes, guard)
 
 
-class _Kept:
-    """Reads weights, and keeps those that the mapping before needed too: the matrices of a stack come one by one."""
+class _WeightCache:
+    """Reads weights, and caches those that the previous mapping needed: matrices of a stack are exported one by one."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         self._read = read
-        self._kept: dict[str, Tensor] = {}
+        self._cached: dict[str, Tensor] = {}
 
-    def only(self, names: set[str]) -> Mapping[str, Tensor]:
-        self._kept = {name: tensor for name, tensor in self._kept.items() if name in names}
-        for name in sorted(names - self._kept.keys()):
-            self._kept[name] = self._read(name)
-        return self._kept
+    def get(self, names: set[str]) -> Mapping[str, Tensor]:
+        self._cached = {name: tensor for name, tensor in self._cached.items() if name in names}
+        for name in sorted(names - self._cached.keys()):
+            self._cached[name] = self._read(name)
+        return self._cached
 
 
 def _rounded(mapping: WeightMapping, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -163,32 +172,29 @@ def _rounded(mapping: WeightMapping, dtype: torch.dtype, wanted: torch.dtype | N
 
 
 def _check_new(folder: Path) -> None:
-    local_path(folder, "The folder to export to")
+    local_path(folder, "The export folder")
     if folder.exists():
-        raise CheckpointError(
-            f"Got {folder} to export to, which is there already. An export is a new folder. Give another name."
-        )
+        raise CheckpointError(f"The export folder must not exist, got {folder}.")
 
 
 def _saved_adapter(checkpoint: Path, config: Any) -> HFAdapter:
     if config is None:
         raise CheckpointError(
-            f"Got {checkpoint}, which was saved without a config. The adapter is found through it. Give export_hf an "
-            f"adapter."
+            f"{checkpoint} must contain a config with the model's adapter, got none. Pass adapter= to export_hf."
         )
     try:
         return from_dict(config["model"]).hf_adapter()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"The config of {checkpoint} must name a model that has an adapter, got {error!s:.600} Give export_hf an "
-            f"adapter."
+            f"The config of {checkpoint} must contain a model with an adapter, got {error!s:.600} Pass adapter= to "
+            "export_hf."
         ) from error
 
 
 def _saved_base(checkpoint: Path, config: Any) -> Path | None:
-    """The base model of the run: as it was copied beside the checkpoints, or where the run found it."""
-    if (kept := checkpoint.parent / BASE_MODEL).is_dir():
-        return kept
+    """Return the base model of the run: its copy beside the checkpoints, or the folder that initialized the run."""
+    if (copied := checkpoint.parent / BASE_MODEL).is_dir():
+        return copied
     settings = config.get("checkpoint") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or settings.get("initial_load_in_hf") is not True:
         return None
@@ -196,7 +202,7 @@ def _saved_base(checkpoint: Path, config: Any) -> Path | None:
     folder = Path(path["$path"]) if isinstance(path, dict) and isinstance(path.get("$path"), str) else None
     if folder is None or not folder.exists():
         raise CheckpointError(
-            f"The base model of the run must be there for its token ids and generation settings, got neither {kept} "
-            f"nor {folder}. Give --base-model (base_model=) with that folder."
+            f"The base model of the run must exist for its token ids and generation settings, got neither {copied} nor "
+            f"{folder}. Set --base-model (base_model=) to that folder."
         )
     return folder

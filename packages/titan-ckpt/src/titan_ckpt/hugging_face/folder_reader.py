@@ -1,4 +1,4 @@
-"""A folder of Hugging Face weights, as it is read."""
+"""Reader of a folder of Hugging Face weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from titan_ckpt.errors import CheckpointError, listed
+from titan_ckpt.errors import CheckpointError, join_names
 from titan_ckpt.format.safetensors_reader import MappedFile
-from titan_ckpt.format.strict_json import is_there, read_json
+from titan_ckpt.format.strict_json import read_json, regular_file_exists
 from titan_ckpt.hugging_face.adapter import WeightMapping
 from titan_ckpt.hugging_face.weight_files import INDEX, folder_of, weight_files
 from titan_ckpt.paths import local_path
@@ -21,20 +21,20 @@ CONFIG = "config.json"
 
 
 class HFReader:
-    """The tensors of the safetensors files in a folder, and its `config.json` (None: there is none).
+    """The tensors of the safetensors files in a folder, and its `config.json` (None if absent); a context manager.
 
-    Where there is an index, its files are the folder's. A file in place of the folder says which of two sets of weights
-    to take: an index, or a safetensors file. A context manager that keeps the files open.
+    If the folder has an index, only the files in the index are read. `path` may also be a file that selects one of two
+    sets of weights: an index, or a safetensors file.
 
     Raises:
-        CheckpointError: when there are none or two sets, one is not whole, or the index names tensors that they do not
-            have.
+        CheckpointError: if there is no set of weights or more than one, a file is incomplete, or a file lacks tensors
+            that the index assigns to it.
     """
 
     def __init__(self, path: Path) -> None:
         path = local_path(path, "The folder of Hugging Face weights")
         config = folder_of(path) / CONFIG
-        self.config: dict[str, Any] | None = read_json(config) if is_there(config) else None
+        self.config: dict[str, Any] | None = read_json(config) if regular_file_exists(config) else None
         files, known = weight_files(path)
         self._stand_ins: dict[str, Tensor] = {}
         self._file_of: dict[str, MappedFile] = {}
@@ -44,13 +44,13 @@ class HFReader:
             self._stack = opened.pop_all()
 
     def _add(self, path: Path, file: MappedFile, known: Mapping[str, str]) -> None:
-        found = file.stand_ins()
+        found = file.meta_tensors()
         absent = [key for key, name in known.items() if name == path.name and key not in found]
         if absent or found.keys() & self._file_of.keys():
             raise CheckpointError(
-                f"A file must hold the tensors that {INDEX} names for it, once, got {path}, which lacks "
-                f"{listed(absent) or 'none'} and repeats "
-                f"{listed(sorted(found.keys() & self._file_of.keys())) or 'none'} of other files. Download or export "
+                f"{path} must contain the tensors that {INDEX} assigns to it, and none of other files, got "
+                f"{join_names(absent) or 'none'} missing and "
+                f"{join_names(sorted(found.keys() & self._file_of.keys())) or 'none'} duplicated. Download or export "
                 "the folder again."
             )
         self._stand_ins |= found
@@ -64,10 +64,10 @@ class HFReader:
     ) -> None:
         self._stack.close()
 
-    def stand_ins(self) -> dict[str, Tensor]:
-        """All tensors on the meta device: their names, shapes and types."""
+    def meta_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors on the meta device: names, shapes and dtypes."""
         return self._stand_ins
 
     def read(self, mapping: WeightMapping) -> list[Tensor]:
-        """The tensors of a mapping, of which that is read which is looked at."""
+        """Return the tensors of a mapping; only accessed values are read from the files."""
         return [self._file_of[key].tensor(key) for key in mapping.hf_names]

@@ -1,1 +1,1 @@
-"""Loading: find, compare, read."""
+"""Loading: find and verify a checkpoint, check compatibility, read tensors."""

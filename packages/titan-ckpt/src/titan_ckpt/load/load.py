@@ -1,4 +1,4 @@
-"""One load: the newest whole checkpoint is found, compared, and only then read."""
+"""Find the newest valid checkpoint, check compatibility, read it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from titan_ckpt.checkpoint_folder import CheckpointFolder
 from titan_ckpt.collective_guard import CollectiveGuard
-from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, UnknownFormat, listed
+from titan_ckpt.errors import BrokenCheckpoint, CheckpointError, UnknownFormat, join_names
 from titan_ckpt.format.chunks import Chunk, local_chunks
-from titan_ckpt.format.finite import not_finite
+from titan_ckpt.format.finite import find_nonfinite
 from titan_ckpt.format.index import Index, read_index
 from titan_ckpt.format.manifest import Manifest, read_manifest
 from titan_ckpt.format.readers import TensorReader, read_config, read_values
 from titan_ckpt.format.state_tree import Part, join, split_parts
-from titan_ckpt.format.verify import files_of_tensors, find_contradictions, find_damage, find_other_tensors
-from titan_ckpt.load.compatibility import check_parts, describe_config, describe_misfit, raise_misfit
+from titan_ckpt.format.verify import find_damage, find_inconsistencies, find_tensor_mismatches, tensor_files
+from titan_ckpt.load.compatibility import check_parts, describe_config, describe_mismatch, raise_mismatch
 from titan_ckpt.torch_parts import OptimizerPart, to_parts
 
 logger = logging.getLogger(__name__)
@@ -28,178 +28,180 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Skipped:
-    """A checkpoint that was not loaded, and why."""
+    """A broken checkpoint that was not loaded, and the reason."""
 
     folder: Path
     reason: str
 
 
-def find_newest_whole(
-    checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard, least: int = 0
+def find_newest_valid(
+    checkpoint_folder: CheckpointFolder, guard: CollectiveGuard, min_step: int = 0
 ) -> tuple[int | None, list[Skipped]]:
-    """Return the step of the newest whole checkpoint from step `least` on, and the broken ones that are newer.
+    """Return the step of the newest valid checkpoint at or after `min_step`, and the broken checkpoints newer than it.
+
+    The step is None if there are no checkpoints.
 
     Raises:
-        UnknownFormat: at the first whose format this version does not read: it is no damage.
-        CheckpointError: when there are checkpoints, and all are broken: to begin anew is for a person to decide. When
+        UnknownFormat: if a newer checkpoint has a format that this version cannot read, which is not damage.
+        CheckpointError: if there are checkpoints and all are broken, since only the user can decide to start over; if
             the disk fails.
     """
     skipped: list[Skipped] = []
-    for step in reversed(ranks.first(checkpoint_folder.steps)):
-        if step < least:
+    for step in reversed(guard.run_on_first(checkpoint_folder.steps)):
+        if step < min_step:
             break
-        damage = damage_of(checkpoint_folder.path(step), ranks)
+        damage = describe_damage(checkpoint_folder.step_path(step), guard)
         if not damage:
             return step, skipped
-        skipped.append(Skipped(checkpoint_folder.path(step), damage))
-        if ranks.is_first:
-            logger.warning("Passing over %s: %s.", checkpoint_folder.path(step), damage)
+        skipped.append(Skipped(checkpoint_folder.step_path(step), damage))
+        if guard.is_first:
+            logger.warning("Skipping %s: %s.", checkpoint_folder.step_path(step), damage)
     if skipped:
         reasons = "\n".join(f"  {broken.folder.name}: {broken.reason}" for broken in skipped)
         raise CheckpointError(
-            f"Got {len(skipped)} checkpoints in {checkpoint_folder.folder}, all of them broken:\n{reasons}\nA run goes on "
-            f"from a whole one. Restore one, or move them away to begin anew."
+            f"At least one checkpoint in {checkpoint_folder.path} must be valid, got {len(skipped)}, all broken:\n"
+            f"{reasons}\nRestore one of them, or move all of them away to start over."
         )
     return None, []
 
 
-def find_asked(
-    checkpoint_folder: CheckpointFolder, ranks: CollectiveGuard, load_step: int
+def find_requested(
+    checkpoint_folder: CheckpointFolder, guard: CollectiveGuard, load_step: int
 ) -> tuple[int, list[Skipped]]:
-    """Return `load_step`, whose files are whole.
+    """Return `load_step`, after verifying the files of its checkpoint, and an empty list of skipped checkpoints.
 
     Raises:
-        BrokenCheckpoint: when it is not whole, or not there.
-        CheckpointError: when the disk fails.
+        BrokenCheckpoint: if the checkpoint is broken or absent.
+        CheckpointError: if the disk fails.
     """
-    damage = damage_of(checkpoint_folder.path(load_step), ranks)
+    damage = describe_damage(checkpoint_folder.step_path(load_step), guard)
     if damage:
         raise BrokenCheckpoint(
-            f"load_step must name a whole checkpoint, got {load_step}: {damage}. Choose one of "
-            f"{ranks.first(checkpoint_folder.steps)}, or leave load_step out."
+            f"load_step must be the step of a valid checkpoint, got {load_step}: {damage}. Choose one of "
+            f"{guard.run_on_first(checkpoint_folder.steps)}, or do not set load_step."
         )
     return load_step, []
 
 
-def was_followed(checkpoint_folder: CheckpointFolder, load_step: int) -> bool:
-    """Return whether the newest checkpoint after `load_step` was saved by a run with this same setting.
+def load_step_was_applied(checkpoint_folder: CheckpointFolder, load_step: int) -> bool:
+    """Return whether the newest checkpoint after `load_step` was saved by a run with the same `load_step`.
 
-    Such a run has gone back already; when it is started again by the same command, it goes on.
+    Such a run has already gone back; if it is restarted with the same command, it resumes.
 
     Raises:
-        UnknownFormat: when that checkpoint is of a format that this version does not read.
-        CheckpointError: when the disk fails.
+        UnknownFormat: if that checkpoint has a format that this version cannot read.
+        CheckpointError: if the disk fails.
     """
     for step in reversed(checkpoint_folder.steps()):
         if step <= load_step:
             return False
         try:
-            return _manifest_of(checkpoint_folder.path(step)).load_step == load_step
-        except UnknownFormat:  # what saved it may have gone back, so this run must not
+            return _read_manifest(checkpoint_folder.step_path(step)).load_step == load_step
+        except UnknownFormat:  # the run that saved it may have gone back already
             raise
         except BrokenCheckpoint:
             continue
     return False
 
 
-def damage_of(folder: Path, ranks: CollectiveGuard) -> str:
-    """Return what is wrong with a checkpoint (empty: it is whole), on all ranks; they share the checking.
+def describe_damage(folder: Path, guard: CollectiveGuard) -> str:
+    """Return the damage of a checkpoint, or an empty string if it is valid, on all ranks; the ranks share the work.
 
     Raises:
-        UnknownFormat: when it is of a format that this version does not read.
-        CheckpointError: when the disk fails.
+        UnknownFormat: if its format cannot be read by this version.
+        CheckpointError: if the disk fails.
     """
-    reason, manifest = ranks.first(lambda: _look(folder))
+    reason, manifest = guard.run_on_first(lambda: _check_metadata(folder))
     if manifest is None:
         return reason
     if reason:
         return reason
-    mine = files_of_tensors(manifest)[ranks.rank :: ranks.world_size]
+    mine = tensor_files(manifest)[guard.rank :: guard.world_size]
 
     def find_mine() -> list[str]:
-        return find_damage(folder, manifest, mine) or find_other_tensors(folder, read_index(folder), mine)
+        return find_damage(folder, manifest, mine) or find_tensor_mismatches(folder, read_index(folder), mine)
 
-    return "; ".join(damage for found in ranks.gather(ranks.together(find_mine)) for damage in found)
+    return "; ".join(damage for found in guard.all_gather(guard.run_on_all(find_mine)) for damage in found)
 
 
-def _look(folder: Path) -> tuple[str, Manifest | None]:
-    """What is wrong with all but the tensors, and the manifest where it can be read."""
+def _check_metadata(folder: Path) -> tuple[str, Manifest | None]:
+    """Return the damage of all files but the tensor files, and the manifest if it can be read."""
     try:
-        manifest = _manifest_of(folder)
+        manifest = _read_manifest(folder)
     except UnknownFormat:
         raise
     except BrokenCheckpoint as error:
         return str(error), None
-    others = sorted(manifest.files.keys() - set(files_of_tensors(manifest)))
-    return "; ".join(find_damage(folder, manifest, others) or find_contradictions(folder, manifest)), manifest
+    others = sorted(manifest.files.keys() - set(tensor_files(manifest)))
+    return "; ".join(find_damage(folder, manifest, others) or find_inconsistencies(folder, manifest)), manifest
 
 
-def _manifest_of(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint. Raises what `read_manifest` does, UnknownFormat with the way out."""
+def _read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint. Raises the errors of `read_manifest`; UnknownFormat states the fix."""
     try:
         return read_manifest(folder)
     except UnknownFormat as error:
         raise UnknownFormat(
-            f"{folder} must be of a format that is known here: {error}. Update titan-ckpt, or move the folder away to "
-            f"go on from an older checkpoint."
+            f"{folder} cannot be read: {error}. Update titan-ckpt, or move the folder away to resume from an older "
+            "checkpoint."
         ) from error
 
 
 def load_parts(
-    folder: Path, parts: Mapping[str, Part], ranks: CollectiveGuard, run_config: Any, exactly: bool = True
+    folder: Path, parts: Mapping[str, Part], guard: CollectiveGuard, run_config: Any, exactly: bool = True
 ) -> None:
-    """Load a checkpoint that was found whole into the parts: all is compared first, then all is loaded.
+    """Load a verified checkpoint into the parts, after checking that all of it fits.
 
-    Parts without tensors get their state first, so that one which refuses it does so before a weight is touched. With
-    `exactly=False` the checkpoint may have more parts than are asked for.
+    Parts without tensors are loaded first, so that a part that rejects its state does so before any weight changes.
+    With `exactly=False` the checkpoint may have more parts than requested.
 
     Raises:
-        CheckpointError: on every rank, when anything is missing, unexpected, or of another shape or type on any.
+        CheckpointError: on every rank, if a tensor on any rank is missing, unexpected, or of another shape or dtype.
     """
     parts = to_parts(parts)
-    with ranks.together(lambda: TensorReader(folder)) as reader:
-        values = ranks.together(lambda: read_values(folder))
-        ranks.together(
+    with guard.run_on_all(lambda: TensorReader(folder)) as reader:
+        values = guard.run_on_all(lambda: read_values(folder))
+        guard.run_on_all(
             lambda: check_parts(values if exactly else {k: v for k, v in values.items() if k in parts}, parts)
         )
-        ranks.together(lambda: _tell_stored(parts, reader.index, values))
-        tensors, _, states = ranks.together(lambda: split_parts(parts))
+        guard.run_on_all(lambda: _set_expected_state(parts, reader.index, values))
+        tensors, _, states = guard.run_on_all(lambda: split_parts(parts))
         chunks = local_chunks(tensors)
-        _check_fit(folder, reader, chunks, tensors, parts, ranks, run_config)
+        _check_compatibility(folder, reader, chunks, tensors, parts, guard, run_config)
         with_tensors = [name for name in parts if _has_tensors(name, tensors)]
         without = [name for name in parts if name not in with_tensors]
-        _hand_over(without, parts, states, values, tensors, ranks)
-        ranks.together(lambda: reader.fill(chunks.values()))
-        _report_not_finite(folder, chunks, ranks)
-        _hand_over(with_tensors, parts, states, values, tensors, ranks)
+        _load_states(without, parts, states, values, tensors, guard)
+        guard.run_on_all(lambda: reader.fill(chunks.values()))
+        _warn_nonfinite(folder, chunks, guard)
+        _load_states(with_tensors, parts, states, values, tensors, guard)
 
 
-def _check_fit(
+def _check_compatibility(
     folder: Path,
     reader: TensorReader,
     chunks: Mapping[str, Chunk],
     tensors: Mapping[str, Tensor],
     parts: Iterable[str],
-    ranks: CollectiveGuard,
+    guard: CollectiveGuard,
     run_config: Any,
 ) -> None:
-    names = set().union(*ranks.gather(set(tensors)))
+    names = set().union(*guard.all_gather(set(tensors)))
     index = {name: stored for name, stored in reader.index.items() if name.partition(".")[0] in set(parts)}
-    problems = describe_misfit(index, chunks, names)
-    found = list(dict.fromkeys(problem for mine in ranks.gather(problems) for problem in mine))
+    problems = describe_mismatch(index, chunks, names)
+    found = list(dict.fromkeys(problem for mine in guard.all_gather(problems) for problem in mine))
     if found:
-        raise_misfit(folder, found, describe_config(read_config(folder), run_config))
+        raise_mismatch(folder, found, describe_config(read_config(folder), run_config))
 
 
-def _report_not_finite(folder: Path, chunks: Mapping[str, Chunk], ranks: CollectiveGuard) -> None:
+def _warn_nonfinite(folder: Path, chunks: Mapping[str, Chunk], guard: CollectiveGuard) -> None:
     weights = {name: chunk.data for name, chunk in chunks.items() if name.startswith("model.")}
-    found = sorted(set().union(*ranks.gather(ranks.together(lambda: not_finite(weights)))))
-    if found and ranks.is_first:
-        logger.warning("%s has values that are not finite in %d tensors: %s.", folder, len(found), listed(found))
+    found = sorted(set().union(*guard.all_gather(guard.run_on_all(lambda: find_nonfinite(weights)))))
+    if found and guard.is_first:
+        logger.warning("%s has NaN or infinite values in %d tensors: %s.", folder, len(found), join_names(found))
 
 
-def _tell_stored(parts: Mapping[str, Part], index: Index, values: Mapping[str, Mapping[str, Any]]) -> None:
-    """Tell optimizers, which may not have made their state yet, what there is of it. Raises CheckpointError."""
+def _set_expected_state(parts: Mapping[str, Part], index: Index, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Pass the stored index to optimizers, whose state may not exist before the first step. Raises CheckpointError."""
     for name, part in parts.items():
         if isinstance(part, OptimizerPart):
             prefix = f"{name}."
@@ -211,24 +213,24 @@ def _has_tensors(part: str, tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith(f"{part}.") for name in tensors)
 
 
-def _hand_over(
+def _load_states(
     names: Iterable[str],
     parts: Mapping[str, Part],
     states: Mapping[str, Mapping[str, Any]],
     values: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    ranks: CollectiveGuard,
+    guard: CollectiveGuard,
 ) -> None:
     def load_all() -> None:
         for name in names:
             try:
                 parts[name].load_state_dict(join(states[name], values[name], tensors))
-            except ValueError:  # of which the part is the author, and a CheckpointError is one
+            except ValueError:  # raised by the part itself; includes CheckpointError
                 raise
             except Exception as error:
                 raise CheckpointError(
-                    f"The part {name!r} must take the state that was saved of it, got {type(error).__name__}: {error}. "
-                    f"Load it into the part that it was saved from."
+                    f"The part {name!r} must accept its saved state, got {type(error).__name__}: {error}. Load it "
+                    "into the part that it was saved from."
                 ) from error
 
-    ranks.together(load_all)
+    guard.run_on_all(load_all)

@@ -1,1 +1,1 @@
-"""Saving: staging, planning, writing, publishing."""
+"""Saving: staging, write plan, writing, publishing."""

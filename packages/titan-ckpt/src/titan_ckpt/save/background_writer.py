@@ -1,4 +1,4 @@
-"""The thread that writes while training goes on, and what a disk that fails means to the run."""
+"""The background thread that writes checkpoints, with retries and a limit on consecutive failures."""
 
 from __future__ import annotations
 
@@ -19,78 +19,82 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS, _PAUSE_S = 2, 1.0
 
 
-class Writer:
+class BackgroundWriter:
     """Writes one snapshot at a time; every method is a collective of all ranks.
 
-    A disk that fails is logged at once, and the snapshot is written once more. A save that failed twice is left out, up
-    to `max_failed_saves` in a row.
+    A failed write is logged at once and tried a second time. A save that failed twice is skipped, up to
+    `max_failed_saves` times in a row.
 
     Args:
-        ranks: over which the thread talks, so nobody else may until `settle` or `wait`.
-        yields: whether the thread leaves the processor to those that compute.
-        max_failed_saves: how many saves in a row may fail.
+        guard: used by the thread; no other code may use it until `finish_previous` or `wait` returns.
+        low_priority: run the thread at a lower priority than the training threads.
+        max_failed_saves: number of consecutive saves that may fail.
     """
 
-    def __init__(self, ranks: CollectiveGuard, yields: bool, max_failed_saves: int) -> None:
-        self._ranks = ranks
+    def __init__(self, guard: CollectiveGuard, low_priority: bool, max_failed_saves: int) -> None:
+        self._guard = guard
         self._max_failed_saves = max_failed_saves
         self._failed_saves = 0
-        self._thread = ThreadPoolExecutor(1, "titan-ckpt", _yield_to_training if yields else None)
+        self._thread = ThreadPoolExecutor(1, "titan-ckpt", _lower_priority if low_priority else None)
         self._pending: Future[None] | None = None
 
-    def submit(self, write: Callable[[Snapshot], None], then: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
-        """Begin to write a snapshot, and do `then` once it is published; the last one must be settled."""
-        self._pending = self._thread.submit(self._run, write, then, snapshot)
+    def submit(
+        self, write: Callable[[Snapshot], None], on_published: Callable[[Snapshot], None], snapshot: Snapshot
+    ) -> None:
+        """Start to write a snapshot; call `on_published` after it is published. Call `finish_previous` first."""
+        self._pending = self._thread.submit(self._run, write, on_published, snapshot)
 
     def wait(self) -> None:
         """Block until the snapshot is published.
 
         Raises:
-            CheckpointError: when that failed; it is said once.
+            CheckpointError: if that failed; raised once.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def settle(self, is_last: bool = False) -> None:
-        """Wait for the save before; go on without it where the disk failed. `is_last` tries another one in any case.
+    def finish_previous(self, is_last: bool = False) -> None:
+        """Wait for the previous save and tolerate its disk failure; `is_last` tolerates any number of failures.
 
         Raises:
-            CheckpointError: when it failed for another reason, or was one failure too many.
+            CheckpointError: if it failed for another reason than the disk, or was one failure too many.
         """
         try:
             self.wait()
         except SaveFailed as error:
             if not is_last and self._failed_saves >= self._max_failed_saves:
-                raise SaveFailed(f"{self._failed_saves} saves in a row failed, the last so: {error}") from error
+                raise SaveFailed(f"{self._failed_saves} consecutive saves failed, the last with: {error}") from error
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown()
 
-    def _run(self, write: Callable[[Snapshot], None], then: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
+    def _run(
+        self, write: Callable[[Snapshot], None], on_published: Callable[[Snapshot], None], snapshot: Snapshot
+    ) -> None:
         try:
             self._write(write, snapshot)
         except SaveFailed:
             self._failed_saves += 1
             raise
         self._failed_saves = 0
-        then(snapshot)
+        on_published(snapshot)
 
     def _write(self, write: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return write(snapshot)
             except SaveFailed as error:
-                if self._ranks.is_first:
+                if self._guard.is_first:
                     logger.error("Attempt %d of %d: %s", attempt, _ATTEMPTS, error)
                 if attempt == _ATTEMPTS:
                     raise
             time.sleep(_PAUSE_S)
 
 
-def _yield_to_training() -> None:
-    """Let this thread have what the threads that compute leave; Linux alone has priorities for threads."""
+def _lower_priority() -> None:
+    """Lower the priority of this thread below the training threads (only Linux has thread priorities)."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + 10)

@@ -1,4 +1,4 @@
-"""One save, from the copies in CPU memory to a published checkpoint."""
+"""One save: write the snapshots of all ranks, then publish the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from titan_ckpt.save.write_plan import WritePlan
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank brings to a save: its plan, what writes the plan's chunks as a file, and the values of its parts."""
+    """The state that a rank saves: its write plan, a function that writes the planned chunks, and JSON values."""
 
     step: int
     plan: WritePlan
@@ -27,7 +27,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _RankOutput:
     values: Mapping[str, Any]
     files: dict[str, FileRecord]
 
@@ -35,56 +35,57 @@ class _Written:
 def save(
     snapshot: Snapshot,
     checkpoint_folder: CheckpointFolder,
-    ranks: CollectiveGuard,
+    guard: CollectiveGuard,
     run_config: Any,
     load_step: int | None = None,
 ) -> None:
-    """Write a snapshot and publish it: a collective of all ranks.
+    """Write a snapshot and publish it as a checkpoint; a collective of all ranks.
 
     Raises:
-        SaveFailed: on every rank, when the disk failed on any. Nothing is published then, and its bytes are freed; if
-            only the flush of the new name failed, the checkpoint is there, and the next try flushes the name.
-        CheckpointError: on every rank, when there is another reason.
+        SaveFailed: on every rank, if the disk failed on any rank. Nothing is published, and the files of this attempt
+            are deleted. If only the flush of the new name failed, the checkpoint is published, and the next attempt
+            flushes the name.
+        CheckpointError: on every rank, for any other failure.
     """
     temporary: Path | None = None
     try:
-        if ranks.first(lambda: checkpoint_folder.flush_published(snapshot.step)):
+        if guard.run_on_first(lambda: checkpoint_folder.flush_published(snapshot.step)):
             return
-        temporary = folder = ranks.first(lambda: checkpoint_folder.begin(snapshot.step))
-        everything = ranks.gather_first(ranks.together(lambda: _write(folder, snapshot)))
-        ranks.first(lambda: _publish(folder, snapshot, everything, checkpoint_folder, run_config, load_step))
-    except Exception as error:  # of any kind, so that all ranks come to the next line
-        if ranks.any(isinstance(error, OSError)):
+        temporary = folder = guard.run_on_first(lambda: checkpoint_folder.begin_save(snapshot.step))
+        outputs = guard.gather_to_first(guard.run_on_all(lambda: _write(folder, snapshot)))
+        guard.run_on_first(lambda: _publish(folder, snapshot, outputs, checkpoint_folder, run_config, load_step))
+    except Exception as error:  # of any kind, so that all ranks reach the collective on the next line
+        if guard.any(isinstance(error, OSError)):
             raise SaveFailed(
-                f"The disk must take all of a save, got {error} at step {snapshot.step} in {checkpoint_folder.folder}. Free "
-                f"space; earlier checkpoints are whole."
+                f"Saving step {snapshot.step} to {checkpoint_folder.path} failed: {error}. Earlier checkpoints are "
+                "intact. Free disk space or fix the disk."
             ) from error
         raise
     finally:
-        if ranks.is_first and temporary is not None:
-            checkpoint_folder.end(temporary)
+        if guard.is_first and temporary is not None:
+            checkpoint_folder.end_save(temporary)
 
 
-def _write(folder: Path, snapshot: Snapshot) -> _Written:
+def _write(folder: Path, snapshot: Snapshot) -> _RankOutput:
     plan = snapshot.plan
-    return _Written(snapshot.values, {plan.file: snapshot.write_chunks(folder / plan.file)} if plan.mine else {})
+    return _RankOutput(snapshot.values, {plan.file: snapshot.write_chunks(folder / plan.file)} if plan.mine else {})
 
 
 def _publish(
     folder: Path,
     snapshot: Snapshot,
-    everything: Sequence[_Written],
+    outputs: Sequence[_RankOutput],
     checkpoint_folder: CheckpointFolder,
     run_config: Any,
     load_step: int | None,
 ) -> None:
-    """Write the files that are for all ranks, the manifest last, and give the folder its name."""
+    """Write the files shared by all ranks, the manifest last, and rename the folder to `step-N`."""
     step = snapshot.step
-    files = {name: record for written in everything for name, record in written.files.items()}
-    values = merge(written.values for written in everything)
+    files = {name: record for output in outputs for name, record in output.files.items()}
+    values = merge(output.values for output in outputs)
     files[INDEX] = write_blocks(folder / INDEX, [snapshot.plan.index])
     files[STATE] = write_json(folder / STATE, values)
     files[CONFIG] = write_json(folder / CONFIG, run_config)
     counters = [name for name, state in values.items() if type(state.get("step")) is int and state["step"] == step]
-    write_manifest(folder, Manifest(step, len(everything), installed_versions(), files, load_step, counters))
+    write_manifest(folder, Manifest(step, len(outputs), installed_versions(), files, load_step, counters))
     checkpoint_folder.publish(folder, step)

@@ -1,4 +1,4 @@
-"""The copy of this rank's tensors from which a thread writes while training goes on."""
+"""A copy of this rank's tensors in CPU memory, which a thread writes while training continues."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ from torch import Tensor
 
 from titan_ckpt.format.durable_files import FileRecord
 from titan_ckpt.format.safetensors_writer import layout_of
-from titan_ckpt.save.direct_io import whole_pages, write_pages
+from titan_ckpt.save.direct_io import allocate_pages, write_pages
 
 
 class Staging:
-    """The content of a safetensors file in CPU memory that is kept: `copy` fills it, `write` makes the file.
+    """A buffer in CPU memory with the content of a safetensors file: `copy` fills it, `write` writes the file.
 
-    Copies from an accelerator are queued on its current stream behind the work that makes the values and before
-    whatever changes them next, so the caller goes on at once and only the thread that writes waits for them.
+    The buffer is reused for later saves. Copies from an accelerator are queued on its current stream, after the kernels
+    that produce the values and before those that change them next. The caller therefore continues at once, and only the
+    writing thread waits for the copies.
     """
 
     def __init__(self) -> None:
-        self._held: object = None
+        self._signature: object = None
         self._pages = torch.empty(0, dtype=torch.uint8)
         self._size = 0
-        self._places: dict[str, Tensor] = {}
-        self._arrived: list[torch.Event] = []
+        self._views: dict[str, Tensor] = {}
+        self._copy_events: list[torch.Event] = []
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values that the tensors have now; the last `write` must have ended."""
-        held = {key: (tensor.dtype, tensor.shape, tensor.device) for key, tensor in tensors.items()}
-        if held != self._held:
+        """Copy the current values of the tensors; the last `write` must have returned."""
+        signature = {key: (tensor.dtype, tensor.shape, tensor.device) for key, tensor in tensors.items()}
+        if signature != self._signature:
             self._lay_out(tensors)
-            self._held = held
+            self._signature = signature
         for key, tensor in tensors.items():
-            self._places[key].copy_(tensor, non_blocking=True)
-        self._arrived = [
+            self._views[key].copy_(tensor, non_blocking=True)
+        self._copy_events = [
             torch.accelerator.current_stream(device).record_event()
             for device in {tensor.device for tensor in tensors.values()}
             if device.type != "cpu"
         ]
 
     def write(self, path: Path) -> FileRecord:
-        """Write what was copied as a new safetensors file, once all of it has arrived; returns its record.
+        """Write the copied tensors as a new safetensors file, once all copies have completed; return its record.
 
         Raises:
-            FileExistsError: when there is a file of that name.
+            FileExistsError: if a file of that name exists.
         """
-        for event in self._arrived:
+        for event in self._copy_events:
             event.synchronize()
         content = self._pages.numpy().data
         write_pages(path, content, self._size)
@@ -56,11 +57,13 @@ class Staging:
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
         layout = layout_of(tensors)
-        self._held, self._places, self._pages = None, {}, torch.empty(0, dtype=torch.uint8)  # frees the old first
-        self._pages = whole_pages(layout.size, pinned=any(tensor.device.type != "cpu" for tensor in tensors.values()))
+        # Free the old buffer before the new one is allocated.
+        self._signature, self._views, self._pages = None, {}, torch.empty(0, dtype=torch.uint8)
+        is_pinned = any(tensor.device.type != "cpu" for tensor in tensors.values())
+        self._pages = allocate_pages(layout.size, is_pinned)
         self._size = layout.size
         self._pages[: len(layout.header)] = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        self._places = {
+        self._views = {
             key: self._pages[start : start + tensors[key].nbytes].view(tensors[key].dtype).view(tensors[key].shape)
             for key, start in layout.starts.items()
         }

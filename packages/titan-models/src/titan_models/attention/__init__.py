@@ -1,1 +1,1 @@
-"""Attention: projections, masks and kernels."""
+"""Attention layers, masks and kernels."""

@@ -1,4 +1,4 @@
-"""What every attention of a block offers: one of grouped queries, of latents, or of your own."""
+"""The interface of attention layers, and the inputs that all blocks share: rotary positions and masks."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from titan_models.layers.layer import Layer
 from titan_models.layers.roles import Roles
 
 
-class Places(NamedTuple):
-    """Where the tokens of a forward stand. B batch, T tokens, K features that rotate."""
+class RotaryPositions(NamedTuple):
+    """The positions of the tokens, with the rotations that follow. B batch, T tokens, K rotary features of a head."""
 
     positions: Tensor
-    """[B, T] integers, which restart with each document."""
+    """[B, T] integers; they restart with each document."""
 
     cos: Tensor
-    """[B, T, 1, K/2], from `Rope`."""
+    """[B, T, 1, K/2], returned by `Rope`."""
 
     sin: Tensor
-    """[B, T, 1, K/2], from `Rope`."""
+    """[B, T, 1, K/2], returned by `Rope`."""
 
     softmax_factor: float = 1.0
-    """From `Rope`, for attentions whose softmax scale is multiplied by it."""
+    """Attribute of `Rope`: the factor of the softmax scale, for attention that applies it."""
 
 
 class Attention(Layer, abc.ABC):
-    """Self-attention of a block; built with `dim`, the width of the stream."""
+    """The self-attention of a block; built with `dim`, the width of the hidden states."""
 
     class Config(Layer.Config):
         num_heads: int
-        """Query heads."""
+        """Number of query heads."""
 
         mask_modifiers: list[MaskModifier.Config] = []
-        """What a query does not see of its own document's past: none, or all keys that any of these leaves out."""
+        """Restrictions of the causal mask, such as `SlidingWindow`: a query sees the keys that all of them keep."""
 
         core: AttentionCore.Config = Sdpa.Config()
-        """The kernel."""
+        """The attention kernel."""
 
         @abc.abstractmethod
         def rotated_dim(self) -> int | None:
-            """Features of a head that `Rope` rotates; None: there are none."""
+            """Return the number of features of a head that `Rope` rotates. None: no rotary positions."""
 
     def __init__(self, config: Config) -> None:
-        """Call it from your own, after that of `nn.Module`."""
+        """Build the core and the mask modifiers. Subclasses call it after `nn.Module.__init__`."""
         self.core: AttentionCore = config.core.build()
-        self.mask_modifiers: tuple[MaskModifier, ...] = tuple(limit.build() for limit in config.mask_modifiers)
-        self.mask_kind = repr((config.core, config.mask_modifiers))
-        """Layers in which it is the same share a built_mask mask."""
+        self.mask_modifiers: tuple[MaskModifier, ...] = tuple(modifier.build() for modifier in config.mask_modifiers)
+        self.mask_key = repr((config.core, config.mask_modifiers))
+        """Layers with the same key share one built mask."""
 
     @abc.abstractmethod
-    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
-        """`[B, T, D] -> [B, T, D]`; `mask` is what `core.build_mask` made of it."""
+    def forward(self, x_BTD: Tensor, rotary: RotaryPositions, mask: Any) -> Tensor:
+        """Map hidden states `[B, T, D]` to `[B, T, D]`; `mask` is the output of `core.build_mask`."""
 
     @abc.abstractmethod
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.layers.roles`."""
+        """Return the role of each module; see `titan_models.layers.roles`."""
 
 
-class Masks:
-    """What cores make of the masks of one forward: the layers that see the same share one."""
+class MaskCache:
+    """The masks of one forward, built once for all layers with equal `mask_key`."""
 
     def __init__(self, positions: Tensor, documents: Tensor | None) -> None:
-        """Both `[B, T]`; see `Mask.causal`."""
+        """Keep `positions` and `documents`, both `[B, T]`; see `Mask.causal`."""
         self._positions, self._documents = positions, documents
-        self._built_mask: dict[str, Any] = {}
+        self._built_masks: dict[str, Any] = {}
 
-    def of(self, attention: Attention) -> Any:
-        """The mask of a layer, as its core wants it."""
-        if attention.mask_kind not in self._built_mask:
+    def get(self, attention: Attention) -> Any:
+        """Return the mask of a layer, built by its core."""
+        if attention.mask_key not in self._built_masks:
             mask = Mask.causal(self._positions, self._documents, attention.mask_modifiers)
-            self._built_mask[attention.mask_kind] = attention.core.build_mask(mask)
-        return self._built_mask[attention.mask_kind]
+            self._built_masks[attention.mask_key] = attention.core.build_mask(mask)
+        return self._built_masks[attention.mask_key]

@@ -1,4 +1,4 @@
-"""Grouped-query attention."""
+"""Grouped-query attention (GQA)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from titan_models.attention.base import Attention, Places
+from titan_models.attention.base import Attention, RotaryPositions
 from titan_models.attention.temperature import Temperature
 from titan_models.initialization.initializers import Initializer
 from titan_models.layers.flops import Flops
@@ -18,36 +18,36 @@ from titan_models.layers.rope import rotate, rotate_neighbors
 
 
 class GroupedQueryAttention(Attention):
-    """Grouped-query self-attention (Ainslie et al., 2023), with rotary positions or without.
+    """Grouped-query self-attention (Ainslie et al., 2023), with or without rotary positions.
 
-    B batch, T tokens, D width, H query heads, G key-value heads, K features of a head. The number of heads is nowhere
-    in the forward: a rank may hold some of them.
+    B batch, T tokens, D width, H query heads, G key-value heads, K features of a head. The forward does not use the
+    number of heads, so that a tensor-parallel rank may hold some of the heads.
     """
 
     class Config(Attention.Config):
         num_kv_heads: int
-        """Key-value heads; each serves num_heads / num_kv_heads query heads."""
+        """Number of key-value heads; each is shared by num_heads / num_kv_heads query heads."""
 
         head_dim: int
-        """Features of a head."""
+        """Number of features of a head."""
 
         input: Linear.Config = Linear.Config()
-        """The projections to queries, keys and values."""
+        """The query, key and value projections."""
 
         output: Linear.Config = Linear.Config()
-        """The projection back."""
+        """The output projection."""
 
         qk_norm: RMSNorm.Config | None = None
-        """Of queries and keys, head by head, before they rotate; a gain for each of the two. None: there is none."""
+        """The norm of each head of queries and keys (QK norm), before rotation. None: no norm."""
 
         sink_init: Initializer.Config | None = None
-        """How sinks are drawn: a learned score in each head of one key more, without a value. None: there are none."""
+        """The initializer of attention sinks, a learned logit of each head for a key with value 0. None: no sinks."""
 
         rotation: Literal["halves", "neighbors"] | None = "halves"
-        """Which features of a head rotate together: i with i + K/2, or 2i with 2i + 1. None: positions rotate none."""
+        """Pairs of rotary features: i and i + K/2 (halves) or 2i and 2i + 1 (neighbors). None: no rotation (NoPE)."""
 
         temperature: Temperature.Config | None = None
-        """How queries grow with their positions. None: they do not."""
+        """The scaling of queries by position. None: no scaling."""
 
         def rotated_dim(self) -> int | None:
             return None if self.rotation is None else self.head_dim
@@ -55,9 +55,8 @@ class GroupedQueryAttention(Attention):
         def validate(self) -> None:
             if min(self.num_heads, self.num_kv_heads, self.head_dim) < 1 or self.num_heads % self.num_kv_heads:
                 raise ValueError(
-                    f"Got {self.num_heads} heads, {self.num_kv_heads} key-value heads and head_dim {self.head_dim}. "
-                    "Each key-value head serves as many heads as any other. Set num_heads to a multiple of "
-                    "num_kv_heads, all above 0."
+                    "num_heads must be a multiple of num_kv_heads, and both and head_dim at least 1, got num_heads "
+                    f"{self.num_heads}, num_kv_heads {self.num_kv_heads} and head_dim {self.head_dim}."
                 )
 
     def __init__(self, config: Config, *, dim: int) -> None:
@@ -76,22 +75,22 @@ class GroupedQueryAttention(Attention):
         self.sinks = None if config.sink_init is None else new_parameter(config.num_heads)
         self.temperature: Temperature | None = None if config.temperature is None else config.temperature.build()
 
-    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: RotaryPositions, mask: Any) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = self._rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), places)
-        k_BTGK = self._rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), places)
+        q_BTHK = self._rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), rotary)
+        k_BTGK = self._rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), rotary)
         v_BTGK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         if self.temperature is not None:
-            q_BTHK = self.temperature(q_BTHK, places.positions)
+            q_BTHK = self.temperature(q_BTHK, rotary.positions)
         sinks = () if self.sinks is None else (self.sinks,)
         output_BTHK = self.core(q_BTHK, k_BTGK, v_BTGK, mask, self.scale, *sinks)
         return self.o_proj(output_BTHK.flatten(2))
 
-    def _rotate(self, x: Tensor, places: Places) -> Tensor:
+    def _rotate(self, x: Tensor, rotary: RotaryPositions) -> Tensor:
         if self.config.rotation is None:
             return x
-        together = rotate if self.config.rotation == "halves" else rotate_neighbors
-        return together(x, places.cos, places.sin)
+        apply = rotate if self.config.rotation == "halves" else rotate_neighbors
+        return apply(x, rotary.cos, rotary.sin)
 
     def initializers(self) -> dict[str, Initializer]:
         return {} if self.config.sink_init is None else {"sinks": self.config.sink_init.build()}
@@ -101,7 +100,7 @@ class GroupedQueryAttention(Attention):
         return Flops(full=full, causal=full // 2)
 
     def roles(self) -> Roles:
-        """The norms of heads are in no role: whole on every rank of a region, which holds some of the heads."""
+        """Return the roles. The QK norms have none: they are replicated on each rank of a region, over its heads."""
         kv_heads = {"num_heads": self.config.num_kv_heads}
         return {
             "": "region",

@@ -1,4 +1,4 @@
-"""Multi-head latent attention."""
+"""Multi-head latent attention (MLA)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_models.attention.base import Attention, Places
+from titan_models.attention.base import Attention, RotaryPositions
 from titan_models.layers.flops import Flops
 from titan_models.layers.linear import Linear
 from titan_models.layers.rms_norm import RMSNorm
@@ -16,40 +16,40 @@ from titan_models.layers.rope import rotate_neighbors
 
 
 class MultiHeadLatentAttention(Attention):
-    """Self-attention whose keys and values come from one narrow latent of each token (DeepSeek-AI, 2024).
+    """Self-attention whose keys and values are projected from one narrow latent of each token (DeepSeek-AI, 2024).
 
-    Queries and keys have features that rotate and features that do not; those of keys that rotate are the same for all
-    heads. The softmax scale is multiplied by the factor of rope's scaling. The projections into latents, and the norms
-    of these, are whole on every rank of a region; the projections out of them are split by heads.
+    Queries and keys have rotary and non-rotary features; all heads share the rotary features of the keys. The softmax
+    scale is multiplied by `softmax_factor` of the RoPE scaling. Tensor parallelism replicates the down projections to
+    latents and the norms of latents, and shards the up projections by heads.
 
-    B batch, T tokens, D width, H heads, N features that do not rotate, R that do, K = N + R, V features of a value,
+    B batch, T tokens, D width, H heads, N non-rotary features, R rotary features, K = N + R, V features of a value,
     C features of the latent.
     """
 
     class Config(Attention.Config):
         head_dim: int
-        """Features of queries and keys, in a head, that do not rotate."""
+        """Number of non-rotary features of queries and keys in a head (qk_nope_head_dim)."""
 
         rotated_head_dim: int
-        """Features of queries and keys, in a head, that do."""
+        """Number of rotary features of queries and keys in a head (qk_rope_head_dim)."""
 
         value_head_dim: int
-        """Features of a value."""
+        """Number of features of a value in a head (v_head_dim)."""
 
         kv_rank: int
-        """Width of the latent that keys and values are made of."""
+        """Width of the latent of keys and values (kv_lora_rank)."""
 
         q_rank: int | None = None
-        """Width of the latent that queries are made of. None: they are made of the stream."""
+        """Width of the latent of queries (q_lora_rank). None: queries are projected from the hidden states."""
 
         latent_norm: RMSNorm.Config = RMSNorm.Config()
-        """Of the latents."""
+        """The norm of the latents."""
 
         input: Linear.Config = Linear.Config()
-        """The projections to latents, and of them to queries, keys and values."""
+        """The down projections to latents and the up projections to queries, keys and values."""
 
         output: Linear.Config = Linear.Config()
-        """The projection back."""
+        """The output projection."""
 
         def rotated_dim(self) -> int:
             return self.rotated_head_dim
@@ -58,7 +58,7 @@ class MultiHeadLatentAttention(Attention):
             for name in ("num_heads", "head_dim", "rotated_head_dim", "value_head_dim", "kv_rank", "q_rank"):
                 value = getattr(self, name)
                 if value is not None and value < 1:
-                    raise ValueError(f"Got {name} {value}. Attention has some of it. Set it to 1 or more.")
+                    raise ValueError(f"{name} must be at least 1, got {value}.")
 
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)
@@ -85,23 +85,23 @@ class MultiHeadLatentAttention(Attention):
             in_features=config.num_heads * config.value_head_dim, out_features=dim
         )
 
-    def forward(self, x_BTD: Tensor, places: Places, mask: Any) -> Tensor:
-        q_BTHK = self._queries(x_BTD, places)
-        k_BTHK, v_BTHV = self._keys_and_values(x_BTD, places)
-        output_BTHV = self.core(q_BTHK, k_BTHK, v_BTHV, mask, self.scale * places.softmax_factor)
+    def forward(self, x_BTD: Tensor, rotary: RotaryPositions, mask: Any) -> Tensor:
+        q_BTHK = self._queries(x_BTD, rotary)
+        k_BTHK, v_BTHV = self._keys_and_values(x_BTD, rotary)
+        output_BTHV = self.core(q_BTHK, k_BTHK, v_BTHV, mask, self.scale * rotary.softmax_factor)
         return self.o_proj(output_BTHV.flatten(2))
 
-    def _queries(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def _queries(self, x_BTD: Tensor, rotary: RotaryPositions) -> Tensor:
         q_BTHK = self.q_proj(self.q_norm(self.q_down_proj(x_BTD))).unflatten(-1, (-1, self.qk_head_dim))
         q_BTHN, q_BTHR = q_BTHK.split([self.config.head_dim, self.config.rotated_head_dim], -1)
-        return torch.cat((q_BTHN, rotate_neighbors(q_BTHR, places.cos, places.sin)), -1)
+        return torch.cat((q_BTHN, rotate_neighbors(q_BTHR, rotary.cos, rotary.sin)), -1)
 
-    def _keys_and_values(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, x_BTD: Tensor, rotary: RotaryPositions) -> tuple[Tensor, Tensor]:
         c = self.config
         latent_BTC, k_BTR = self.kv_down_proj(x_BTD).split([c.kv_rank, c.rotated_head_dim], -1)
         kv_BTHX = self.kv_proj(self.kv_norm(latent_BTC)).unflatten(-1, (-1, c.head_dim + c.value_head_dim))
         k_BTHN, v_BTHV = kv_BTHX.split([c.head_dim, c.value_head_dim], -1)
-        k_BT1R = rotate_neighbors(k_BTR.unsqueeze(2), places.cos, places.sin)
+        k_BT1R = rotate_neighbors(k_BTR.unsqueeze(2), rotary.cos, rotary.sin)
         return torch.cat((k_BTHN, k_BT1R.expand(-1, -1, k_BTHN.shape[2], -1)), -1), v_BTHV
 
     def own_flops(self, seq_len: int) -> Flops:
@@ -109,8 +109,8 @@ class MultiHeadLatentAttention(Attention):
         return Flops(full=full, causal=full // 2)
 
     def roles(self) -> Roles:
-        """Latents are in no role: each rank of a region makes all of them, for the heads that it has."""
-        heads = {"num_heads": self.config.num_heads, "packed": 1}  # a head of one is as wide as it likes
+        """Return the roles. Latents have none: each rank of a region computes all of them, for its own heads."""
+        heads = {"num_heads": self.config.num_heads, "packed": 1}  # one matrix, head by head; head widths differ
         return {
             "": "region",
             "q_proj": ("colwise", heads),

@@ -1,4 +1,4 @@
-"""Which keys a query may see, described; attention cores build_mask the description in the form their kernel wants."""
+"""Descriptions of attention masks, from which each attention core builds the form that its kernel needs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 
 class MaskModifier(Configurable, abc.ABC):
-    """Leaves out some of what a causal mask shows: `SlidingWindow`, `Chunks`, or one of your own."""
+    """A restriction of a causal mask: `SlidingWindow`, `Chunks`, or a custom one."""
 
     @abc.abstractmethod
     def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Whether queries see keys: bool, of the shape that the arguments, integers, broadcast to.
+        """Return a bool tensor, True where a query sees a key, of the shape that the integer arguments broadcast to.
 
-        Keys never stand behind their queries, nor in other documents: those are left out already.
+        Future keys and keys of other documents are masked already; the result for them is ignored.
         """
 
 
 class SlidingWindow(MaskModifier):
-    """A query sees itself and the keys just before."""
+    """Sliding-window attention: a query sees the last `size` keys, its own included."""
 
     class Config(MaskModifier.Config):
         size: int
-        """Keys that a query sees."""
+        """Number of keys that a query sees, its own included."""
 
         def validate(self) -> None:
             if self.size < 1:
-                raise ValueError(f"Got size {self.size}. A window is of keys. Set it to 1 or more.")
+                raise ValueError(f"SlidingWindow size must be at least 1, got {self.size}.")
 
     def __init__(self, config: Config) -> None:
         self.size = config.size
@@ -39,15 +39,15 @@ class SlidingWindow(MaskModifier):
 
 
 class Chunks(MaskModifier):
-    """A query sees the keys of its own chunk."""
+    """Chunked attention: a query sees the keys of its own chunk."""
 
     class Config(MaskModifier.Config):
         size: int
-        """Positions in a chunk."""
+        """Number of positions in a chunk."""
 
         def validate(self) -> None:
             if self.size < 1:
-                raise ValueError(f"Got size {self.size}. A chunk is of positions. Set it to 1 or more.")
+                raise ValueError(f"Chunks size must be at least 1, got {self.size}.")
 
     def __init__(self, config: Config) -> None:
         self.size = config.size
@@ -58,50 +58,51 @@ class Chunks(MaskModifier):
 
 @dataclass(frozen=True)
 class Mask:
-    """A causal mask, and its intersections with documents and mask_modifiers.
+    """The description of a causal mask, restricted to documents and by mask modifiers.
 
-    Queries and keys are described apart, by their places in the sequence and the documents they belong to, so that
-    either may be any shard of it. B batch, T queries, S keys.
+    Queries and keys have separate positions and document ids, so that either may be any shard of the sequence.
+    B batch, T queries, S keys.
     """
 
     query_positions: Tensor
-    """[B, T] integers: a query sees keys up to its own position."""
+    """[B, T] integers; a query sees keys up to its own position."""
 
     key_positions: Tensor
     """[B, S] integers."""
 
     query_documents: Tensor | None = None
-    """[B, T] integers: a query sees keys of its own document. None: a row is one document."""
+    """[B, T] integers; a query sees keys of its own document. None: each sequence is one document."""
 
     key_documents: Tensor | None = None
-    """[B, S] integers; given when `query_documents` is."""
+    """[B, S] integers; required with `query_documents`."""
 
     mask_modifiers: tuple[MaskModifier, ...] = ()
-    """A query sees the keys that all of them leave."""
+    """A query sees the keys that all of them keep."""
 
     @staticmethod
     def causal(
         positions: Tensor, documents: Tensor | None = None, mask_modifiers: tuple[MaskModifier, ...] = ()
     ) -> Mask:
-        """The mask of tokens that attend to each other: `positions` and `documents` `[B, T]`.
+        """Return the mask of self-attention for `positions` and `documents`, both `[B, T]`.
 
-        Positions rise along a document; without documents they rise along the row.
+        Positions must increase within each document; without documents, within each sequence.
         """
         return Mask(positions, positions, documents, documents, mask_modifiers)
 
     def __post_init__(self) -> None:
         if (self.query_documents is None) != (self.key_documents is None):
             raise ValueError(
-                "Got documents of queries or of keys alone. They are compared with each other. Give both or neither."
+                "query_documents and key_documents must be given together, got "
+                f"{'query_documents' if self.key_documents is None else 'key_documents'} alone."
             )
 
     @property
     def only_causal(self) -> bool:
-        """Whether the queries are the keys, in order, and nothing but order mask_modifiers what they see."""
+        """Whether the mask is plainly causal: self-attention without documents and mask modifiers."""
         return self.query_positions is self.key_positions and self.query_documents is None and not self.mask_modifiers
 
     def visible(self) -> Tensor:
-        """[B, T, S] bool: whether a query sees a key."""
+        """Return the dense mask `[B, T, S]`: bool, True where a query sees a key."""
         queries, keys = (..., slice(None), None), (..., None, slice(None))
         query_documents = None if self.query_documents is None else self.query_documents[queries]
         key_documents = None if self.key_documents is None else self.key_documents[keys]
@@ -110,10 +111,10 @@ class Mask:
     def rule(
         self, query_position: Tensor, key_position: Tensor, query_document: Tensor | None, key_document: Tensor | None
     ) -> Tensor:
-        """Whether queries see keys: bool, of the shape that the arguments broadcast to. All masks are made of this."""
+        """Return a bool tensor, True where a query sees a key, of the shape that the arguments broadcast to."""
         visible = query_position >= key_position
         if query_document is not None:
             visible = visible & (query_document == key_document)
-        for limit in self.mask_modifiers:
-            visible = visible & limit.visible(query_position, key_position)
+        for modifier in self.mask_modifiers:
+            visible = visible & modifier.visible(query_position, key_position)
         return visible

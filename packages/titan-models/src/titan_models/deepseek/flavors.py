@@ -1,6 +1,6 @@
-"""The released sizes of DeepSeek, and two small ones for development. Each call makes a config of its own.
+"""Flavors of DeepSeek: the released sizes, and two small ones for development. Each call returns a new config.
 
-Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+Initial weights are distributed as in torchtitan 0.3.0 (see docs/concepts/initial_weights.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from titan_models.moe import BalancingBias, ExpertGroups, MoE, SwiGLUExperts, To
 
 
 def deepseek_debug() -> DeepSeek.Config:
-    """A V2 of 33 million parameters, 8 experts, with a vocabulary of 2048: trains on a laptop."""
+    """A V2 of 33 million parameters, 8 experts, with a vocabulary of 2048, for a laptop."""
     return _deepseek(
         vocab_size=2048,
         dim=256,
@@ -36,7 +36,7 @@ def deepseek_debug() -> DeepSeek.Config:
 
 
 def deepseek_v3_debug() -> DeepSeek.Config:
-    """A V3 of 8 million parameters, 8 experts in 4 groups, with a vocabulary of 2048: trains on a laptop."""
+    """A V3 of 8 million parameters, 8 experts in 4 groups, with a vocabulary of 2048, for a laptop."""
     return _deepseek(
         vocab_size=2048,
         dim=256,
@@ -54,13 +54,13 @@ def deepseek_v3_debug() -> DeepSeek.Config:
             groups=ExpertGroups.Config(num_groups=4, num_kept=2, score="sum of best two"),
             renormalize=True,
             scale=2.5,
-            balancing=BalancingBias.Config(rate=0.01),  # for runs of some dozens of steps
+            balancing=BalancingBias.Config(rate=0.01),  # for runs of a few dozen steps
         ),
     )
 
 
 def deepseek_v2_lite_16b() -> DeepSeek.Config:
-    """DeepSeek-V2-Lite: 64 experts, 6 of them and two shared for each token."""
+    """DeepSeek-V2-Lite: 64 experts, 6 and two shared ones per token."""
     return _deepseek(
         dim=2048,
         num_layers=27,
@@ -74,7 +74,7 @@ def deepseek_v2_lite_16b() -> DeepSeek.Config:
 
 
 def deepseek_v2_236b() -> DeepSeek.Config:
-    """DeepSeek-V2: 160 experts, 6 of them, from 3 of 8 groups, and two shared for each token."""
+    """DeepSeek-V2: 160 experts, 6 (from 3 of 8 groups) and two shared ones per token."""
     return _deepseek(
         dim=5120,
         num_layers=60,
@@ -92,7 +92,7 @@ def deepseek_v2_236b() -> DeepSeek.Config:
 
 
 def deepseek_v3_671b() -> DeepSeek.Config:
-    """DeepSeek-V3: 256 experts, 8 of them, from 4 of 8 groups, and a shared one for each token."""
+    """DeepSeek-V3: 256 experts, 8 (from 4 of 8 groups) and one shared one per token."""
     return _deepseek(
         vocab_size=129_280,
         dim=7168,

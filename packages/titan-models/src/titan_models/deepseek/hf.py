@@ -1,4 +1,4 @@
-"""DeepSeek as transformers' `DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM` name it."""
+"""The Hugging Face adapter of DeepSeek (`DeepseekV2ForCausalLM`, `DeepseekV3ForCausalLM`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from titan_models.attention.base import Attention
 from titan_models.attention.latent_attention import MultiHeadLatentAttention
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
-from titan_models.hugging_face.config_reading import LEFT_OUT, heads_left_out
+from titan_models.hugging_face.config_reading import COMMON_DEFAULTS, head_defaults
 from titan_models.hugging_face.decoder import (
+    CANNOT_CONVERT,
     DENSE_RULES,
     SPLIT_EXPERTS_RULES,
     decoder_adapter,
@@ -41,29 +42,30 @@ _SHARED_RULES: Rules = {
 _V3_RULES: Rules = {
     "layers.*.feed_forward.router.balancing.bias": "model.layers.*.mlp.gate.e_score_correction_bias",
 }
-_V2_LEFT_OUT = {
-    **{**LEFT_OUT, **heads_left_out(32), "topk_method": "greedy", "n_group": None, "topk_group": None},
+_V2_DEFAULTS = {
+    **{**COMMON_DEFAULTS, **head_defaults(32), "topk_method": "greedy", "n_group": None, "topk_group": None},
     **{"num_experts_per_tok": None, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
 }
-_V3_LEFT_OUT = {
-    **{**LEFT_OUT, **heads_left_out(128, 128), "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
+_V3_DEFAULTS = {
+    **{**COMMON_DEFAULTS, **head_defaults(128, 128), "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
     **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
 }
 
 
 def hf_adapter(config: Decoder.Config, *, mtp: bool) -> HfAdapter:
-    """The adapter of a model. Raises ValueError for a model that transformers' classes cannot be."""
+    """Return the adapter of a model. Raises ValueError for a config that the transformers class does not support."""
     refuse_mask_modifiers(config)
     feed_forwards = [block.feed_forward for block in config.blocks()]
-    moes = [part for part in feed_forwards if isinstance(part, MoE.Config)]
+    moes = [feed_forward for feed_forward in feed_forwards if isinstance(feed_forward, MoE.Config)]
     num_dense = len(feed_forwards) - len(moes)
-    if not moes or any(isinstance(part, MoE.Config) for part in feed_forwards[:num_dense]):
+    if not moes or any(isinstance(feed_forward, MoE.Config) for feed_forward in feed_forwards[:num_dense]):
+        numbers = [number for number, feed_forward in enumerate(feed_forwards) if feed_forward in moes]
         raise ValueError(
-            f"Got experts in {len(moes)} of {len(feed_forwards)} blocks, not in the last of them. In the family in "
-            "transformers some first blocks are dense, and all others have experts. Order them so to export the model."
+            f"{CANNOT_CONVERT}MoE layers must be in all blocks but the first ones, and in at least one, got them in "
+            f"blocks {numbers} of {len(feed_forwards)}."
         )
-    attention = same_in_all("attention", [_attention_fields(block.attention) for block in config.blocks()])
-    moe = same_in_all("mixtures of experts", [_moe_fields(part) for part in moes])
+    attention = same_in_all("attention settings", [_attention_fields(block.attention) for block in config.blocks()])
+    moe = same_in_all("MoE settings", [_moe_fields(feed_forward) for feed_forward in moes])
     hf_config = {
         **attention,
         **moe,
@@ -74,26 +76,26 @@ def hf_adapter(config: Decoder.Config, *, mtp: bool) -> HfAdapter:
     rules |= SPLIT_EXPERTS_RULES | _SHARED_RULES | (DENSE_RULES if num_dense else {})
     if hf_config["model_type"] == "deepseek_v2":
         _check_v2(config, attention["num_attention_heads"], mtp)
-        return decoder_adapter(config, hf_config, rules, left_out=_V2_LEFT_OUT)
+        return decoder_adapter(config, hf_config, rules, hf_defaults=_V2_DEFAULTS)
     rules |= _V3_RULES
     if mtp:
         return _with_mtp(config, hf_config, rules)
     ignored = (f"model.layers.{config.num_layers}.",)
-    return decoder_adapter(config, hf_config, rules, ignored=ignored, left_out=_V3_LEFT_OUT)
+    return decoder_adapter(config, hf_config, rules, ignored=ignored, hf_defaults=_V3_DEFAULTS)
 
 
 def _check_v2(config: Decoder.Config, num_heads: int, mtp: bool) -> None:
     refuse_uneven_heads(config, num_heads)
     if mtp:
         raise ValueError(
-            "Got a model of softmax scores that looks ahead. transformers' DeepseekV2ForCausalLM has no block for "
-            "that. Turn mtp off to export the model, or take the sigmoids of V3."
+            f"{CANNOT_CONVERT}DeepseekV2ForCausalLM (softmax routing) has no MTP layer, got mtp=True. Set mtp=False, "
+            "or use sigmoid routing (V3)."
         )
 
 
 def _with_mtp(config: Decoder.Config, hf_config: dict[str, Any], rules: Rules) -> HfAdapter:
-    """The released files hold the block that looks ahead as one layer more, with the embedding and the head again."""
-    own, theirs = f"layers.{config.num_layers}", f"model.layers.{config.num_layers}"
+    """Return the adapter with the MTP block, stored as an additional layer that repeats embedding and head."""
+    prefix, hf_prefix = f"layers.{config.num_layers}", f"model.layers.{config.num_layers}"
     names = {
         "token_norm": "enorm",
         "stream_norm": "hnorm",
@@ -103,28 +105,27 @@ def _with_mtp(config: Decoder.Config, hf_config: dict[str, Any], rules: Rules) -
     return decoder_adapter(
         config,
         hf_config | {"num_nextn_predict_layers": 1},
-        rules | {f"{own}.{name}.weight": f"{theirs}.{hf_name}.weight" for name, hf_name in names.items()},
+        rules | {f"{prefix}.{name}.weight": f"{hf_prefix}.{hf_name}.weight" for name, hf_name in names.items()},
         repeats={
-            f"{theirs}.embed_tokens.weight": "model.embed_tokens.weight",
-            f"{theirs}.shared_head.head.weight": "model.embed_tokens.weight"
+            f"{hf_prefix}.embed_tokens.weight": "model.embed_tokens.weight",
+            f"{hf_prefix}.shared_head.head.weight": "model.embed_tokens.weight"
             if config.head is None
             else "lm_head.weight",
         },
-        final_norm=f"{own}.final_norm",
-        left_out=_V3_LEFT_OUT,
+        final_norm=f"{prefix}.final_norm",
+        hf_defaults=_V3_DEFAULTS,
     )
 
 
 def _attention_fields(attention: Attention.Config) -> dict[str, Any]:
     if not isinstance(attention, MultiHeadLatentAttention.Config):
         raise ValueError(
-            f"Got a block with a {type(attention).__qualname__}. The family in transformers has "
-            "MultiHeadLatentAttention there. Make it one to export the model."
+            f"{CANNOT_CONVERT}attention must be MultiHeadLatentAttention, got {type(attention).__qualname__}."
         )
     if attention.latent_norm.eps != 1e-6:
         raise ValueError(
-            f"Got a latent_norm.eps of {attention.latent_norm.eps}. In the family in transformers it is 1e-6, whatever "
-            "the eps of other norms. Set it to that to export the model."
+            f"{CANNOT_CONVERT}latent_norm.eps must be 1e-6, whatever the eps of other norms, got "
+            f"{attention.latent_norm.eps}."
         )
     return {
         "num_attention_heads": attention.num_heads,
@@ -140,10 +141,10 @@ def _attention_fields(attention: Attention.Config) -> dict[str, Any]:
 
 def _moe_fields(moe: Any) -> dict[str, Any]:
     router, experts, shared = moe.router, moe.experts, moe.shared
-    if shared is None or not _is_deepseeks(moe):
+    if shared is None or not _is_supported(moe):
         raise ValueError(
-            f"Got {moe}. The family in transformers has SwiGLUExperts with SiluGating, chosen by a TopKRouter that "
-            "weighs their output, and some of the same width that all tokens share. Make it that to export the model."
+            f"{CANNOT_CONVERT}an MoE layer must have SwiGLUExperts with SiluGating and weighted output, a TopKRouter, "
+            f"and shared experts whose width is a multiple of that of an expert, got {moe}."
         )
     fields = _v2_fields(router) if router.score == "softmax" else _v3_fields(router)
     return {
@@ -159,20 +160,20 @@ def _moe_fields(moe: Any) -> dict[str, Any]:
     }
 
 
-def _is_deepseeks(moe: MoE.Config) -> bool:
+def _is_supported(moe: MoE.Config) -> bool:
     router, experts = moe.router, moe.experts
     if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
         return False
-    gated = moe.weighted == "output" and isinstance(experts.gating, SiluGating.Config)
-    return gated and moe.shared is not None and moe.shared.hidden_dim % experts.hidden_dim == 0
+    is_gated = moe.weighted == "output" and isinstance(experts.gating, SiluGating.Config)
+    return is_gated and moe.shared is not None and moe.shared.hidden_dim % experts.hidden_dim == 0
 
 
 def _v2_fields(router: TopKRouter.Config) -> dict[str, Any]:
     groups = router.groups
     if router.renormalize or router.balancing is not None or (groups is not None and groups.score != "best"):
         raise ValueError(
-            f"Got {router}. transformers' DeepseekV2ForCausalLM chooses by a softmax alone, in groups judged by their "
-            "best expert, and renormalizes nothing. Make it that to export the model, or take the sigmoids of V3."
+            f"{CANNOT_CONVERT}a router of DeepseekV2ForCausalLM (softmax routing) must have no renormalize, no "
+            f"balancing bias, and no groups or groups with score 'best', got {router}."
         )
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
@@ -189,8 +190,8 @@ def _v3_fields(router: TopKRouter.Config) -> dict[str, Any]:
     groups = router.groups or ExpertGroups.Config(num_groups=1, num_kept=1, score="sum of best two")
     if router.balancing is None or groups.score != "sum of best two":
         raise ValueError(
-            f"Got {router}. transformers' DeepseekV3ForCausalLM chooses by sigmoids and a balancing bias, in groups "
-            "judged by the sum of their best two. Make it that to export the model."
+            f"{CANNOT_CONVERT}a router of DeepseekV3ForCausalLM (sigmoid routing) must have a balancing bias, and no "
+            f"groups or groups with score 'sum of best two', got {router}."
         )
     return {
         "architectures": ["DeepseekV3ForCausalLM"],

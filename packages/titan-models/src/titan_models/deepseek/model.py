@@ -1,4 +1,4 @@
-"""The DeepSeek family: the shared decoder with latent attention, and experts in all blocks but the first."""
+"""The DeepSeek family: the shared decoder with latent attention (MLA), and MoE layers in all but the first blocks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from titan_models.layers.tied import TiedEmbedding
 
 
 class DeepSeek(Decoder):
-    """Pre-norm blocks of `MultiHeadLatentAttention`, and SwiGLU or a mixture of experts with shared ones.
+    """Pre-norm blocks of `MultiHeadLatentAttention` with SwiGLU or with an MoE layer that has shared experts.
 
-    With `mtp` the last of `layers` is a `MultiTokenPredictionBlock`, and the model may be given the tokens that follow.
+    With `mtp` the last of `layers` is a `MultiTokenPredictionBlock`, and the forward accepts `next_tokens`.
     """
 
     class Config(Decoder.Config):
         max_seq_len: int = 163_840
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         mtp: bool = False
-        """One block more, alike, predicts the token after next in training: V3's multi-token prediction, of depth 1."""
+        """Multi-token prediction (MTP) of depth 1, as in V3: one more block, which predicts the token after next."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Renames the weights to and from those of `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM`."""
+            """Return the adapter to the weights of transformers' `DeepseekV2ForCausalLM` or `DeepseekV3ForCausalLM`."""
             return hf.hf_adapter(self, mtp=self.mtp)
 
     def __init__(self, config: Config) -> None:
@@ -37,12 +37,12 @@ class DeepSeek(Decoder):
         self.has_mtp = config.mtp
         if config.mtp:
             block = config.block
-            one_more = MultiTokenPredictionBlock.Config(
+            mtp_block = MultiTokenPredictionBlock.Config(
                 attention=block.attention, feed_forward=block.feed_forward, norm=block.norm
             )
             sizes = {"dim": config.dim, "vocab_size": config.vocab_size}
-            self.layers.append(one_more.build(final_norm=config.norm, **sizes))
-            self.norm: nn.Module = nn.Identity()  # the last block has it
+            self.layers.append(mtp_block.build(final_norm=config.norm, **sizes))
+            self.norm: nn.Module = nn.Identity()  # the MTP block applies it
             self.next_embedding: TiedEmbedding = TiedEmbedding.Config().build(embedding=self.embedding)
 
     def forward(
@@ -52,22 +52,23 @@ class DeepSeek(Decoder):
         document_ids: Tensor | None = None,
         next_tokens: Tensor | None = None,
     ) -> Tensor:
-        """As `Decoder`; with `next_tokens [B, T]`, the token that follows each, two logits of each: `[B, 2, T, V]`.
+        """Return logits as `Decoder.forward` does, or `[B, 2, T, V]` with `next_tokens [B, T]`.
 
-        The first are of the next token, the second of the one after it. Where nothing follows, any token will do.
+        `next_tokens` is the token after each of `tokens`; at the end of a document any token id is valid. The first
+        logits predict the next token, the second ones the token after next.
         """
         if next_tokens is None:
             return super().forward(tokens, positions, document_ids)
         if not self.has_mtp:
             raise ValueError(
-                "Got next_tokens for a model that does not look ahead. Its blocks know what they predict from. Set "
-                "mtp on the model, or take it from the loader."
+                "next_tokens must be None for a model without multi-token prediction (MTP), got a tensor. Set mtp=True "
+                "in the config of the model, or turn next tokens off in the data loader."
             )
-        x_BTD, places, masks = self.enter(tokens, positions, document_ids)
+        x_BTD, rotary, masks = self.enter(tokens, positions, document_ids)
         *stack, last = (cast(Block, layer) for layer in self.layers)
         for layer in stack:
-            x_BTD = layer(x_BTD, places, masks.of(layer.attention))
-        return self.head(last(x_BTD, places, masks.of(last.attention), self.next_embedding(next_tokens)))
+            x_BTD = layer(x_BTD, rotary, masks.get(layer.attention))
+        return self.head(last(x_BTD, rotary, masks.get(last.attention), self.next_embedding(next_tokens)))
 
     def roles(self) -> Roles:
         if not self.has_mtp:

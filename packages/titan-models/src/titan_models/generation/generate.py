@@ -1,4 +1,4 @@
-"""A model continues token ids."""
+"""Text generation from token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_models.model import Model
 from titan_models.training.eval_mode import in_eval_mode
 
 _PADDING = 1
-"""The document of what stands before shorter prompts; prompts are document 0."""
+"""The document id of the left padding of shorter prompts; the prompts have document id 0."""
 
 
 @torch.no_grad()
@@ -26,65 +26,67 @@ def generate(
     stop: Collection[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
-    """What `model` continues each prompt with: `max_new_tokens` ids, or fewer, the last of them from `stop`.
+    """Return the continuation of each prompt: `max_new_tokens` token ids, or fewer that end with a token of `stop`.
 
-    A `temperature` divides the logits before a token is drawn (None: the likeliest is taken), among the likeliest whose
-    probabilities add up to `top_p`. The same `seed` draws the same. Prompts may have different lengths: each is
-    continued as it would be alone. The model is in eval mode meanwhile; each module's own mode is restored.
+    With `temperature` None decoding is greedy. Otherwise each token is sampled from the softmax of logits /
+    `temperature`, among the most likely tokens whose probabilities add up to `top_p`; the same `seed` gives the same
+    tokens. Prompts may differ in length and do not affect each other. The model is in eval mode during generation;
+    afterwards the mode of each module is restored.
 
-    Raises ValueError for what cannot be continued so.
+    Raises ValueError for invalid arguments, a model on the meta device, and logits that are not finite.
     """
     _check_prompts(prompts, model.config.vocab_size, stop)
     _check_length(prompts, max_new_tokens, model.config.max_seq_len)
-    _check_choice(temperature, top_p)
+    _check_sampling(temperature, top_p)
     device = _device_of(model)
-    tokens, positions, documents = (each.to(device) for each in _left_padded(prompts))
-    cache = KVCache(model, rows=len(prompts), capacity=tokens.shape[1] + max_new_tokens - 1)
+    tokens, positions, documents = (tensor.to(device) for tensor in _left_pad(prompts))
+    cache = KVCache(model, batch_size=len(prompts), capacity=tokens.shape[1] + max_new_tokens - 1)
     generator = torch.Generator(device).manual_seed(seed)
     stops = torch.tensor([*stop], dtype=torch.int64, device=device)
-    chosen = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    generated = []
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with in_eval_mode(model):
         for _ in range(max_new_tokens):
             logits = cache.extend(tokens, positions, documents)[:, -1]
             tokens = _choose(logits, temperature, top_p, generator).unsqueeze(1)
             positions, documents = positions[:, -1:] + 1, documents[:, -1:]
-            chosen.append(tokens)
-            ended |= torch.isin(tokens.squeeze(1), stops)
-            if ended.all():
+            generated.append(tokens)
+            finished |= torch.isin(tokens.squeeze(1), stops)
+            if finished.all():
                 break
-    return [_up_to(stop, row) for row in torch.cat(chosen, 1).tolist()]
+    return [_truncate(ids, stop) for ids in torch.cat(generated, 1).tolist()]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and documents `[B, T]`: prompts end together, and padding is a document of its own."""
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, positions and document ids `[B, T]` of left-padded prompts; padding is a separate document."""
     length = max(map(len, prompts))
-    places = torch.arange(length)
+    indices = torch.arange(length)
     starts = torch.tensor([[length - len(prompt)] for prompt in prompts])
-    is_padding = places < starts
+    is_padding = indices < starts
     tokens = torch.tensor([[0] * (length - len(prompt)) + [*prompt] for prompt in prompts])
-    return tokens, torch.where(is_padding, places, places - starts), is_padding * _PADDING
+    return tokens, torch.where(is_padding, indices, indices - starts), is_padding * _PADDING
 
 
 def _choose(logits_BV: Tensor, temperature: float | None, top_p: float, generator: torch.Generator) -> Tensor:
-    """A token for each row, int64 `[B]`."""
+    """Return the next token of each sequence, int64 `[B]`."""
     if not logits_BV.isfinite().all():
         raise ValueError(
-            "Got logits that are not finite. A token is chosen by them. Initialize the model or load its weights, and "
-            "look at the run if they come from one."
+            "Logits must be finite to choose a token, got NaN or infinity. Check that the weights are initialized or "
+            "loaded, and that the training run did not diverge."
         )
     if temperature is None:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that a low temperature makes no infinity
+    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that a low temperature does not overflow
     sorted_BV, order_BV = (logits_BV / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    likelier_BV = sorted_BV.cumsum(-1) - sorted_BV
-    drawn_B1 = torch.multinomial(sorted_BV.masked_fill(likelier_BV >= top_p, 0), 1, generator=generator)
-    return order_BV.gather(1, drawn_B1).squeeze(1)
+    probability_before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    sampled_B1 = torch.multinomial(sorted_BV.masked_fill(probability_before_BV >= top_p, 0), 1, generator=generator)
+    return order_BV.gather(1, sampled_B1).squeeze(1)
 
 
-def _up_to(stop: Collection[int], tokens: list[int]) -> list[int]:
-    ends = [place + 1 for place, token in enumerate(tokens) if token in stop]
+def _truncate(tokens: list[int], stop: Collection[int]) -> list[int]:
+    """Return the tokens up to the first stop token, that one included."""
+    ends = [index + 1 for index, token in enumerate(tokens) if token in stop]
     return tokens[: ends[0]] if ends else tokens
 
 
@@ -92,8 +94,8 @@ def _device_of(model: nn.Module) -> torch.device:
     device = next(model.parameters()).device
     if device.type == "meta":
         raise ValueError(
-            "Got a model on the meta device. It needs weights to generate. Call model.to_empty(device=...), and load "
-            "them."
+            "The model must have weights to generate, got one on the meta device. Call model.to_empty(device=...) and "
+            "load the weights."
         )
     return device
 
@@ -101,38 +103,32 @@ def _device_of(model: nn.Module) -> torch.device:
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, stop: Collection[int]) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(
-            f"Got {len(prompts)} prompts of {[len(prompt) for prompt in prompts]} tokens. Each is continued, so it has "
-            "a first one. Give one or more prompts of one token or more, such as that which begins a document."
+            "There must be at least one prompt, each of at least one token (such as the BOS token), got prompts of "
+            f"{[len(prompt) for prompt in prompts]} tokens."
         )
-    for ids, what in [*((prompt, "prompt") for prompt in prompts), (stop, "stop")]:
+    for ids, argument in [*((prompt, "prompts") for prompt in prompts), (stop, "stop")]:
         if outside := [token for token in ids if not 0 <= token < vocab_size]:
             raise ValueError(
-                f"Got the token {outside[0]} in a {what}. This model's are 0 to {vocab_size - 1}. Take the tokenizer "
-                "that it was trained with."
+                f"Token ids must be 0 to {vocab_size - 1}, got {outside[0]} in {argument}. Use the tokenizer that the "
+                "model was trained with."
             )
 
 
 def _check_length(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
     longest = max(map(len, prompts))
     if max_new_tokens < 1:
-        raise ValueError(f"Got max_new_tokens {max_new_tokens}. There is something to generate. Set it to 1 or more.")
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if longest + max_new_tokens > max_seq_len:
         raise ValueError(
-            f"Got a prompt of {longest} tokens and max_new_tokens {max_new_tokens}. The model is meant for "
-            f"{max_seq_len} in all. Shorten the prompt, or set max_new_tokens to {max_seq_len - longest} or less."
+            f"Prompt length + max_new_tokens must be at most max_seq_len ({max_seq_len}), got {longest} + "
+            f"{max_new_tokens}."
         )
 
 
-def _check_choice(temperature: float | None, top_p: float) -> None:
+def _check_sampling(temperature: float | None, top_p: float) -> None:
     if temperature is not None and not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"Got temperature {temperature}. Logits are divided by it. Set it above 0, such as 0.8, or to None for the "
-            "likeliest token."
-        )
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}. For greedy decoding, use None.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"Got top_p {top_p}. It is a probability. Set it above 0, up to 1 for all tokens.")
+        raise ValueError(f"top_p must be > 0 and at most 1, got {top_p}.")
     if temperature is None and top_p != 1:
-        raise ValueError(
-            f"Got top_p {top_p} without a temperature. It is about drawing, and the likeliest token is taken. Set a "
-            "temperature, such as 1.0, or leave top_p out."
-        )
+        raise ValueError(f"top_p must be 1 without a temperature (greedy decoding), got {top_p}. Set temperature.")

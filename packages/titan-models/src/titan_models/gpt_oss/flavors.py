@@ -1,6 +1,6 @@
-"""The released sizes of GPT-OSS, and a small one for development. Each call makes a config of its own, to change.
+"""Flavors of GPT-OSS: the released sizes, and a small one for development. Each call returns a new config.
 
-Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+Initial weights are distributed as in torchtitan 0.3.0 (see docs/concepts/initial_weights.md).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from titan_models.moe import ClampedGating, MoE, SwiGLUExperts, TopKRouter
 
 
 def gpt_oss_debug() -> GptOss.Config:
-    """81 million parameters, 8 experts, 4 of them for each token, with a vocabulary of 2048: trains on a laptop."""
+    """81 million parameters, 8 experts, 4 per token, with a vocabulary of 2048, for a laptop."""
     return _gpt_oss(vocab_size=2048, dim=256, num_layers=4, num_experts=8)
 
 
 def gpt_oss_20b() -> GptOss.Config:
-    """GPT-OSS 20B: 32 experts, 4 of them for each token, 3.6 billion parameters."""
+    """GPT-OSS 20B: 32 experts, 4 per token, 3.6 billion active parameters."""
     return _gpt_oss(num_layers=24, num_experts=32)
 
 
 def gpt_oss_120b() -> GptOss.Config:
-    """GPT-OSS 120B: 128 experts, 4 of them for each token, 5.1 billion parameters."""
+    """GPT-OSS 120B: 128 experts, 4 per token, 5.1 billion active parameters."""
     return _gpt_oss(num_layers=36, num_experts=128)
 
 

@@ -1,4 +1,4 @@
-"""The GPT-OSS family: the shared decoder with sinks, windows in every second block, and biases all over."""
+"""The GPT-OSS family: the shared decoder with attention sinks, biases, and sliding windows in every second block."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from titan_models.hugging_face.adapter import HfAdapter
 
 
 class GptOss(Decoder):
-    """Pre-norm blocks of grouped-query attention with sinks, and mixtures of clamped SwiGLUs; positions by YaRN."""
+    """Pre-norm blocks of grouped-query attention with sinks and MoE layers of clamped SwiGLU experts; YaRN RoPE."""
 
     class Config(Decoder.Config):
         max_seq_len: int = 131_072
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Brings the weights to and from those of transformers' `GptOssForCausalLM`."""
+            """Return the adapter to the weights of transformers' `GptOssForCausalLM`."""
             return hf.hf_adapter(self)

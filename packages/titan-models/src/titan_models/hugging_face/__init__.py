@@ -1,1 +1,1 @@
-"""Weights to and from Hugging Face's files: names, layouts, quantized tensor_formats and configs, checked."""
+"""Conversion of weights to and from Hugging Face checkpoints: names, layouts, tensor formats and config checks."""

@@ -1,4 +1,4 @@
-"""Whether tensors are those of a model: their names, shapes, dtypes, and values that must be the same."""
+"""Checks of the names, shapes, dtypes and tied values of checkpoint tensors."""
 
 from __future__ import annotations
 
@@ -9,54 +9,57 @@ import torch
 from torch import Tensor
 
 from titan_models.hugging_face.rules import listed
-from titan_models.initialization.local_shard import local_part
+from titan_models.initialization.local_shard import local_shard
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], whose: str) -> None:
-    """Raise ValueError, naming keys, unless there are exactly these names and shapes."""
+def check_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise ValueError, with the keys, unless `found` has exactly the names and shapes of `shapes`."""
     missing, unexpected = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unexpected:
         raise ValueError(
-            f"Got a state that lacks {listed(missing)} and has {listed(unexpected)} besides. {whose} has "
-            f"{len(shapes)} tensors, all needed, and no others. Take the flavor that the weights belong to."
+            f"{what} must have exactly the {len(shapes)} tensors of this model, got missing: {listed(missing)}; "
+            f"unexpected: {listed(unexpected)}. Use the flavor that the weights belong to."
         )
     wrong = [name for name, shape in shapes.items() if found[name] != shape]
     if wrong:
-        told = [f"{name} {list(found[name])} instead of {list(shapes[name])}" for name in wrong]
-        raise ValueError(f"Got {listed(told)}. Shapes must agree. Take the flavor that the weights belong to.")
+        differences = [f"{name} {list(found[name])} instead of {list(shapes[name])}" for name in wrong]
+        raise ValueError(
+            f"{what} must have the shapes of this model, got {listed(differences)}. Use the flavor that the weights "
+            "belong to."
+        )
 
 
 def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise ValueError, naming keys, unless all have one floating dtype."""
+    """Raise ValueError, with the keys, unless all tensors have one floating-point dtype."""
     for common, _ in Counter(dtypes.values()).most_common(1):
         other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype != common]
         if other:
-            raise ValueError(f"Got {listed(other)} among {common}. Weights have one dtype. Cast them to one before.")
+            raise ValueError(f"All weights must have one dtype, got {listed(other)} besides {common}. Cast them first.")
         if not common.is_floating_point:
-            raise ValueError(f"Got weights of {common}. They are floating-point numbers. Dequantize them before.")
+            raise ValueError(f"Weights must have a floating-point dtype, got {common}. Dequantize them first.")
 
 
 def check_floats(dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise ValueError, naming keys, unless each holds floating-point numbers that need no factors."""
+    """Raise ValueError, with the keys, unless each dtype is a floating-point dtype without scales."""
     other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     if other:
         raise ValueError(
-            f"Weights of a checkpoint must be of {', '.join(map(str, _FLOATS))}, or quantized with factors beside "
-            f"them, got {listed(other)}."
+            f"Weights of a checkpoint must have dtype {', '.join(map(str, _FLOATS))}, or be quantized and stored with "
+            f"their scales, got {listed(other)}."
         )
 
 
 def check_same(names: Sequence[str], repeat: Tensor, original: Tensor) -> Tensor:
-    """The values that both have. Raises ValueError where they differ, as far as this rank has them.
+    """Return `original` after comparing `repeat` with it. Raises ValueError if the local values differ.
 
-    On the meta device there are no values to compare.
+    Tensors on the meta device have no values and are not compared.
     """
     if not _equal(repeat, original):
         raise ValueError(
-            f"Got {names[0]} with other values than {names[1]}. This model has one weight for both. Take the flavor "
-            "that does not tie them."
+            f"{names[0]} and {names[1]} must have the same values, since this model ties them, got different values. "
+            "Use a flavor that does not tie them."
         )
     return original
 
@@ -66,6 +69,6 @@ def _equal(first: Tensor, second: Tensor) -> bool:
         return False
     if first.is_meta or second.is_meta:
         return True
-    first, second = local_part(first)[0], local_part(second)[0]
+    first, second = local_shard(first)[0], local_shard(second)[0]
     wider = torch.promote_types(first.dtype, second.dtype)
     return first is second or torch.equal(first.to(wider), second.to(wider))

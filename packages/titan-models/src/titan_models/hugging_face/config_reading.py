@@ -1,4 +1,4 @@
-"""What transformers reads in a `config.json`: what it says, and what its class takes where it says nothing."""
+"""Read a `config.json` as transformers does, with its defaults for missing settings."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Settings = Mapping[str, Any]
-LeftOut = Mapping[str, Any]
-"""By setting, what a class of transformers takes where a `config.json` leaves it out.
+HfDefaults = Mapping[str, Any]
+"""Defaults of a transformers class for settings missing in `config.json`, by setting.
 
-A value; or a function of the settings, for one that follows from others, called whether it is left out or not. Sizes
-that the shapes of the weights decide need no entry.
+A default is a value, or a function of the settings for one that follows from others; a function is called even if the
+setting is present. Sizes that the weight shapes determine need no entry.
 """
 
 
-def read_config(stated: Settings, left_out: LeftOut, sizes: Settings) -> dict[str, Any]:
-    """The settings of a `config.json` and those that it leaves out, but for the rope, which is `read_rope`'s.
+def read_config(stated: Settings, hf_defaults: HfDefaults, sizes: Settings) -> dict[str, Any]:
+    """Return the settings of a `config.json` with defaults for missing ones, except RoPE (see `read_rope`).
 
-    `sizes` has the model's width and depth, for where it leaves out these. Raises ValueError for a number that other
-    settings follow from and that is none.
+    `sizes` are the settings of the model, used if the width or the depth is missing. Raises ValueError for a setting
+    that must be a number because others follow from it, and is none.
     """
     read = {**{key: sizes[key] for key in ("hidden_size", "num_hidden_layers") if key in sizes}, **stated}
-    for key, default in left_out.items():
+    for key, default in hf_defaults.items():
         if callable(default):
             read[key] = default(read)
         else:
@@ -31,17 +31,18 @@ def read_config(stated: Settings, left_out: LeftOut, sizes: Settings) -> dict[st
     return read
 
 
-def read_rope(stated: Settings, left_out: LeftOut) -> dict[str, Any]:
-    """What a `config.json` of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`) says of its rope, as 5 reads it.
+def read_rope(stated: Settings, hf_defaults: HfDefaults) -> dict[str, Any]:
+    """Return the RoPE settings of a `config.json` as transformers 5 reads them.
 
-    The former wins where both are there. Raises ValueError where one is no object.
+    They are in `rope_scaling` (transformers 4) or `rope_parameters` (5); the former takes precedence. Raises ValueError
+    if one of them is no JSON object.
     """
     parameters = mapping_in(stated, "rope_parameters")
     if parameters is None:
-        parameters = left_out.get("rope_parameters", {})
+        parameters = hf_defaults.get("rope_parameters", {})
     scaling = mapping_in(stated, "rope_scaling") or parameters
     rope = {
-        "rope_theta": stated.get("rope_theta", left_out.get("rope_theta", 10_000.0)),
+        "rope_theta": stated.get("rope_theta", hf_defaults.get("rope_theta", 10_000.0)),
         "rope_type": scaling.get("type", "default"),
         **{key: value for key, value in scaling.items() if key != "type"},
     }
@@ -54,26 +55,29 @@ def read_rope(stated: Settings, left_out: LeftOut) -> dict[str, Any]:
 
 
 def mapping_in(config: Settings, key: str) -> Settings | None:
-    """The object under `key`, None where there is none. Raises ValueError for anything else."""
+    """Return the JSON object under `key`, or None if missing or null. Raises ValueError for any other value."""
     value = config.get(key)
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"Got a config.json whose {key} is {value!r}. It is an object, or null. Download it again.")
+        raise ValueError(f"{key} of config.json must be a JSON object or null, got {value!r}. Download it again.")
     return value
 
 
 def count_in(config: Settings, key: str, default: int | None = None) -> int:
-    """The number under `key`. Raises ValueError unless it is a whole one from 1 to a million."""
+    """Return the number under `key`. Raises ValueError unless it is a whole number from 1 to a million."""
     value = config.get(key, default)
     if not isinstance(value, int) or not 1 <= value <= 1_000_000:
-        shown = f"one of {value.bit_length()} bits" if isinstance(value, int) and value > 1 else repr(value)
+        shown = f"a number of {value.bit_length()} bits" if isinstance(value, int) and value > 1 else repr(value)
         raise ValueError(f"{key} of config.json must be a whole number from 1 to a million, got {shown}.")
     return value
 
 
-def heads_left_out(
+def head_defaults(
     num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None
 ) -> dict[str, int | Callable[[Settings], Any]]:
-    """What is taken for heads: None for those of keys and values is as many as of queries, for their width the rest."""
+    """Return the defaults of settings of attention heads.
+
+    None for `num_kv_heads`: as many as query heads. None for `head_dim`: hidden_size / num_attention_heads.
+    """
 
     def read_kv_heads(config: Settings) -> Any:
         return config.get("num_key_value_heads", num_kv_heads) or config["num_attention_heads"]
@@ -85,5 +89,5 @@ def heads_left_out(
     return {"num_attention_heads": num_heads, "num_key_value_heads": read_kv_heads, "head_dim": read_head_dim}
 
 
-LEFT_OUT = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-"""By most families that followed Llama."""
+COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+"""Defaults of most classes that are derived from Llama in transformers."""

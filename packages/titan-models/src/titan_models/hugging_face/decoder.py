@@ -1,4 +1,4 @@
-"""The decoder in the layout that Hugging Face gave to Llama, and to the many models that follow it."""
+"""The adapter of decoders in the Hugging Face layout of Llama, which most families share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from titan_config import traverse
 from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter, NestedCheckpoint
-from titan_models.hugging_face.config_reading import LeftOut
+from titan_models.hugging_face.config_reading import HfDefaults
 from titan_models.hugging_face.rules import Rules
 from titan_models.layers.feed_forward import FeedForward
 from titan_models.layers.rms_norm import RMSNorm
@@ -27,14 +27,14 @@ GROUPED_QUERY_RULES: Rules = {
     "layers.*.attention.v_proj.weight": "model.layers.*.self_attn.v_proj.weight",
     "layers.*.attention.o_proj.weight": "model.layers.*.self_attn.o_proj.weight",
 }
-"""Names of the `GroupedQueryAttention` of a block."""
+"""Rules for the `GroupedQueryAttention` of a block."""
 
 DENSE_RULES: Rules = {
     "layers.*.feed_forward.gate_proj.weight": "model.layers.*.mlp.gate_proj.weight",
     "layers.*.feed_forward.up_proj.weight": "model.layers.*.mlp.up_proj.weight",
     "layers.*.feed_forward.down_proj.weight": "model.layers.*.mlp.down_proj.weight",
 }
-"""Names of the SwiGLU of a block, if a block has one."""
+"""Rules for the `SwiGLU` of a block."""
 
 SPLIT_EXPERTS_RULES: Rules = {
     "layers.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
@@ -42,7 +42,10 @@ SPLIT_EXPERTS_RULES: Rules = {
     "layers.*.feed_forward.experts.up_proj.weight": "model.layers.*.mlp.experts.#.up_proj.weight",
     "layers.*.feed_forward.experts.down_proj.weight": "model.layers.*.mlp.experts.#.down_proj.weight",
 }
-"""Names of a router and SwiGLU experts, of which each matrix is a tensor of its own."""
+"""Rules for a router and `SwiGLUExperts` of which each matrix is a separate tensor."""
+
+CANNOT_CONVERT = "Cannot convert to Hugging Face format: "
+"""The beginning of errors about models that the family in transformers does not support."""
 
 _HEAD: Rules = {"head.weight": "lm_head.weight"}
 _REPEATS = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -56,14 +59,12 @@ def decoder_adapter(
     repeats: Mapping[str, str] | None = None,
     final_norm: str = "norm",
     nested: NestedCheckpoint | None = None,
-    left_out: LeftOut | None = None,
+    hf_defaults: HfDefaults | None = None,
 ) -> HfAdapter:
-    """The adapter of a decoder: `hf_config` and `rules` are what its family has besides what all have.
+    """Return the adapter of a decoder; `hf_config` and `rules` add those of the family to the common ones.
 
-    `ignored`, `repeats`, `nested` and `left_out` are those of `HfAdapter`; `final_norm` is the name of the norm before
-    the head.
-
-    Raises ValueError, naming it, for what `config` has and the family in transformers cannot have.
+    `ignored`, `repeats`, `nested` and `hf_defaults` are those of `HfAdapter`; `final_norm` is the name of the norm
+    before the head. Raises ValueError for a setting of `config` that the family in transformers does not support.
     """
     tied = config.head is None
     return HfAdapter(
@@ -73,51 +74,47 @@ def decoder_adapter(
         config={**_hf_config(config), **hf_config},
         ignored=ignored,
         nested=nested,
-        left_out=left_out,
+        hf_defaults=hf_defaults,
     )
 
 
 def same_in_all(name: str, values: list[Any]) -> Any:
-    """The one value that all blocks or norms have. Raises ValueError where they differ."""
+    """Return the value that all blocks or norms have in common. Raises ValueError if they differ."""
     if any(value != values[0] for value in values):
-        raise ValueError(
-            f"Got blocks or norms with different {name}: {values}. The family in transformers has one for all. "
-            "Make them equal to export the model."
-        )
+        raise ValueError(f"{CANNOT_CONVERT}all blocks or norms must have the same {name}, got {values}.")
     return values[0]
 
 
 def dense_hidden_dim(feed_forwards: list[FeedForward.Config]) -> int:
-    """The width of all these layers. Raises ValueError unless each is a SwiGLU, and they are alike."""
+    """Return the width of all these layers. Raises ValueError unless each is a `SwiGLU` of the same width."""
     hidden_dims = []
     for feed_forward in feed_forwards:
         if not isinstance(feed_forward, SwiGLU.Config):
             raise ValueError(
-                f"Got a block with a {type(feed_forward).__qualname__}. The family in transformers has SwiGLU there. "
-                "Make it one to export the model."
+                f"{CANNOT_CONVERT}the feed-forward layer must be a SwiGLU, got {type(feed_forward).__qualname__}."
             )
         hidden_dims.append(feed_forward.hidden_dim)
     return same_in_all("hidden_dim", hidden_dims)
 
 
 def grouped_query_fields(config: Decoder.Config) -> dict[str, Any]:
-    """What a `config.json` says of grouped queries. Raises ValueError unless all blocks have them, plain and alike.
+    """Return the `config.json` settings of grouped-query attention, except those of mask modifiers.
 
-    It says nothing of mask_modifiers: a family that has some in transformers says which.
+    Raises ValueError unless all blocks have equal `GroupedQueryAttention` without extensions.
     """
     for attention in grouped_queries(config):
-        gainless = attention.qk_norm is not None and attention.qk_norm.weight_init is None
-        if attention.rotation != "halves" or attention.temperature is not None or gainless:
+        without_weight = attention.qk_norm is not None and attention.qk_norm.weight_init is None
+        if attention.rotation != "halves" or attention.temperature is not None or without_weight:
             raise ValueError(
-                f"Got attention with rotation {attention.rotation!r}, temperature {attention.temperature} and qk_norm "
-                f"{attention.qk_norm}. The family in transformers rotates halves, has no temperature, and no norm "
-                "without a gain. Make it so to export the model."
+                f"{CANNOT_CONVERT}attention must have rotation 'halves', no temperature, and no qk_norm without a "
+                f"weight, got rotation {attention.rotation!r}, temperature {attention.temperature} and qk_norm "
+                f"{attention.qk_norm}."
             )
     return head_fields(config)
 
 
 def head_fields(config: Decoder.Config) -> dict[str, Any]:
-    """What a `config.json` says of heads. Raises ValueError unless all blocks have grouped queries, as many each."""
+    """Return the `config.json` settings of heads. Raises ValueError unless they are the same in all blocks."""
     fields = {
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_kv_heads",
@@ -130,50 +127,48 @@ def head_fields(config: Decoder.Config) -> dict[str, Any]:
 
 
 def grouped_queries(config: Decoder.Config) -> list[GroupedQueryAttention.Config]:
-    """The attention of each block. Raises ValueError unless it is that."""
+    """Return the attention config of each block. Raises ValueError unless all are `GroupedQueryAttention`."""
     attentions = []
     for block in config.blocks():
         if not isinstance(block.attention, GroupedQueryAttention.Config):
             raise ValueError(
-                f"Got a block with a {type(block.attention).__qualname__}. The family in transformers has "
-                "GroupedQueryAttention there. Make it one to export the model."
+                f"{CANNOT_CONVERT}attention must be GroupedQueryAttention, got {type(block.attention).__qualname__}."
             )
         attentions.append(block.attention)
     return attentions
 
 
 def refuse_mask_modifiers(config: Decoder.Config) -> None:
-    """Raise ValueError for a model whose queries do not see all of their past."""
+    """Raise ValueError for a model with mask modifiers."""
     if any(block.attention.mask_modifiers for block in config.blocks()):
         raise ValueError(
-            "Got attention with mask_modifiers. In the family in transformers every query sees all of its document's past. "
-            "Remove them to export the model."
+            f"{CANNOT_CONVERT}attention must have no mask_modifiers, since this family in transformers has full causal "
+            "attention, got some."
         )
 
 
 def refuse_uneven_heads(config: Decoder.Config, num_heads: int) -> None:
-    """Raise ValueError for a width that transformers' class refuses, though it has a head_dim of its own."""
+    """Raise ValueError for a width that is no multiple of the number of heads, which the transformers class rejects."""
     if config.dim % num_heads:
         raise ValueError(
-            f"Got dim {config.dim} with {num_heads} heads. The family in transformers has a width that is a multiple "
-            "of their number, whatever their own. Make it one to export the model."
+            f"{CANNOT_CONVERT}dim must be a multiple of the number of heads ({num_heads}), whatever head_dim, got "
+            f"{config.dim}."
         )
 
 
-def _refuse_plain_norms(config: Decoder.Config) -> None:
+def _refuse_norms_without_weight(config: Decoder.Config) -> None:
     if None in [norm.weight_init for norm in (config.norm, *(block.norm for block in config.blocks()))]:
         raise ValueError(
-            "Got a norm without a gain, of a block or before the head. The family in transformers has gains there. "
-            "Give it a weight_init to export the model."
+            f"{CANNOT_CONVERT}the norms of blocks and before the head must have a weight, got weight_init None."
         )
 
 
 def _hf_config(config: Decoder.Config) -> dict[str, Any]:
-    _refuse_plain_norms(config)
+    _refuse_norms_without_weight(config)
     norms = [
-        part
-        for path, part in traverse(config)
-        if isinstance(part, RMSNorm.Config) and not path.endswith("latent_norm")  # of which config.json says nothing
+        norm
+        for path, norm in traverse(config)
+        if isinstance(norm, RMSNorm.Config) and not path.endswith("latent_norm")  # which config.json does not have
     ]
     scaling = {"rope_type": "default"} if config.rope.scaling is None else config.rope.scaling.build().hf_parameters()
     return {
@@ -189,7 +184,7 @@ def _hf_config(config: Decoder.Config) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": None,  # of a tokenizer, which a model does not know; what exports it says which
+        "bos_token_id": None,  # of the tokenizer; the exporter sets them
         "eos_token_id": None,
         "pad_token_id": None,
     }

@@ -1,4 +1,4 @@
-"""Weights in MXFP4, as OpenAI releases GPT-OSS."""
+"""The MXFP4 format of GPT-OSS checkpoints."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ from titan_models.hugging_face.tensor_formats import TensorFormat
 from titan_models.hugging_face.weight_mapping import WeightMapping
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What the 16 codes mean (Open Compute Project, "Microscaling formats", 5.3.3)."""
+"""Values of the 16 codes (Open Compute Project, "Microscaling formats", 5.3.3)."""
 
 _BLOCK = 32
 
 
 @dataclass(frozen=True)
 class Mxfp4(TensorFormat):
-    """A stack of matrices in blocks of 32 numbers of 4 bits, two a byte, the lower half first, and powers of two.
+    """A stack of matrices in blocks of 32 4-bit numbers, each block with a power of two as its scale.
 
-    Blocks `[E, R, C / 32, 16]` and exponents `[E, R, C / 32]`, both uint8, are the numbers `[E, C, R]`: transposed. It
-    is read expert by expert. StoredWeight: Open Compute Project, "OCP microscaling formats (MX) specification" (2023).
+    A byte holds two numbers, the first in the lower half. Blocks `[E, R, C / 32, 16]` and exponents `[E, R, C / 32]`,
+    both uint8, encode the transposed numbers `[E, C, R]`. They are read expert by expert.
+    Source: Open Compute Project, "OCP microscaling formats (MX) specification" (2023).
     """
 
-    def shape(self, *parts: Tensor) -> tuple[int, ...]:
-        blocks, exponents = parts
-        fit = blocks.dim() == 4 and blocks.shape[-1] == _BLOCK // 2 and blocks.shape[:-1] == exponents.shape
-        if not fit or {blocks.dtype, exponents.dtype} != {torch.uint8}:
+    def shape(self, *tensors: Tensor) -> tuple[int, ...]:
+        blocks, exponents = tensors
+        shapes_match = blocks.dim() == 4 and blocks.shape[-1] == _BLOCK // 2 and blocks.shape[:-1] == exponents.shape
+        if not shapes_match or {blocks.dtype, exponents.dtype} != {torch.uint8}:
             raise ValueError(
-                f"Got MXFP4 blocks {list(blocks.shape)} of {blocks.dtype} with exponents {list(exponents.shape)} of "
-                f"{exponents.dtype}. Blocks are uint8 [experts, rows, columns / 32, 16], and each has an exponent of "
-                "uint8. Download it again."
+                "MXFP4 blocks must be uint8 [experts, rows, columns / 32, 16] with a uint8 exponent each, got blocks "
+                f"{list(blocks.shape)} of {blocks.dtype} with exponents {list(exponents.shape)} of {exponents.dtype}. "
+                "Download the checkpoint again."
             )
         num_experts, rows, num_blocks = exponents.shape
         return num_experts, _BLOCK * num_blocks, rows
 
     def find(self, mapping: WeightMapping, names: tuple[str, ...], shape: tuple[int, ...]) -> list[WeightMapping]:
         return [
-            WeightMapping(tuple((name, expert) for name, _ in mapping.own), names, mapping.transforms, _Matrix(expert))
+            WeightMapping(
+                tuple((name, expert) for name, _ in mapping.own), names, mapping.transforms, _DequantizeExpert(expert)
+            )
             for expert in range(shape[0])
         ]
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """Reads the matrix of one expert."""
+class _DequantizeExpert:
+    """Dequantizes the matrix of one expert."""
 
     expert: int
 
     def __call__(self, blocks: Tensor, exponents: Tensor) -> Tensor:
-        """Its numbers `[C, R]`, fp32."""
+        """Return the matrix `[C, R]` in fp32."""
         bytes_RCB = blocks[self.expert]
         codes_RCB = torch.stack((bytes_RCB & 15, bytes_RCB >> 4), dim=-1).flatten(-2)
         numbers_RCB = torch.tensor(_E2M1, device=blocks.device)[codes_RCB.int()]

@@ -1,4 +1,4 @@
-"""Rules by which a model's weights are found in Hugging Face's files: patterns of names, and transforms of layout."""
+"""Rules that map weights of a model to tensors of Hugging Face checkpoints: name patterns and layout transforms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_models.hugging_face.weight_mapping import WeightMapping
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Where Hugging Face's files hold weights: under `name`, after `transforms`, in that order.
+    """The tensor of a Hugging Face checkpoint that stores weights: its `name`, and `transforms` applied in order.
 
     >>> HfTensor("model.layers.*.mlp.experts.gate_up_proj", Halves(dim=-2), Transposed())  # doctest: +SKIP
     """
@@ -27,51 +27,49 @@ class HfTensor:
 
 
 Rules = dict[str | tuple[str, ...], str | HfTensor]
-"""`{own pattern: Hugging Face's}`, or `{(own patterns): HfTensor(...)}` for weights that are one tensor there."""
+"""`{pattern: Hugging Face pattern}`, or `{(patterns): HfTensor(...)}` for several weights stored as one tensor."""
 
 
 def mappings_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[WeightMapping]:
-    """What becomes of each weight.
+    """Return the mapping of each weight.
 
-    Raises ValueError unless weights have one rule each, rules a weight, and no two mappings the same name.
+    Raises ValueError unless each weight matches exactly one rule, each rule matches a weight, and all Hugging Face
+    names are distinct.
     """
-    groups = [((own,) if isinstance(own, str) else own, _stored(stored)) for own, stored in rules.items()]
+    groups = [((own,) if isinstance(own, str) else own, _as_hf_tensor(stored)) for own, stored in rules.items()]
     mappings: list[WeightMapping] = []
     used = set()
     for name in shapes:
         group, stored, match = _rule_for(name, groups)
         used.add(group)
-        names = tuple(_filled(pattern, match) for pattern in group)
-        if absent := [other for other in names if other not in shapes]:
+        names = tuple(_fill(pattern, match) for pattern in group)
+        if missing := [other for other in names if other not in shapes]:
             raise ValueError(
-                f"Got a rule for {name} together with {listed(absent)}, which the model does not have. Weights that "
-                "are one tensor there are all there. Correct the rule."
+                f"All weights of a rule must be in the model, got a rule for {name} and {listed(missing)}, which the "
+                "model does not have."
             )
         if name == names[0]:
-            mappings += _mappings(names, _filled(stored.name, match), stored.transforms, shapes)
+            mappings += _mappings(names, _fill(stored.name, match), stored.transforms, shapes)
     if unused := sorted(", ".join(group) for group, _ in groups if group not in used):
-        raise ValueError(f"Got rules that fit no parameter: {listed(unused)}. A rule renames something. Remove them.")
+        raise ValueError(f"Each rule must match a parameter, got no match for {listed(unused)}. Remove the rules.")
     counts = Counter(mapping.hf_name for mapping in mappings)
-    if met := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"Got two parameters for {listed(met)}. Names map one to one. Correct the rules.")
+    if duplicates := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"Each Hugging Face name must belong to one parameter, got several for {listed(duplicates)}.")
     return mappings
 
 
 def _rule_for(
     name: str, groups: list[tuple[tuple[str, ...], HfTensor]]
 ) -> tuple[tuple[str, ...], HfTensor, re.Match[str]]:
-    fitting = [
+    matches = [
         (group, stored, match)
         for group, stored in groups
         for pattern in group
-        if (match := re.fullmatch(_expression(pattern), name))
+        if (match := re.fullmatch(_to_regex(pattern), name))
     ]
-    if len(fitting) != 1:
-        raise ValueError(
-            f"Got {len(fitting)} rules for the parameter {name}. Each parameter has one place in Hugging Face's "
-            "checkpoint. Give it one rule."
-        )
-    return fitting[0]
+    if len(matches) != 1:
+        raise ValueError(f"Each parameter must match exactly one rule, got {len(matches)} for {name}.")
+    return matches[0]
 
 
 def _mappings(
@@ -84,21 +82,21 @@ def _mappings(
         yield WeightMapping(tuple((name, index) for name in names), (hf_name.replace("#", str(index)),), transforms)
 
 
-def _stored(stored: str | HfTensor) -> HfTensor:
-    return HfTensor(stored) if isinstance(stored, str) else stored
+def _as_hf_tensor(tensor: str | HfTensor) -> HfTensor:
+    return HfTensor(tensor) if isinstance(tensor, str) else tensor
 
 
-def _expression(pattern: str) -> str:
+def _to_regex(pattern: str) -> str:
     return re.escape(pattern).replace(r"\*", r"([^.]+)")
 
 
-def _filled(pattern: str, match: re.Match[str]) -> str:
-    """A pattern with its `*` replaced by what those of another one met."""
+def _fill(pattern: str, match: re.Match[str]) -> str:
+    """Return the pattern with each `*` replaced by the match of the same `*` in another pattern."""
     first, *parts = pattern.split("*")
     return first + "".join(star + part for star, part in zip(match.groups(), parts, strict=False))
 
 
 def listed(names: list[str]) -> str:
-    """Names for an error that fits on a screen."""
+    """Return at most 8 names, joined for an error message."""
     shown = ", ".join(names[:8]) or "nothing"
     return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are once they are not quantized."""
+"""The weights stored in a checkpoint, plain or quantized."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from titan_models.hugging_face.weight_mapping import WeightMapping
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """The tensors of a checkpoint that are one weight, and how."""
+    """A weight of a checkpoint: the names of its tensors, their format, and the shape of the weight."""
 
     names: tuple[str, ...]
-    form: TensorFormat
+    tensor_format: TensorFormat
     shape: tuple[int, ...]
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one tensor, not quantized numbers and their factors."""
+        """Whether the weight is stored as one tensor, not as quantized numbers with scales."""
         return len(self.names) == 1
 
     def find(self, mapping: WeightMapping) -> list[WeightMapping]:
-        """A mapping as it is in the checkpoint, as one or several."""
-        return self.form.find(mapping, self.names, self.shape)
+        """Return the mapping adapted to the tensors of the checkpoint, as one or several mappings."""
+        return self.tensor_format.find(mapping, self.names, self.shape)
 
 
 def stored_weights_in(
     known: Mapping[str, str], stored: Mapping[str, Tensor], fp8: Fp8Blocks
 ) -> dict[str, StoredWeight]:
-    """The weights in a checkpoint; `known` maps their names to those that they have there.
+    """Return the weights of a checkpoint by name; `known` maps names to the names in the checkpoint.
 
-    Raises ValueError for factors whose shape is not that of the numbers' blocks.
+    Raises ValueError for scales whose shape does not match the blocks, and for weights stored twice.
     """
     stored_weights = {}
-    taken: set[str] = set()
-    for name, parts, form in _quantized(known, fp8):
-        there = tuple(known[part] for part in parts)
-        stored_weights[name] = StoredWeight(there, form, form.shape(*(stored[part] for part in there)))
-        taken.update(parts)
+    used: set[str] = set()
+    for name, tensors, tensor_format in _quantized(known, fp8):
+        hf_names = tuple(known[tensor] for tensor in tensors)
+        shape = tensor_format.shape(*(stored[hf_name] for hf_name in hf_names))
+        stored_weights[name] = StoredWeight(hf_names, tensor_format, shape)
+        used.update(tensors)
     for name in known:
-        if name in taken:
+        if name in used:
             continue
         if name in stored_weights:
             raise ValueError(
-                f"Got a checkpoint that holds {name} twice, quantized and not. A weight has one place. Download it "
-                "again."
+                f"A checkpoint must store each weight once, got {name} both quantized and not. Download it again."
             )
         stored_weights[name] = StoredWeight((known[name],), Plain(), tuple(stored[known[name]].shape))
     return stored_weights
 
 
 def _quantized(known: Mapping[str, str], fp8: Fp8Blocks) -> Iterator[tuple[str, tuple[str, str], TensorFormat]]:
-    """The name of each quantized weight, those of its parts, and its form."""
+    """Yield the name of each quantized weight, the names of its tensors, and its format."""
     for name in known:
         stem = name.removesuffix("_blocks")
         if f"{name}_scale_inv" in known:

@@ -1,4 +1,4 @@
-"""How the numbers of a weight are held in a checkpoint."""
+"""Formats in which a checkpoint stores a weight."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from titan_models.hugging_face.weight_mapping import WeightMapping
 
 
 class TensorFormat(abc.ABC):
-    """One tensor, or quantized numbers and their factors."""
+    """The storage format of a weight: one tensor, or quantized numbers with scales."""
 
     @abc.abstractmethod
-    def shape(self, *parts: Tensor) -> tuple[int, ...]:
-        """The shape of the numbers. Raises ValueError for parts that do not fit together."""
+    def shape(self, *tensors: Tensor) -> tuple[int, ...]:
+        """Return the shape of the weight. Raises ValueError for tensors that do not match each other."""
 
     @abc.abstractmethod
     def find(self, mapping: WeightMapping, names: tuple[str, ...], shape: tuple[int, ...]) -> list[WeightMapping]:
-        """A mapping whose one tensor is held in this form under `names`; several where it can be read in parts."""
+        """Return `mapping` with the tensors `names` in this format; several mappings if it can be read in parts."""
 
 
 @dataclass(frozen=True)
 class Plain(TensorFormat):
-    """A tensor as it is."""
+    """An unquantized tensor."""
 
-    def shape(self, *parts: Tensor) -> tuple[int, ...]:
-        (tensor,) = parts
+    def shape(self, *tensors: Tensor) -> tuple[int, ...]:
+        (tensor,) = tensors
         return tuple(tensor.shape)
 
     def find(self, mapping: WeightMapping, names: tuple[str, ...], shape: tuple[int, ...]) -> list[WeightMapping]:

@@ -1,4 +1,4 @@
-"""The smallest parts of a model that can be brought to Hugging Face's layout, or from it, by themselves."""
+"""The mapping between weights of a model and tensors of a Hugging Face checkpoint, convertible by itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from titan_models.hugging_face.layout_transforms import LayoutTransform
 
 Slot = tuple[str, int | None]
-"""A weight of the model, or (with a number) one of the matrices that it is a stack of."""
+"""The name of a weight of the model, with the index of one matrix if the weight is a stack of matrices."""
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """Weights of the model, and the tensors of Hugging Face's that hold the same numbers.
+    """Weights of the model (`own`) and the tensors of a Hugging Face checkpoint (`hf_names`) with the same values.
 
-    That is one tensor, unless `decode` makes one of several: of quantized numbers and their factors. A mapping without
-    own weights is a check of tensors that the model has no use for, one without Hugging Face's a beginning: own state
-    that is not exported.
+    There is one such tensor, unless `decode` combines several: quantized numbers and their scales. A mapping without
+    `own` checks or ignores tensors that the model does not need. A mapping without `hf_names` gives the initial value
+    of state that is not exported.
     """
 
     own: tuple[Slot, ...]
@@ -27,33 +27,33 @@ class WeightMapping:
     transforms: tuple[LayoutTransform, ...] = ()
     decode: Callable[..., Tensor] | None = None
     keeps_dtype: bool = False
-    """Whether it stays in its dtype when weights are exported in another: buffers do."""
+    """Whether the dtype is kept when weights are exported in another dtype, as for buffers."""
 
     @property
     def hf_name(self) -> str:
-        """The one tensor of Hugging Face's."""
+        """The first Hugging Face name, which is the only one of an exported mapping."""
         return self.hf_names[0]
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the numbers are computed, in fp32, and so may be rounded to the model's dtype."""
+        """Whether the values are computed in fp32, and may be rounded to the dtype of the model."""
         return self.decode is not None
 
     def to_hf(self, own: Sequence[Tensor]) -> Tensor:
-        """Hugging Face's tensor, of own ones. Without transforms it is the very tensor that was given."""
+        """Return the Hugging Face tensor for tensors of the model: the same object if there are no transforms."""
         tensors = list(own)
-        for step in self.transforms:
-            tensors = step.to_hf(tensors)
+        for transform in self.transforms:
+            tensors = transform.to_hf(tensors)
         if len(tensors) != 1:
             raise ValueError(
-                f"Got a rule by which {', '.join(name for name, _ in self.own)} are {len(tensors)} tensors after all "
-                f"transforms. {self.hf_name} is one. Add a step that joins them."
+                f"The transforms of a rule must give one tensor, got {len(tensors)} for {self.hf_name} from "
+                f"{', '.join(name for name, _ in self.own)}. Add a transform that joins them, such as Halves."
             )
         return tensors[0]
 
-    def from_hf(self, theirs: Sequence[Tensor]) -> list[Tensor]:
-        """Own tensors, of Hugging Face's. Without transforms it is the very tensor that was given."""
-        tensors = list(theirs) if self.decode is None else [self.decode(*theirs)]
-        for step in reversed(self.transforms):
-            tensors = step.from_hf(tensors)
+    def from_hf(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors of the model for Hugging Face tensors: the same object if there are no transforms."""
+        tensors = list(stored) if self.decode is None else [self.decode(*stored)]
+        for transform in reversed(self.transforms):
+            tensors = transform.from_hf(tensors)
         return tensors if self.own else []

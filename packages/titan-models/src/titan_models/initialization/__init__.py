@@ -1,1 +1,1 @@
-"""Initial weights, the same on any mesh."""
+"""Weight initialization that is bitwise the same on any mesh."""

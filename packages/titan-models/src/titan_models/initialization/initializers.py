@@ -1,4 +1,4 @@
-"""How initial weights are distributed: a config field of the module that owns them."""
+"""Initializers: distributions of initial weights, chosen by config fields of the modules."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import math
 from titan_config import Configurable
 from torch import Tensor
 
-from titan_models.initialization.counter_based_rng import Place, fill_with_uniform_
+from titan_models.initialization.counter_based_rng import ShardLocation, fill_with_uniform_
 
 
 class Initializer(Configurable, abc.ABC):
-    """The distribution of one parameter's initial values."""
+    """The distribution of the initial values of a parameter."""
 
     @abc.abstractmethod
-    def fill_(self, local: Tensor, place: Place) -> None:
-        """Write the initial values of the part of a parameter that `local` holds and `place` describes."""
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
+        """Fill `local`, the shard of a parameter at `location`, with initial values."""
 
 
 class Constant(Initializer):
-    """Every weight is `value`."""
+    """All weights are `value`."""
 
     class Config(Initializer.Config):
         value: float
@@ -28,12 +28,12 @@ class Constant(Initializer):
     def __init__(self, config: Config) -> None:
         self.value = config.value
 
-    def fill_(self, local: Tensor, place: Place) -> None:
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
         local.fill_(self.value)
 
 
 class Normal(Initializer):
-    """Normal with mean 0 and standard deviation `std`."""
+    """Normal distribution with mean 0 and standard deviation `std`."""
 
     class Config(Initializer.Config):
         std: float = 0.02
@@ -44,12 +44,12 @@ class Normal(Initializer):
     def __init__(self, config: Config) -> None:
         self.std = config.std
 
-    def fill_(self, local: Tensor, place: Place) -> None:
-        fill_with_uniform_(local, place, lambda uniform: _inverse_normal_(uniform, self.std))
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
+        fill_with_uniform_(local, location, lambda uniform: _inverse_normal_(uniform, self.std))
 
 
 class TruncatedNormal(Initializer):
-    """Normal with mean 0 and `std`, conditioned on lying within `cutoff` times `std`: nothing piles up at the ends."""
+    """Normal distribution with mean 0 and `std`, truncated (not clamped) at `cutoff` times `std` on both sides."""
 
     class Config(Initializer.Config):
         std: float = 0.02
@@ -61,17 +61,17 @@ class TruncatedNormal(Initializer):
 
     def __init__(self, config: Config) -> None:
         self.std = config.std
-        self.probability = math.erf(config.cutoff / math.sqrt(2))  # of lying within the cutoff
+        self.probability = math.erf(config.cutoff / math.sqrt(2))  # of a normal number within the cutoff
 
-    def fill_(self, local: Tensor, place: Place) -> None:
-        fill_with_uniform_(local, place, lambda uniform: _inverse_normal_(uniform.mul_(self.probability), self.std))
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
+        fill_with_uniform_(local, location, lambda uniform: _inverse_normal_(uniform.mul_(self.probability), self.std))
 
 
 class FanInNormal(Initializer):
-    """Normal with mean 0 and standard deviation `fan_in ** -0.5`, conditioned on lying within `cutoff` times that.
+    """Normal distribution with mean 0 and standard deviation `fan_in ** -0.5`, truncated at `cutoff` times that.
 
-    `fan_in` is the last dim of the parameter. Outputs for an input of variance 1 have a variance of about 1 (0.97 at a
-    cutoff of 3).
+    `fan_in` is the size of the last dim of the parameter. For inputs of variance 1 the variance of the outputs is about
+    1 (0.97 at a cutoff of 3).
     """
 
     class Config(Initializer.Config):
@@ -83,14 +83,14 @@ class FanInNormal(Initializer):
     def __init__(self, config: Config) -> None:
         self.cutoff = config.cutoff
 
-    def fill_(self, local: Tensor, place: Place) -> None:
-        TruncatedNormal.Config(std=place.shape[-1] ** -0.5, cutoff=self.cutoff).build().fill_(local, place)
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
+        TruncatedNormal.Config(std=location.shape[-1] ** -0.5, cutoff=self.cutoff).build().fill_(local, location)
 
 
 class DepthScaledNormal(Initializer):
-    """Normal with mean 0 and standard deviation `std / sqrt(2 (layer + 1))`, for layers numbered from 0.
+    """Normal distribution with mean 0 and standard deviation `std / sqrt(2 (layer + 1))`, for layers numbered from 0.
 
-    Projections that add to the residual stream, two in each layer, then add less the deeper they are. Source: Zhang et
+    For the projections that add to the residual stream, two in each layer: deeper ones add less. Source: Zhang et
     al., "Improving deep transformer with depth-scaled initialization and merged attention" (2019).
     """
 
@@ -103,13 +103,13 @@ class DepthScaledNormal(Initializer):
     def __init__(self, config: Config) -> None:
         self.std = config.std
 
-    def fill_(self, local: Tensor, place: Place) -> None:
-        if place.layer is None:
+    def fill_(self, local: Tensor, location: ShardLocation) -> None:
+        if location.layer is None:
             raise ValueError(
-                "DepthScaledNormal must initialize a parameter of a numbered layer (such as "
-                "layers.0.attention.o_proj.weight), got one without a number in its name. Use Normal."
+                "DepthScaledNormal needs a parameter with a layer number in its name, such as "
+                "layers.0.attention.o_proj.weight, got one without. Use Normal for it."
             )
-        Normal.Config(std=self.std / math.sqrt(2 * (place.layer + 1))).build().fill_(local, place)
+        Normal.Config(std=self.std / math.sqrt(2 * (location.layer + 1))).build().fill_(local, location)
 
 
 def _inverse_normal_(uniform: Tensor, std: float) -> Tensor:
@@ -118,6 +118,4 @@ def _inverse_normal_(uniform: Tensor, std: float) -> Tensor:
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(
-            f"Got {name} {value}. It must be above 0. Set it to 0.02 or 3, say, or use Constant for zeros."
-        )
+        raise ValueError(f"{name} of an initializer must be > 0, got {value}. For zeros, use Constant.")

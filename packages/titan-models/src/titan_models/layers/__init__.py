@@ -1,1 +1,1 @@
-"""Layers that model families share."""
+"""Layers shared by the model families."""

@@ -1,4 +1,4 @@
-"""Token ids to vectors."""
+"""The token embedding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from titan_models.layers.layer import Layer, new_parameter
 
 
 class Embedding(Layer):
-    """Row `token` of a table `[vocabulary, D]`. Raises IndexError for a token beyond the vocabulary."""
+    """Token embedding: row `token` of a weight `[V, D]`. Raises IndexError for a token id outside the vocabulary."""
 
     class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
-        """How the table is drawn."""
+        """The initializer of the weight."""
 
     def __init__(self, config: Config, *, vocab_size: int, dim: int) -> None:
         nn.Module.__init__(self)

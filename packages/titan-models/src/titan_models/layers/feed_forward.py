@@ -1,4 +1,4 @@
-"""What the second half of a block may be."""
+"""The interface of feed-forward layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from titan_models.layers.roles import Roles
 
 
 class FeedForward(Configurable, nn.Module, abc.ABC):
-    """Works on each token by itself; built with `dim`, the width of the stream. `SwiGLU`, `MoE`, or one of your own."""
+    """The feed-forward layer of a block, which maps each token by itself: `SwiGLU`, `MoE`, or a custom one.
+
+    Built with `dim`, the width of the hidden states.
+    """
 
     @abc.abstractmethod
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """`[B, T, D] -> [B, T, D]`."""
+        """Map hidden states `[B, T, D]` to `[B, T, D]`."""
 
     @abc.abstractmethod
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.layers.roles`."""
+        """Return the role of each module; see `titan_models.layers.roles`."""

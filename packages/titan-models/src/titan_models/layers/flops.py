@@ -1,4 +1,4 @@
-"""Floating point operations, in both conventions people quote."""
+"""Floating-point operations (FLOPs) in both common conventions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of the matrix products, forward and backward; recomputation and elementwise work are not counted.
+    """FLOPs of matrix products, forward and backward, without recomputation and elementwise operations.
 
-    `full` counts every query with every key, as PaLM's appendix B and most published MFU do; `causal` counts the half
-    of the attention products that a causal mask leaves.
+    `full` counts each query with each key, as PaLM's appendix B and most published MFU numbers do; `causal` counts only
+    the half of the attention products that a causal mask leaves.
     """
 
     full: int
@@ -21,5 +21,5 @@ class Flops:
 
 
 def matmul_flops(weights: int) -> Flops:
-    """One token through a matrix of `weights` entries: 2 operations each forward, 4 backward."""
+    """Return the FLOPs of one token times a matrix of `weights` entries: 2 per entry forward, 4 backward."""
     return Flops(6 * weights, 6 * weights)

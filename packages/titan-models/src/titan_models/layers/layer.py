@@ -1,4 +1,4 @@
-"""What a module with weights or matrix products says about itself, so that nobody has to guess."""
+"""The base class of modules with parameters: initializers and FLOP counts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from titan_models.layers.flops import Flops
 
 
 class Layer(Configurable, nn.Module, abc.ABC):
-    """A module that owns parameters or does matrix products of its own."""
+    """A module that owns parameters or computes matrix products. All methods exclude child modules."""
 
     def initializers(self) -> dict[str, Initializer]:
-        """`{name: initializer}` of the parameters and buffers this very module owns, not its children."""
+        """Return `{name: initializer}` for the parameters and persistent buffers of this module."""
         return {}
 
     @abc.abstractmethod
     def own_flops(self, seq_len: int) -> Flops:
-        """The matrix products of this very module, forward and backward, for one token of a sequence of `seq_len`."""
+        """Return the FLOPs of this module for one token in a sequence of `seq_len`, forward and backward."""
 
     def own_idle_parameters(self) -> int:
-        """How many of this very module's parameters a token does not meet: those of the experts it does not go to."""
+        """Return the number of parameters of this module that a token does not use: experts it is not routed to."""
         return 0
 
 
 def new_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of NaNs: a weight that was never initialized nor loaded shows at the first loss."""
+    """Return a parameter filled with NaN, so that a weight neither initialized nor loaded makes the first loss NaN."""
     return nn.Parameter(torch.full(shape, torch.nan))

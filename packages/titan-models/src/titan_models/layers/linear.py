@@ -1,4 +1,4 @@
-"""A matrix product with the last dim."""
+"""The linear layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from titan_models.layers.layer import Layer, new_parameter
 
 
 class Linear(Layer, nn.Linear):
-    """`y = x W^T + b` with `W [out, in]`. An `nn.Linear`, so that tools which look for these find it."""
+    """`y = x W^T + b` with `W [out, in]`. Subclasses `nn.Linear`, so that tools that look for `nn.Linear` find it."""
 
     class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
-        """How the weight is drawn."""
+        """The initializer of the weight."""
 
         bias_init: Initializer.Config | None = None
-        """How the bias is drawn. None: there is none."""
+        """The initializer of the bias. None: no bias."""
 
     def __init__(self, config: Config, *, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
@@ -35,5 +35,5 @@ class Linear(Layer, nn.Linear):
 
 
 def residual_linear() -> Linear.Config:
-    """Return the config of a projection that adds to the residual stream: drawn smaller in deeper layers."""
+    """Return the config of a projection that adds to the residual stream: deeper layers get smaller initial weights."""
     return Linear.Config(weight_init=DepthScaledNormal.Config())

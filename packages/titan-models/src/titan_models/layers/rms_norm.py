@@ -1,4 +1,4 @@
-"""Root mean square layer normalization."""
+"""Root mean square layer normalization (RMSNorm)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class RMSNorm(Layer):
 
     class Config(Layer.Config):
         eps: float = 1e-5
-        """Added to the mean square."""
+        """Added to the mean square for numerical stability."""
 
         weight_init: Initializer.Config | None = Constant.Config(value=1.0)
-        """How the gain is drawn. None: there is no gain."""
+        """The initializer of the weight (gain). None: no weight."""
 
         def validate(self) -> None:
             if not self.eps > 0:  # nan is not
-                raise ValueError(f"Got eps {self.eps}. It keeps the root away from 0. Set it above 0, such as 1e-5.")
+                raise ValueError(f"RMSNorm eps must be > 0, got {self.eps}.")
 
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)

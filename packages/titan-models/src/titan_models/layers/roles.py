@@ -1,13 +1,16 @@
-"""The table of roles: what each part of a model is, so that an engine can work out what follows from it on a mesh."""
+"""Roles of modules, from which titan-parallel (or another engine) derives how to shard a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Roles = dict[str, str | tuple[str, dict[str, Any]]]
-"""`{pattern: role}` or `{pattern: (role, options)}` over module names; `*` is one part of a name, `""` the module."""
+"""`{pattern: role}` or `{pattern: (role, options)}` over module names.
+
+`*` matches one dot-separated component of a name; `""` is the module itself.
+"""
 
 
 def under(prefix: str, roles: Roles) -> Roles:
-    """The roles of a child, as its parent names them."""
+    """Return the roles of a child module with `prefix` before each pattern."""
     return {f"{prefix}.{pattern}" if pattern else prefix: role for pattern, role in roles.items()}

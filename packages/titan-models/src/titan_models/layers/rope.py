@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embedding (RoPE)."""
 
 from __future__ import annotations
 
@@ -12,57 +12,55 @@ from torch import Tensor, nn
 
 
 class RopeScaling(Configurable, abc.ABC):
-    """Changes the frequencies of a model so that it can read longer sequences than it was trained on."""
+    """A change of the RoPE frequencies that extends the context length."""
 
     @abc.abstractmethod
     def frequencies(self, theta: float, exponents: Tensor) -> Tensor:
-        """The changed frequencies, radians per token, of the pairs that turn by `theta ** -exponents` without it."""
+        """Return the scaled frequencies in radians per token; the unscaled ones are `theta ** -exponents`."""
 
     def attention_factor(self) -> float:
-        """What rotated features are multiplied by."""
+        """Return the factor by which rotated features are multiplied."""
         return 1.0
 
     def softmax_factor(self) -> float:
-        """What an attention that asks for it, as DeepSeek's does, multiplies its softmax scale by."""
+        """Return the factor of the softmax scale, for attention that applies it (`MultiHeadLatentAttention`)."""
         return 1.0
 
     @abc.abstractmethod
     def hf_parameters(self) -> dict[str, Any]:
-        """The scaling as `rope_parameters` of a Hugging Face config."""
+        """Return the `rope_parameters` of a Hugging Face config, except `rope_theta`."""
 
 
 class Llama3Scaling(RopeScaling):
-    """Llama 3.1's: slow frequencies are divided by `factor`, fast ones stay, those between go over linearly.
+    """The RoPE scaling of Llama 3.1: low frequencies are divided by `factor`, high frequencies stay unchanged.
 
-    A frequency is slow when it turns less than `low_freq_factor` times in `original_max_seq_len` tokens, fast when it
-    turns more than `high_freq_factor` times.
+    A frequency is low if it makes fewer than `low_freq_factor` rotations in `original_max_seq_len` tokens, and high if
+    it makes more than `high_freq_factor`. Frequencies between the two are interpolated linearly.
     """
 
     class Config(RopeScaling.Config):
         factor: float
-        """What slow frequencies are divided by."""
+        """Divisor of low frequencies."""
 
         low_freq_factor: float = 1.0
-        """Turns in the original length below which a frequency is slow."""
+        """Rotations in `original_max_seq_len` tokens below which a frequency is low."""
 
         high_freq_factor: float = 4.0
-        """Turns in the original length above which a frequency is fast."""
+        """Rotations in `original_max_seq_len` tokens above which a frequency is high."""
 
         original_max_seq_len: int = 8192
-        """Tokens, the length before the extension."""
+        """Context length before the extension, in tokens."""
 
         def validate(self) -> None:
             if not self.factor >= 1:  # nan is not
-                raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
+                raise ValueError(f"RoPE scaling factor must be >= 1, got {self.factor}.")
             if not 0 < self.low_freq_factor <= self.high_freq_factor:
                 raise ValueError(
-                    f"Got low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}. The "
-                    "frequencies between them are blended. Set them to 0 < low <= high, such as 1 and 4."
+                    f"low_freq_factor must be above 0 and at most high_freq_factor ({self.high_freq_factor}), got "
+                    f"{self.low_freq_factor}."
                 )
             if self.original_max_seq_len < 1:
-                raise ValueError(
-                    f"Got original_max_seq_len {self.original_max_seq_len}. It is a length. Set it to 8192, say."
-                )
+                raise ValueError(f"original_max_seq_len must be at least 1, got {self.original_max_seq_len}.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -88,27 +86,26 @@ class Llama3Scaling(RopeScaling):
 
 
 class Rope(Configurable, nn.Module):
-    """Angles of rotation from positions (Su et al., 2021).
+    """Rotation angles of positions (Su et al., 2021). B batch, T tokens, K rotary features of a head.
 
-    There are no buffers: the frequencies are a constant of the config, fp32 as the released models define them.
-    B batch, T tokens, K features that rotate.
+    The frequencies are no buffer, since they follow from the config; they are fp32, as in the released models.
     """
 
     class Config(Configurable.Config):
         dim: int
-        """Features of a head that rotate."""
+        """Number of rotary features of a head."""
 
         theta: float = 500_000.0
-        """The slowest feature turns once in about 2 pi theta tokens."""
+        """Base of the wavelengths (rope_theta): the longest is about 2 pi theta tokens."""
 
         scaling: RopeScaling.Config | None = None
-        """How the frequencies are changed for long sequences."""
+        """The scaling of the frequencies for a longer context. None: no scaling."""
 
         def validate(self) -> None:
             if self.dim < 2 or self.dim % 2:
-                raise ValueError(f"Got dim {self.dim}. Features rotate in pairs. Set it to an even number above 0.")
+                raise ValueError(f"Rope dim must be even and above 0, since features rotate in pairs, got {self.dim}.")
             if not self.theta > 1:
-                raise ValueError(f"Got theta {self.theta}. It is the base of the wavelengths. Set it to 1e4, say.")
+                raise ValueError(f"Rope theta must be > 1, got {self.theta}.")
 
     def __init__(self, config: Config) -> None:
         nn.Module.__init__(self)
@@ -123,7 +120,7 @@ class Rope(Configurable, nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `[B, T, 1, K/2]` for `positions [B, T]` in fp32, or in `dtype` where that is wider.
 
-        Both are multiplied by the scaling's attention factor, and so are the features that they rotate.
+        Both are multiplied by the attention factor of the scaling, which therefore multiplies the rotated features.
         """
         precision = torch.promote_types(dtype, torch.float32)
         frequencies = self.frequencies.to(positions.device, precision, non_blocking=True)
@@ -134,13 +131,13 @@ class Rope(Configurable, nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the features of `x [B, T, H, K]` by the angles whose cosines and sines are `[B, T, 1, K/2]`.
 
-    Feature i turns with i + K/2. The products are of the precision of `cos`, and rounded to that of `x` once.
+    Feature i forms a pair with i + K/2. Products have the dtype of `cos`; the result is rounded once, to that of `x`.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def rotate_neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotate`, but feature 2i turns with 2i + 1."""
+    """Rotate as `rotate` does, with feature 2i paired with 2i + 1."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(x.dtype)

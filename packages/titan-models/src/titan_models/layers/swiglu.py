@@ -1,4 +1,4 @@
-"""The gated feed-forward layer."""
+"""The gated feed-forward layer (SwiGLU)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SwiGLU(FeedForward):
 
     class Config(FeedForward.Config):
         hidden_dim: int
-        """Width between the projections."""
+        """Width between the projections (intermediate_size)."""
 
         gate: Linear.Config = Linear.Config()
         """The gate projection."""
@@ -28,7 +28,7 @@ class SwiGLU(FeedForward):
 
         def validate(self) -> None:
             if self.hidden_dim < 1:
-                raise ValueError(f"Got hidden_dim {self.hidden_dim}. A layer has a width. Set it to 1 or more.")
+                raise ValueError(f"SwiGLU hidden_dim must be at least 1, got {self.hidden_dim}.")
 
     def __init__(self, config: Config, *, dim: int) -> None:
         nn.Module.__init__(self)

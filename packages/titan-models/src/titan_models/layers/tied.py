@@ -1,4 +1,4 @@
-"""Modules that share the weight of the embedding: a second lookup, and a projection to the vocabulary."""
+"""Modules tied to the weight of the embedding: a second lookup and a projection to the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from titan_models.layers.layer import Layer
 
 
 class Tied(Layer, abc.ABC):
-    """A module whose weight is the embedding's: one parameter, known by the embedding's name.
+    """A module that shares the weight of the embedding: one parameter, with the name that it has in the embedding.
 
-    The two stay one through `to_empty` and `to`, where PyTorch would part them, and `state_dict` holds the weight once.
+    The weight stays tied through `to` and `to_empty`, which would untie it in PyTorch, and `state_dict` holds it once.
     """
 
     def tie(self, embedding: Embedding) -> None:
-        """Call it from `__init__`, after that of `nn.Module`."""
+        """Share the weight of `embedding`. To be called in `__init__`, after `nn.Module.__init__`."""
         self.register_parameter("weight", embedding.weight)
-        self._embedding = (embedding,)  # in a tuple, so that it is no child
+        self._embedding = (embedding,)  # in a tuple, so that nn.Module does not register a child
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.register_parameter("weight", self._embedding[0].weight)  # which had its turn before
+        self.register_parameter("weight", self._embedding[0].weight)  # `_apply` of the embedding ran before
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -39,7 +39,7 @@ class Tied(Layer, abc.ABC):
 
 
 class TiedEmbedding(Tied):
-    """Row `token` of the embedding's table: a module of its own, for a stage that does not hold the embedding."""
+    """Token embedding with the weight of another one, for a pipeline stage that does not hold the first."""
 
     weight: nn.Parameter
 
@@ -55,7 +55,7 @@ class TiedEmbedding(Tied):
 
 
 class TiedLinear(Tied, nn.Linear):
-    """`y = x W^T` with the embedding's `W`."""
+    """`y = x W^T` with the weight `W` of the embedding."""
 
     def __init__(self, config: Configurable.Config, *, embedding: Embedding) -> None:
         nn.Module.__init__(self)

@@ -1,4 +1,4 @@
-"""YaRN: rotary positions for longer sequences."""
+"""YaRN context extension of RoPE."""
 
 from __future__ import annotations
 
@@ -12,70 +12,68 @@ from titan_models.layers.rope import RopeScaling
 
 
 class Yarn(RopeScaling):
-    """Slow frequencies are divided by `factor`, fast ones stay, and attention gets sharper (Peng et al., 2023).
+    """YaRN (Peng et al., 2023): low frequencies are divided by `factor`, high ones stay, and attention gets sharper.
 
-    Between the pairs of features that turn `beta_fast` and `beta_slow` times in the original length, frequencies go
-    over linearly in the number of the pair; where both are equal, there is a step. How much sharper, `m(mscale) = 0.1
-    mscale ln(factor) + 1` says: rotated features are multiplied by `attention_factor()`, and DeepSeek's attention its
-    softmax scale by `softmax_factor()`.
+    Between the feature pairs that make `beta_fast` and `beta_slow` rotations in `original_max_seq_len` tokens, the
+    frequencies are interpolated linearly in the pair number; if both are equal, there is a step. Sharpness follows from
+    `m(mscale) = 0.1 mscale ln(factor) + 1`: rotated features are multiplied by `attention_factor()`, and the softmax
+    scale of `MultiHeadLatentAttention` by `softmax_factor()`.
     """
 
     class Config(RopeScaling.Config):
         factor: float
-        """What slow frequencies are divided by."""
+        """Divisor of low frequencies."""
 
         beta_fast: float = 32.0
-        """Turns in the original length above which a frequency is fast."""
+        """Rotations in `original_max_seq_len` tokens above which a frequency is high."""
 
         beta_slow: float = 1.0
-        """Turns in the original length below which a frequency is slow."""
+        """Rotations in `original_max_seq_len` tokens below which a frequency is low."""
 
         original_max_seq_len: int = 4096
-        """Tokens, the length before the extension."""
+        """Context length before the extension, in tokens."""
 
         truncate: bool = True
-        """The two bounds between the fast and the slow are whole numbers of pairs."""
+        """Round the bounds of the interpolation outwards to whole pair numbers."""
 
         mscale: float | None = None
-        """With `mscale_all_dim`: rotated features are multiplied by m(mscale) / m(mscale_all_dim), not by m(1)."""
+        """Rotated features are multiplied by m(mscale) / m(mscale_all_dim) if both are set, else by m(1)."""
 
         mscale_all_dim: float | None = None
-        """DeepSeek's softmax scale is multiplied by m(mscale_all_dim)^2. None: it is not."""
+        """The softmax scale of `MultiHeadLatentAttention` is multiplied by m(mscale_all_dim)^2. None: by 1."""
 
         attention_factor: float | None = None
-        """What rotated features are multiplied by, whatever the others say. None: what follows from them."""
+        """Factor of rotated features. None: the factor that follows from `mscale` and `mscale_all_dim`."""
 
         def validate(self) -> None:
             if not self.factor >= 1:  # nan is not
-                raise ValueError(f"Got factor {self.factor}. Sequences get longer by it. Set it to 1 or more.")
+                raise ValueError(f"RoPE scaling factor must be >= 1, got {self.factor}.")
             if not 0 < self.beta_slow <= self.beta_fast:
                 raise ValueError(
                     f"beta_slow must be above 0 and at most beta_fast ({self.beta_fast}), got {self.beta_slow}. Most "
-                    "models have 1 and 32, Kimi K2 has 1 and 1."
+                    "models use beta_slow 1 and beta_fast 32; Kimi K2 uses 1 and 1."
                 )
             if self.original_max_seq_len < 1:
-                raise ValueError(
-                    f"Got original_max_seq_len {self.original_max_seq_len}. It is a length. Set it to 4096, say."
-                )
+                raise ValueError(f"original_max_seq_len must be at least 1, got {self.original_max_seq_len}.")
             for name in ("mscale", "mscale_all_dim", "attention_factor"):
                 value = getattr(self, name)
                 if value is not None and not value > 0:
-                    raise ValueError(f"Got {name} {value}. It is above 0. Set it to 1, say, or to None.")
+                    raise ValueError(f"{name} must be > 0 or None, got {value}.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def frequencies(self, theta: float, exponents: Tensor) -> Tensor:
         c = self.config
-        first_slower = self._pair_that_turns(c.beta_fast, theta, len(exponents))
-        last_faster = self._pair_that_turns(c.beta_slow, theta, len(exponents))
+        low = self._pair_with_rotations(c.beta_fast, theta, len(exponents))
+        high = self._pair_with_rotations(c.beta_slow, theta, len(exponents))
         if c.truncate:
-            first_slower, last_faster = math.floor(first_slower), math.ceil(last_faster)
-        first_slower, last_faster = max(first_slower, 0), min(last_faster, 2 * len(exponents) - 1)
-        if first_slower == last_faster:  # a step, as transformers computes it
-            last_faster += 0.001
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * len(exponents) - 1)
+        if low == high:  # a step, as transformers computes it
+            high += 0.001
         pairs = torch.arange(len(exponents), dtype=exponents.dtype, device=exponents.device)
-        fast = 1 - ((pairs - first_slower) / (last_faster - first_slower)).clamp(0, 1)
+        fast = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
         periods = theta**exponents
         return 1.0 / (c.factor * periods) * (1 - fast) + 1.0 / periods * fast
 
@@ -106,6 +104,6 @@ class Yarn(RopeScaling):
     def _m(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.config.factor) + 1.0
 
-    def _pair_that_turns(self, turns: float, theta: float, num_pairs: int) -> float:
-        """The number, with a fraction, of the pair that turns so often in the original length."""
-        return num_pairs * math.log(self.config.original_max_seq_len / (2 * math.pi * turns)) / math.log(theta)
+    def _pair_with_rotations(self, rotations: float, theta: float, num_pairs: int) -> float:
+        """Return the (fractional) number of the pair with `rotations` rotations in `original_max_seq_len` tokens."""
+        return num_pairs * math.log(self.config.original_max_seq_len / (2 * math.pi * rotations)) / math.log(theta)

@@ -1,6 +1,6 @@
-"""The released sizes of Llama 3, and a small one for development. Each call makes a config of its own, to change.
+"""Flavors of Llama 3: the released sizes, and a small one for development. Each call returns a new config.
 
-Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+Initial weights are distributed as in torchtitan 0.3.0 (see docs/concepts/initial_weights.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from titan_models.llama3.model import Llama3
 
 
 def llama3_debug() -> Llama3.Config:
-    """6 million parameters, with a vocabulary of 2048: trains on a laptop."""
+    """6 million parameters, with a vocabulary of 2048, for a laptop."""
     return _llama3(
         vocab_size=2048,
         dim=256,

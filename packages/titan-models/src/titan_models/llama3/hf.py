@@ -1,10 +1,10 @@
-"""Llama 3 as transformers' `LlamaForCausalLM` names it."""
+"""The Hugging Face adapter of Llama 3 (`LlamaForCausalLM`)."""
 
 from __future__ import annotations
 
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter
-from titan_models.hugging_face.config_reading import LEFT_OUT, heads_left_out
+from titan_models.hugging_face.config_reading import COMMON_DEFAULTS, head_defaults
 from titan_models.hugging_face.decoder import (
     DENSE_RULES,
     GROUPED_QUERY_RULES,
@@ -15,11 +15,11 @@ from titan_models.hugging_face.decoder import (
     refuse_uneven_heads,
 )
 
-_LEFT_OUT = {**LEFT_OUT, **heads_left_out(32)}
+_HF_DEFAULTS = {**COMMON_DEFAULTS, **head_defaults(32)}
 
 
 def hf_adapter(config: Decoder.Config) -> HfAdapter:
-    """The adapter of a model. Raises ValueError for a model that `LlamaForCausalLM` cannot be."""
+    """Return the adapter of a model. Raises ValueError for a config that the transformers class does not support."""
     refuse_mask_modifiers(config)
     heads = grouped_query_fields(config)
     refuse_uneven_heads(config, heads["num_attention_heads"])
@@ -30,4 +30,4 @@ def hf_adapter(config: Decoder.Config) -> HfAdapter:
         "intermediate_size": dense_hidden_dim([block.feed_forward for block in config.blocks()]),
         "mlp_bias": False,
     }
-    return decoder_adapter(config, hf_config, rules=GROUPED_QUERY_RULES | DENSE_RULES, left_out=_LEFT_OUT)
+    return decoder_adapter(config, hf_config, rules=GROUPED_QUERY_RULES | DENSE_RULES, hf_defaults=_HF_DEFAULTS)

@@ -1,4 +1,4 @@
-"""The Llama 3 family: the shared decoder as it is."""
+"""The Llama 3 family: the shared decoder without changes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Llama3(Decoder):
 
     class Config(Decoder.Config):
         max_seq_len: int = 131_072
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Renames the weights to and from those of transformers' `LlamaForCausalLM`."""
+            """Return the adapter to the weights of transformers' `LlamaForCausalLM`."""
             return hf.hf_adapter(self)

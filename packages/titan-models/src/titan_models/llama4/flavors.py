@@ -1,6 +1,6 @@
-"""The released sizes of Llama 4's text model, and a small one. Each call makes a config of its own, to change.
+"""Flavors of the text model of Llama 4: the released sizes, and a small one. Each call returns a new config.
 
-Initial weights: as in torchtitan 0.2 (see docs/models.md).
+Initial weights are distributed as in torchtitan 0.2 (see docs/concepts/initial_weights.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from titan_models.moe import MoE, SwiGLUExperts, TopKRouter
 
 
 def llama4_debug() -> Llama4.Config:
-    """15 million parameters, 8 experts in every second block, chunks of 64 tokens: trains on a laptop."""
+    """15 million parameters, 8 experts in every second block, chunks of 64 tokens, for a laptop."""
     return _llama4(
         vocab_size=2048,
         dim=256,
@@ -40,12 +40,12 @@ def llama4_debug() -> Llama4.Config:
 
 
 def llama4_scout() -> Llama4.Config:
-    """Llama 4 Scout 17B-16E: 16 experts in every block, one of them for each token."""
+    """Llama 4 Scout 17B-16E: 16 experts in every block, 1 per token."""
     return _llama4(dense_dim=None, num_experts=16, qk_norm=True, scaled=True, max_seq_len=10_485_760)
 
 
 def llama4_maverick() -> Llama4.Config:
-    """Llama 4 Maverick 17B-128E: 128 experts in every second block, one of them for each token."""
+    """Llama 4 Maverick 17B-128E: 128 experts in every second block, 1 per token."""
     return _llama4(num_experts=128, qk_norm=False, scaled=False, max_seq_len=1_048_576)
 
 
@@ -65,13 +65,13 @@ def _llama4(
     scaled: bool,
     max_seq_len: int,
 ) -> Llama4.Config:
-    """`dense_dim` is the width of every second feed-forward layer. None: all have experts."""
+    """Return a config; `dense_dim` is the width of every second feed-forward layer. None: all have experts."""
 
-    def block(rotating: bool, with_experts: bool) -> Block.Config:
+    def block(rotary: bool, with_experts: bool) -> Block.Config:
         attention = GroupedQueryAttention.Config(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, output=residual_linear()
         )
-        if rotating:
+        if rotary:
             attention.rotation = "neighbors"
             attention.qk_norm = RMSNorm.Config(weight_init=None) if qk_norm else None
             attention.mask_modifiers = [Chunks.Config(size=chunk)]
@@ -83,14 +83,14 @@ def _llama4(
         dense = SwiGLU.Config(hidden_dim=dense_dim, up=residual_linear(), down=residual_linear())
         return Block.Config(attention=attention, feed_forward=dense)
 
-    layer_overrides = {"3::4": block(rotating=False, with_experts=True)}
+    layer_overrides = {"3::4": block(rotary=False, with_experts=True)}
     if dense_dim is not None:
-        layer_overrides["1::4"] = block(rotating=True, with_experts=True)
+        layer_overrides["1::4"] = block(rotary=True, with_experts=True)
     return Llama4.Config(
         vocab_size=vocab_size,
         dim=dim,
         num_layers=num_layers,
-        block=block(rotating=True, with_experts=False),
+        block=block(rotary=True, with_experts=False),
         layer_overrides=layer_overrides,
         rope=Rope.Config(
             dim=head_dim,

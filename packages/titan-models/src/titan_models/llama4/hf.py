@@ -1,4 +1,4 @@
-"""Llama 4 as transformers' `Llama4ForCausalLM` names it, and as the released files of text and images hold it."""
+"""The Hugging Face adapter of Llama 4 (`Llama4ForCausalLM`, also nested in vision-language checkpoints)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from titan_models.attention.grouped_query_attention import GroupedQueryAttention
 from titan_models.attention.mask import Chunks
 from titan_models.decoder import Decoder
 from titan_models.hugging_face.adapter import HfAdapter, NestedCheckpoint
-from titan_models.hugging_face.config_reading import LEFT_OUT, Settings, count_in, heads_left_out
+from titan_models.hugging_face.config_reading import COMMON_DEFAULTS, Settings, count_in, head_defaults
 from titan_models.hugging_face.decoder import (
+    CANNOT_CONVERT,
     GROUPED_QUERY_RULES,
     decoder_adapter,
     dense_hidden_dim,
@@ -42,10 +43,12 @@ _MOE_RULES: Rules = {
 
 
 def hf_adapter(config: Decoder.Config) -> HfAdapter:
-    """The adapter of a model. Raises ValueError for a model that `Llama4ForCausalLM` cannot be."""
+    """Return the adapter of a model. Raises ValueError for a config that the transformers class does not support."""
     feed_forwards = {layer: block.feed_forward for layer, block in enumerate(config.blocks())}
-    moes = {layer: part for layer, part in feed_forwards.items() if isinstance(part, MoE.Config)}
-    dense = [part for layer, part in feed_forwards.items() if layer not in moes]
+    moes = {
+        layer: feed_forward for layer, feed_forward in feed_forwards.items() if isinstance(feed_forward, MoE.Config)
+    }
+    dense = [feed_forward for layer, feed_forward in feed_forwards.items() if layer not in moes]
     hf_config: dict[str, Any] = {
         **_attention_fields(config),
         "architectures": ["Llama4ForCausalLM"],
@@ -53,12 +56,12 @@ def hf_adapter(config: Decoder.Config) -> HfAdapter:
         "moe_layers": [*moes],
     }
     if moes:
-        hf_config |= same_in_all("mixtures of experts", [_moe_fields(moe) for moe in moes.values()])
+        hf_config |= same_in_all("MoE settings", [_moe_fields(moe) for moe in moes.values()])
     if dense:
         hf_config["intermediate_size_mlp"] = dense_hidden_dim(dense)
     rules = GROUPED_QUERY_RULES | (_MOE_RULES if moes else {}) | (_DENSE_RULES if dense else {})
-    inside = NestedCheckpoint("language_model.", others=("vision_model.", "multi_modal_projector."))
-    return decoder_adapter(config, hf_config, rules, nested=inside, left_out=_LEFT_OUT)
+    nested = NestedCheckpoint("language_model.", others=("vision_model.", "multi_modal_projector."))
+    return decoder_adapter(config, hf_config, rules, nested=nested, hf_defaults=_HF_DEFAULTS)
 
 
 def _moe_layers(config: Settings) -> Any:
@@ -66,19 +69,19 @@ def _moe_layers(config: Settings) -> Any:
     return [*range(step - 1, count_in(config, "num_hidden_layers"), step)] if stated is None else stated
 
 
-def _rotating_layers(config: Settings) -> Any:
+def _rope_layers(config: Settings) -> Any:
     interval, layers = count_in(config, "no_rope_layer_interval", 4), range(count_in(config, "num_hidden_layers"))
     return config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in layers]
 
 
-def _kinds_of_layers(config: Settings) -> Any:
-    kinds = ["chunked_attention" if rotates else "full_attention" for rotates in config["no_rope_layers"]]
-    return kinds if config.get("layer_types") is None else config["layer_types"]
+def _layer_types(config: Settings) -> Any:
+    layer_types = ["chunked_attention" if rotates else "full_attention" for rotates in config["no_rope_layers"]]
+    return layer_types if config.get("layer_types") is None else config["layer_types"]
 
 
-_LEFT_OUT = {
-    **{**LEFT_OUT, **heads_left_out(40, 8, 128), "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
-    **{"moe_layers": _moe_layers, "no_rope_layers": _rotating_layers, "layer_types": _kinds_of_layers},
+_HF_DEFAULTS = {
+    **{**COMMON_DEFAULTS, **head_defaults(40, 8, 128), "rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    **{"moe_layers": _moe_layers, "no_rope_layers": _rope_layers, "layer_types": _layer_types},
     **{"num_experts_per_tok": 1, "attention_chunk_size": 8192, "use_qk_norm": True},
     **{"attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1},
 }
@@ -87,63 +90,64 @@ _LEFT_OUT = {
 def _attention_fields(config: Decoder.Config) -> dict[str, Any]:
     attentions = grouped_queries(config)
     for attention in attentions:
-        if not (_is_llamas_rotating(attention) or _is_llamas_still(attention)):
+        if not (_is_rope_attention(attention) or _is_nope_attention(attention)):
             raise ValueError(
-                f"Got {attention}. In transformers' Llama4ForCausalLM attention rotates neighbors, with a norm "
-                "without a gain or with none, or it does not rotate and may have a temperature; it sees all of the "
-                "past or its chunk. Make it one of these to export the model."
+                f"{CANNOT_CONVERT}attention of Llama4ForCausalLM must have no mask modifier besides one Chunks, and "
+                "either rotation 'neighbors', no temperature and no qk_norm with a weight, or no rotation and no "
+                f"qk_norm, got {attention}."
             )
     scaling = config.rope.scaling
     if any(each.qk_norm for each in attentions) and scaling is not None and scaling.build().attention_factor() != 1.0:
         raise ValueError(
-            f"Got qk_norm with a rope whose features are multiplied by {scaling.build().attention_factor()}. "
-            "transformers' Llama4ForCausalLM norms them after that. Do without one of both to export the model."
+            f"{CANNOT_CONVERT}with qk_norm the attention_factor of the RoPE scaling must be 1, since Llama4ForCausalLM "
+            f"applies the norm after it, got {scaling.build().attention_factor()}."
         )
-    rotating = [attention for attention in attentions if attention.rotation is not None]
-    still = [attention for attention in attentions if attention.rotation is None]
+    rope = [attention for attention in attentions if attention.rotation is not None]
+    nope = [attention for attention in attentions if attention.rotation is None]
     fields = {
         **head_fields(config),
         "no_rope_layers": [int(attention.rotation is not None) for attention in attentions],
         "layer_types": [
             "chunked_attention" if attention.mask_modifiers else "full_attention" for attention in attentions
         ],
-        "use_qk_norm": bool(rotating) and same_in_all("qk_norm", [each.qk_norm for each in rotating]) is not None,
+        "use_qk_norm": bool(rope) and same_in_all("qk_norm", [each.qk_norm for each in rope]) is not None,
     }
-    if chunks := [limit for attention in attentions for limit in attention.mask_modifiers]:
-        fields["attention_chunk_size"] = same_in_all("chunks", chunks).size
-    temperature = same_in_all("temperature", [each.temperature for each in still]) if still else None
+    if chunks := [modifier for attention in attentions for modifier in attention.mask_modifiers]:
+        fields["attention_chunk_size"] = same_in_all("chunk size", chunks).size
+    temperature = same_in_all("temperature", [each.temperature for each in nope]) if nope else None
     fields["attn_temperature_tuning"] = temperature is not None
     if temperature is not None:
         fields |= {"floor_scale": temperature.step, "attn_scale": temperature.strength}
     return fields
 
 
-def _is_llamas_rotating(attention: GroupedQueryAttention.Config) -> bool:
+def _is_rope_attention(attention: GroupedQueryAttention.Config) -> bool:
     norm = attention.qk_norm
-    normed_plainly = norm is None or norm.weight_init is None
+    norm_has_no_weight = norm is None or norm.weight_init is None
     return (
-        _sees_chunks(attention)
+        _is_chunked_or_full(attention)
         and attention.rotation == "neighbors"
         and attention.temperature is None
-        and normed_plainly
+        and norm_has_no_weight
     )
 
 
-def _is_llamas_still(attention: GroupedQueryAttention.Config) -> bool:
-    return _sees_chunks(attention) and attention.rotation is None and attention.qk_norm is None
+def _is_nope_attention(attention: GroupedQueryAttention.Config) -> bool:
+    return _is_chunked_or_full(attention) and attention.rotation is None and attention.qk_norm is None
 
 
-def _sees_chunks(attention: GroupedQueryAttention.Config) -> bool:
-    """Or everything."""
-    return [type(limit) for limit in attention.mask_modifiers] in ([], [Chunks.Config])
+def _is_chunked_or_full(attention: GroupedQueryAttention.Config) -> bool:
+    """Return whether the attention is chunked or full."""
+    return [type(modifier) for modifier in attention.mask_modifiers] in ([], [Chunks.Config])
 
 
 def _moe_fields(moe: Any) -> dict[str, Any]:
     router, experts = moe.router, moe.experts
-    if not _is_llamas_moe(moe):
+    if not _is_supported_moe(moe):
         raise ValueError(
-            f"Got {moe}. transformers' Llama4ForCausalLM has SwiGLUExperts and a shared one of the same width, chosen "
-            "by a TopKRouter by their sigmoid alone, which weighs their input. Make it that to export the model."
+            f"{CANNOT_CONVERT}an MoE layer of Llama4ForCausalLM must have SwiGLUExperts with SiluGating and weighted "
+            "input, a TopKRouter with score sigmoid, scale 1, no groups and no renormalize, and a shared expert of the "
+            f"same width, got {moe}."
         )
     return {
         "num_local_experts": router.num_experts,
@@ -155,10 +159,10 @@ def _moe_fields(moe: Any) -> dict[str, Any]:
     }
 
 
-def _is_llamas_moe(moe: MoE.Config) -> bool:
+def _is_supported_moe(moe: MoE.Config) -> bool:
     router, experts = moe.router, moe.experts
     if not (isinstance(router, TopKRouter.Config) and isinstance(experts, SwiGLUExperts.Config)):
         return False
-    plain = (router.score, router.groups, router.renormalize, router.scale) == ("sigmoid", None, False, 1.0)
-    shared = moe.shared is not None and moe.shared.hidden_dim == experts.hidden_dim
-    return plain and shared and moe.weighted == "input" and isinstance(experts.gating, SiluGating.Config)
+    is_plain = (router.score, router.groups, router.renormalize, router.scale) == ("sigmoid", None, False, 1.0)
+    has_shared = moe.shared is not None and moe.shared.hidden_dim == experts.hidden_dim
+    return is_plain and has_shared and moe.weighted == "input" and isinstance(experts.gating, SiluGating.Config)

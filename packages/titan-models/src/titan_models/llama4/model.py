@@ -1,4 +1,4 @@
-"""The Llama 4 family: the shared decoder, in which every fourth block sees all of the past and nothing of positions."""
+"""The Llama 4 family: the shared decoder with chunked attention, and full attention without RoPE in every 4th block."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from titan_models.llama4 import hf
 
 
 class Llama4(Decoder):
-    """Blocks that rotate and attend in chunks, among them some that do neither but have a temperature; experts.
+    """Blocks with RoPE and chunked attention, some NoPE blocks with full attention and a temperature, and MoE layers.
 
-    The scores of experts weigh what these get. The norm of queries and keys has no gain, and so commutes with the
-    rotation: it stands before it here, and behind it in transformers.
+    The routing weights multiply the inputs of the experts. The QK norm has no weight and therefore commutes with the
+    rotation: it is applied before the rotation here, and after it in transformers.
     """
 
     class Config(Decoder.Config):
         max_seq_len: int = 1_048_576
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Renames the weights to and from those of transformers' `Llama4ForCausalLM`."""
+            """Return the adapter to the weights of transformers' `Llama4ForCausalLM`."""
             return hf.hf_adapter(self)

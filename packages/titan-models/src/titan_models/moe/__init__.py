@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router that chooses, experts as 3-D weights, and what joins them."""
+"""Mixture of experts (MoE): routers, experts with stacked 3-D weights, and load balancing."""
 
 from titan_models.moe.auxiliary_losses import LoadBalancingLoss, RouterLoss, ZLoss
 from titan_models.moe.balancing_bias import BalancingBias

@@ -1,4 +1,4 @@
-"""Losses on what a router computes. N tokens, E experts."""
+"""Auxiliary losses of routers. N tokens, E experts."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from titan_models.moe.fp32_state import Fp32State
 
 
 class RouterLoss(Fp32State, abc.ABC):
-    """A loss that is a sum over tokens, each by itself; built with `num_experts`."""
+    """An auxiliary loss of a router, a sum of independent terms of tokens; built with `num_experts`."""
 
     class Config(Fp32State.Config):
         weight: float
-        """What it is multiplied by, relative to the loss of a token at the head."""
+        """Coefficient, relative to the loss of a token at the head (aux_loss_coeff)."""
 
         def validate(self) -> None:
             if not 0 <= self.weight < float("inf"):
-                raise ValueError(f"Got weight {self.weight}. A loss is multiplied by it. Set it to 0.001, say.")
+                raise ValueError(f"Auxiliary-loss weight must be finite and >= 0, got {self.weight}.")
 
     @abc.abstractmethod
     def forward(self, logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
-        """The loss of each token, `[N]`, with its weight."""
+        """Return the weighted loss of each token, `[N]`."""
 
     @abc.abstractmethod
     def update(self, counts_E: Tensor) -> None:
-        """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did."""
+        """Update the state after the optimizer step from the tokens per expert of the step, summed over all ranks."""
 
 
 class ZLoss(RouterLoss):
-    """`logsumexp(logits)^2`: keeps logits small, where rounding them does little harm.
+    """Router z-loss, `logsumexp(logits)^2`: keeps logits small, so that their rounding errors are small.
 
     Source: Zoph et al., "ST-MoE" (2022), equation 5, as a sum.
     """
@@ -49,13 +49,14 @@ class ZLoss(RouterLoss):
 
 
 class LoadBalancingLoss(RouterLoss):
-    """`E sum_e f_e p_e`: `p` is a token's scores divided by their sum, `f` each expert's share of all choices.
+    """Load-balancing loss, `E sum_e f_e p_e`: `p` are the normalized scores, `f` the fractions of tokens per expert.
 
-    1 where both are even. The shares are those of the global batch of the step before (even in the first), a part of
-    the state: known on all ranks before the forward, so that the loss is a sum over tokens and no split of the batch
-    changes it. Shares of a micro-batch would demand balance within it, which harms specialization.
+    The loss is 1 if either is uniform. The fractions are of all token-expert assignments in the global batch of the
+    previous step (uniform in the first step), kept in a persistent buffer. All ranks know them before the forward, so
+    that the loss is a sum over tokens and does not depend on how the batch is split. Fractions of a micro-batch would
+    enforce balance within the micro-batch, which harms specialization.
     Sources: Fedus et al., "Switch Transformers" (2021), equation 4; Qiu et al., "Demons in the detail" (2025), for
-    shares of the global batch.
+    fractions of the global batch.
     """
 
     shares: Tensor

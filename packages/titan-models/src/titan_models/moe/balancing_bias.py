@@ -1,4 +1,4 @@
-"""Balancing of experts by a bias on the scores that they are chosen by, without a loss of its own."""
+"""Auxiliary-loss-free load balancing: a bias on the scores by which experts are selected."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from titan_models.moe.fp32_state import Fp32State
 
 
 class BalancingBias(Fp32State):
-    """Experts with few tokens get a higher bias, those with many a lower one, step by step; weights do not know of it.
+    """A bias of each expert that is added to the scores for expert selection, but not to the routing weights.
 
-    `bias += rate * sign(mean - counts)` after each optimizer step, from the counts of the whole global batch. The bias
-    is a part of the model's state, in fp32 whatever the model's dtype: a step of 0.001 is lost in bf16.
+    After each optimizer step `bias += rate * sign(mean - counts)`, with the tokens per expert of the global batch:
+    experts with few tokens get a higher bias. The bias is a persistent buffer in fp32, whatever the dtype of the model,
+    since bf16 would round a step of 0.001 away.
     N tokens, E experts. Source: Wang et al., "Auxiliary-loss-free load balancing" (2024), as in DeepSeek-V3.
     """
 
     class Config(Fp32State.Config):
         rate: float = 1e-3
-        """What is added to an expert's bias or taken from it in a step. 0: the bias stays as it was loaded."""
+        """Change of the bias per step. 0: the bias stays as loaded."""
 
         def validate(self) -> None:
             if not 0 <= self.rate < float("inf"):
-                raise ValueError(
-                    f"Got rate {self.rate}. A bias rises and falls by it. Set it to 0.001, say, or to 0 to keep it."
-                )
+                raise ValueError(f"BalancingBias rate must be finite and >= 0, got {self.rate}.")
 
     bias: Tensor
 
@@ -36,12 +35,12 @@ class BalancingBias(Fp32State):
         self.register_buffer("bias", torch.full((num_experts,), torch.nan, dtype=torch.float32))
 
     def forward(self, scores_NE: Tensor) -> Tensor:
-        """The scores to choose by."""
+        """Return the scores for expert selection."""
         return scores_NE + self.bias
 
     @torch.no_grad()
     def update(self, counts_E: Tensor) -> None:
-        """Move the bias against the load: `counts` are the tokens of each expert in a step, of all ranks."""
+        """Update the bias; `counts` are the tokens per expert of a step, summed over all ranks."""
         excess_E = counts_E * len(counts_E) - counts_E.sum()
         self.bias.sub_(excess_E.sign(), alpha=self.rate)
 

@@ -1,4 +1,4 @@
-"""The experts of a layer."""
+"""The experts of an MoE layer."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from titan_models.moe.kernels import GroupedMM, Kernel
 
 
 class Experts(Configurable, nn.Module, abc.ABC):
-    """All experts of a layer, and nothing of who chose them: where tokens are brought to experts on other ranks.
+    """All experts of an MoE layer, applied to tokens sorted by expert. Expert parallelism dispatches tokens here.
 
     Built with `dim`, `num_experts` and `top_k`. N tokens, D width, E experts, F width of an expert.
     """
 
     @abc.abstractmethod
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """What experts make of tokens, `[N, D]`: the first `counts[0]` rows are expert 0's, the next expert 1's.
+        """Return the outputs `[N, D]`: the first `counts[0]` rows of `x` belong to expert 0, the next to expert 1.
 
-        Rows beyond all counts belong to nobody: they give zeros, and have zeros as gradients, whatever is in them.
+        Rows beyond the sum of the counts are padding: their outputs and gradients are zero, whatever they contain.
         """
 
     def roles(self) -> Roles:
-        """How each expert's features are split over tensor ranks. None: experts are whole on each of them."""
+        """Return the roles that shard the features of each expert over tensor-parallel ranks. Empty: replicated."""
         return {}
 
 
 class SwiGLUExperts(Experts):
-    """Each expert is a gated layer: `down(gating(gate(x), up(x)))`. With the gating that there is, a `SwiGLU`."""
+    """Gated experts, `down(gating(gate(x), up(x)))`; with the default gating each is a `SwiGLU`."""
 
     class Config(Experts.Config):
         hidden_dim: int
-        """Width of an expert."""
+        """Width of an expert (moe_intermediate_size)."""
 
         gating: Gating.Config = SiluGating.Config()
-        """What is made of the two projections in."""
+        """The function of the gate and up projections."""
 
         kernel: Kernel.Config = GroupedMM.Config()
-        """How the products with each expert's matrix are computed."""
+        """The kernel of the grouped matrix products."""
 
         gate_init: Initializer.Config = Normal.Config()
-        """How the weights of the gate projections are drawn."""
+        """The initializer of the weights of the gate projections."""
 
         up_init: Initializer.Config = Normal.Config()
-        """How the weights of the up projections are drawn."""
+        """The initializer of the weights of the up projections."""
 
         down_init: Initializer.Config = Normal.Config()
-        """How the weights of the down projections are drawn."""
+        """The initializer of the weights of the down projections."""
 
         bias_init: Initializer.Config | None = None
-        """How the biases of all three projections are drawn. None: there are none."""
+        """The initializer of the biases of all three projections. None: no biases."""
 
         def validate(self) -> None:
             if self.hidden_dim < 1:
-                raise ValueError(f"Got hidden_dim {self.hidden_dim}. An expert has a width. Set it to 1 or more.")
+                raise ValueError(f"SwiGLUExperts hidden_dim must be at least 1, got {self.hidden_dim}.")
 
     def __init__(self, config: Config, *, dim: int, num_experts: int, top_k: int) -> None:
         nn.Module.__init__(self)
@@ -77,10 +77,10 @@ class SwiGLUExperts(Experts):
         self.gating: Gating = config.gating.build()
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        owned_N1 = (torch.arange(len(x_ND), device=x_ND.device) < counts_E.sum()).unsqueeze(1)
-        x_ND = x_ND.where(owned_N1, 0)  # and so its gradient
+        is_token_N1 = (torch.arange(len(x_ND), device=x_ND.device) < counts_E.sum()).unsqueeze(1)
+        x_ND = x_ND.where(is_token_N1, 0)  # zeroes the gradients of padding too
         hidden_NF = self.gating(self.gate_proj(x_ND, counts_E), self.up_proj(x_ND, counts_E))
-        return self.down_proj(hidden_NF, counts_E).where(owned_N1, 0)
+        return self.down_proj(hidden_NF, counts_E).where(is_token_N1, 0)
 
     def roles(self) -> Roles:
         return {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}

@@ -1,4 +1,4 @@
-"""The products of a loop over experts as operators of PyTorch: a compiler need not look at how many tokens each has."""
+"""Matrix products in a loop over experts, as custom operators that hide the token counts from the compiler."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 @torch.library.custom_op("titan_models::expert_products", mutates_args=())
 def expert_products(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """`x W_e^T` for the tokens of each expert, `[N, O]`; zeros for rows beyond all counts."""
+    """Return `x W_e^T` for the tokens of each expert, `[N, O]`; zeros for rows beyond the sum of the counts."""
     products_NO = x_NI.new_zeros(len(x_NI), weight_EOI.shape[1])
-    for rows, weight in zip(_rows(counts_E), weight_EOI, strict=True):
+    for rows, weight in zip(_row_slices(counts_E), weight_EOI, strict=True):
         products_NO[rows] = functional.linear(x_NI[rows], weight)
     return products_NO
 
 
 @torch.library.custom_op("titan_models::expert_outer_products", mutates_args=())
 def expert_outer_products(y_NO: Tensor, x_NI: Tensor, counts_E: Tensor) -> Tensor:
-    """`y^T x` over the tokens of each expert, `[E, O, I]`."""
+    """Return `y^T x` over the tokens of each expert, `[E, O, I]`."""
     products_EOI = y_NO.new_zeros(len(counts_E), y_NO.shape[1], x_NI.shape[1])
-    for expert, rows in enumerate(_rows(counts_E)):
+    for expert, rows in enumerate(_row_slices(counts_E)):
         products_EOI[expert] = y_NO[rows].T @ x_NI[rows]
     return products_EOI
 
 
-def _rows(counts_E: Tensor) -> list[slice]:
+def _row_slices(counts_E: Tensor) -> list[slice]:
     ends = counts_E.cumsum(0).tolist()
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
@@ -44,7 +44,7 @@ def _(y_NO: Tensor, x_NI: Tensor, counts_E: Tensor) -> Tensor:
     return y_NO.new_empty(len(counts_E), y_NO.shape[1], x_NI.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -54,10 +54,10 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_x_NI, expert_outer_products(grad_NO, x_NI, counts_E), None
 
 
-expert_products.register_autograd(_backward, setup_context=_keep)
+expert_products.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula([torch.ops.titan_models.expert_products, torch.ops.titan_models.expert_outer_products])
-def _flops(one: torch.Size, other: torch.Size, *_sizes: torch.Size, **_more: object) -> int:
-    """Of `[N, I]` and `[E, O, I]`, or of `[N, O]` and `[N, I]`."""
-    return 2 * one[0] * one[1] * other[1]
+def _flops(left: torch.Size, right: torch.Size, *_sizes: torch.Size, **_options: object) -> int:
+    """Return the FLOPs of a product of `[N, I]` and `[E, O, I]`, or of `[N, O]` and `[N, I]`."""
+    return 2 * left[0] * left[1] * right[1]

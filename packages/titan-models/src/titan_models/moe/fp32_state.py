@@ -1,4 +1,4 @@
-"""State of a router that moves too little a step for bf16."""
+"""Router state that stays in fp32, since its changes per step are too small for bf16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from titan_models.layers.layer import Layer
 
 
 class Fp32State(Layer):
-    """A part without parameters whose buffers stay in fp32, with all their bits, whatever the model is cast to."""
+    """A module without parameters whose buffers stay in fp32 when the model is cast to another dtype."""
 
     def own_flops(self, seq_len: int) -> Flops:
         return Flops(full=0, causal=0)
@@ -22,6 +22,6 @@ class Fp32State(Layer):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype is not torch.float32:  # None: another rank's
+            if buffer is not None and buffer.dtype is not torch.float32:  # None: on another rank
                 self._buffers[name] = before[name].to(buffer.device)  # type: ignore[union-attr]
         return self

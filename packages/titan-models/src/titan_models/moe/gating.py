@@ -1,4 +1,4 @@
-"""What gated experts make of their two projections, number by number."""
+"""Gating functions of experts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional
 
 
 class Gating(Configurable, abc.ABC):
-    """A function of `gate` and `up`, two tensors of one shape, to a third."""
+    """An elementwise function of the outputs of the gate and up projections."""
 
     def __init__(self, config: Configurable.Config) -> None:
         pass
 
     @abc.abstractmethod
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What the projection back is given."""
+        """Return the input of the down projection, of the shape of `gate` and `up`."""
 
 
 class SiluGating(Gating):
@@ -28,23 +28,24 @@ class SiluGating(Gating):
 
 
 class ClampedGating(Gating):
-    """`gate * sigmoid(alpha * gate) * (up + 1)`, with `gate` up to `limit`, and `up` from `-limit` to `limit`.
+    """`gate * sigmoid(alpha * gate) * (up + 1)`, with `gate` clamped to at most `limit`, and `up` to
+    `[-limit, limit]`.
 
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b model card" (2025), and the code released with it.
     """
 
     class Config(Gating.Config):
         alpha: float = 1.702
-        """How steep the gate is; 1.702 makes it close to a GELU."""
+        """Steepness of the gate; 1.702 approximates GELU (swiglu_alpha)."""
 
         limit: float = 7.0
-        """What both projections are clamped to."""
+        """Bound to which both projections are clamped (swiglu_limit)."""
 
         def validate(self) -> None:
             if not self.alpha > 0:  # nan is not
-                raise ValueError(f"Got alpha {self.alpha}. The gate opens with its argument. Set it above 0.")
+                raise ValueError(f"ClampedGating alpha must be > 0, got {self.alpha}.")
             if not self.limit > 0:
-                raise ValueError(f"Got limit {self.limit}. Nothing would pass. Set it above 0, such as 7.")
+                raise ValueError(f"ClampedGating limit must be > 0, got {self.limit}.")
 
     def __init__(self, config: Config) -> None:
         self.alpha, self.limit = config.alpha, config.limit

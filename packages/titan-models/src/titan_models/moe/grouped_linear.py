@@ -1,4 +1,4 @@
-"""A linear layer for each expert."""
+"""Linear layers of all experts, as one stacked weight."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class GroupedLinear(Layer):
 
     class Config(Layer.Config):
         weight_init: Initializer.Config = Normal.Config()
-        """How the weights are drawn."""
+        """The initializer of the weights."""
 
         bias_init: Initializer.Config | None = None
-        """How the biases are drawn. None: there are none."""
+        """The initializer of the biases. None: no biases."""
 
         kernel: Kernel.Config = GroupedMM.Config()
-        """How the products with each expert's matrix are computed."""
+        """The kernel of the grouped matrix products."""
 
     def __init__(self, config: Config, *, num_experts: int, top_k: int, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
@@ -38,9 +38,12 @@ class GroupedLinear(Layer):
         self.kernel: Kernel = config.kernel.build()
 
     def forward(self, x_NI: Tensor, counts_E: Tensor) -> Tensor:
-        """`[N, O]`: the first `counts[0]` rows are expert 0's, and so on. Rows beyond all counts are undefined."""
+        """Return `[N, O]`: the first `counts[0]` rows belong to expert 0, and so on.
+
+        Rows beyond the sum of the counts are undefined.
+        """
         y_NO = self.kernel(x_NI, self.weight, counts_E)
-        return y_NO if self.bias is None else y_NO + _of_rows(self.bias, counts_E, len(y_NO))
+        return y_NO if self.bias is None else y_NO + _bias_of_rows(self.bias, counts_E, len(y_NO))
 
     def initializers(self) -> dict[str, Initializer]:
         bias_init = self.config.bias_init
@@ -54,7 +57,7 @@ class GroupedLinear(Layer):
         return sum((len(stack) - self.top_k) * stack[0].numel() for stack in self.parameters())
 
 
-def _of_rows(bias_EO: Tensor, counts_E: Tensor, num_rows: int) -> Tensor:
-    """The bias of each row's expert, `[N, O]`; for rows of nobody zeros, which drop what comes back."""
+def _bias_of_rows(bias_EO: Tensor, counts_E: Tensor, num_rows: int) -> Tensor:
+    """Return the bias of the expert of each row, `[N, O]`; zeros without gradients for rows beyond the counts."""
     expert_N = torch.searchsorted(counts_E.cumsum(0), torch.arange(num_rows, device=bias_EO.device), right=True)
     return functional.embedding(expert_N, functional.pad(bias_EO, (0, 0, 0, 1)))

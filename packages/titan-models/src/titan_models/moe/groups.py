@@ -1,4 +1,4 @@
-"""Routing limited to a few groups of experts."""
+"""Group-limited routing."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from torch import Tensor
 
 
 class ExpertGroups(Configurable):
-    """Of the groups that experts are in, a token uses the best few (DeepSeek-AI, 2024). N tokens, E experts."""
+    """Group-limited expert selection: a token uses experts of its best groups only (DeepSeek-AI, 2024).
+
+    N tokens, E experts.
+    """
 
     class Config(Configurable.Config):
         num_groups: int
-        """Groups, of as many neighboring experts each."""
+        """Number of groups of consecutive experts, all of one size (n_group)."""
 
         num_kept: int
-        """Groups that a token's experts come from."""
+        """Number of groups from which the experts of a token are selected (topk_group)."""
 
         score: Literal["best", "sum of best two"]
-        """What a group is judged by: the scores of its experts, as DeepSeek-V2 and as V3 do."""
+        """Score of a group: its best expert score (DeepSeek-V2) or the sum of its best two (V3)."""
 
         def validate(self) -> None:
             if not 1 <= self.num_kept <= self.num_groups:
-                raise ValueError(
-                    f"Got num_kept {self.num_kept} of num_groups {self.num_groups}. A token keeps some of the groups. "
-                    f"Set num_kept to 1 to {max(self.num_groups, 1)}."
-                )
+                raise ValueError(f"num_kept must be 1 to num_groups ({self.num_groups}), got {self.num_kept}.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def limit(self, scores_NE: Tensor) -> Tensor:
-        """The scores of experts in the token's best groups; minus infinity for all others."""
+        """Return the scores with those outside of the best groups of each token set to minus infinity."""
         groups = scores_NE.unflatten(1, (self.config.num_groups, -1))
-        num_judged = 1 if self.config.score == "best" else 2
-        judged = groups.topk(num_judged, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(judged, dtype=torch.bool).scatter_(1, judged.topk(self.config.num_kept).indices, True)
-        return groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        num_best = 1 if self.config.score == "best" else 2
+        group_scores = groups.topk(num_best, dim=-1).values.sum(-1)
+        kept = group_scores.topk(self.config.num_kept).indices
+        is_kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
+        return groups.masked_fill(~is_kept.unsqueeze(-1), -torch.inf).flatten(1)

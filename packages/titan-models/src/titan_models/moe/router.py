@@ -1,4 +1,4 @@
-"""The choice of experts for each token."""
+"""Routers, which select the experts of each token."""
 
 from __future__ import annotations
 
@@ -20,73 +20,73 @@ from titan_models.training.auxiliary_loss import AuxiliaryLoss
 
 
 class Router(Layer, abc.ABC):
-    """Chooses each token's experts and how much each of them counts; built with `dim`, the width of the stream.
+    """Selects the experts of each token and their routing weights; built with `dim`, the width of the hidden states.
 
     N tokens, D width, E experts, K experts of a token.
     """
 
     class Config(Layer.Config):
         num_experts: int
-        """Experts to choose from."""
+        """Number of experts."""
 
         top_k: int
-        """Experts of a token."""
+        """Number of experts per token."""
 
         def validate(self) -> None:
             if not 1 <= self.top_k <= self.num_experts:
-                raise ValueError(
-                    f"Got top_k {self.top_k} of num_experts {self.num_experts}. A token goes to different experts. "
-                    f"Set top_k to 1 to {max(self.num_experts, 1)}."
-                )
+                raise ValueError(f"top_k must be 1 to num_experts ({self.num_experts}), got {self.top_k}.")
 
     @abc.abstractmethod
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of each token's experts, int64 `[N, K]`, all different, and their weights `[N, K]`."""
+        """Return the expert numbers of each token, int64 `[N, K]` and distinct, and the routing weights `[N, K]`."""
 
     def update(self, counts_E: Tensor) -> None:
-        """Act on the tokens that each expert got in a step, of all ranks, after the optimizer did. Most do nothing."""
+        """Update the state after the optimizer step from the tokens per expert of the step, summed over all ranks.
+
+        The default does nothing.
+        """
 
     def roles(self) -> Roles:
-        """What each part is; see `titan_models.layers.roles`. Most have none: a router is held whole, in the stream."""
+        """Return the role of each module; see `titan_models.layers.roles`. Empty by default: routers are replicated."""
         return {}
 
 
 class TopKRouter(Router):
-    """The experts with the highest scores, weighted by these: a linear projection, a softmax or sigmoid, a choice.
+    """Selects the experts with the highest scores: a linear projection, softmax or sigmoid, and top-k.
 
-    A softmax over the chosen experts alone, as GPT-OSS has it, is one over all of them with `renormalize`. Computed in
-    fp32 or wider; the weights have the dtype of the tokens.
+    A softmax over the selected experts alone, as in GPT-OSS, equals `score="softmax"` with `renormalize`. Scores are
+    computed in fp32 or wider; the routing weights have the dtype of the tokens.
     """
 
     class Config(Router.Config):
         score: Literal["softmax", "sigmoid"] = "softmax"
-        """What makes scores of logits: over all experts, or for each by itself."""
+        """Score function of the logits: softmax over all experts, or sigmoid of each."""
 
         groups: ExpertGroups.Config | None = None
-        """The choice is limited to a token's best groups. None: it is not."""
+        """Group-limited routing. None: experts are selected from all groups."""
 
         renormalize: bool = False
-        """A token's weights are divided by their sum."""
+        """Divide the routing weights of each token by their sum (norm_topk_prob)."""
 
         balancing: BalancingBias.Config | None = None
-        """A bias that experts are chosen by, and that no weight contains. None: there is none."""
+        """A bias for expert selection that does not enter the routing weights. None: no bias."""
 
-        losses: list[RouterLoss.Config] = []
-        """Losses on scores, such as `ZLoss` and `LoadBalancingLoss`, added to that of the head."""
+        auxiliary_losses: list[RouterLoss.Config] = []
+        """Auxiliary losses of the scores, such as `ZLoss` and `LoadBalancingLoss`, added to the loss of the head."""
 
         scale: float = 1.0
-        """What weights are multiplied by in the end."""
+        """Factor of the routing weights, applied last (routed_scaling_factor)."""
 
         weight_init: Initializer.Config = Normal.Config()
-        """How the projection is drawn."""
+        """The initializer of the weight."""
 
         bias_init: Initializer.Config | None = None
-        """How the projection's bias is drawn. None: there is none."""
+        """The initializer of the bias. None: no bias."""
 
         def validate(self) -> None:
             Router.Config.validate(self)
             if not self.scale > 0:  # nan is not
-                raise ValueError(f"Got scale {self.scale}. Weights are multiplied by it. Set it above 0, such as 1.")
+                raise ValueError(f"Router scale must be > 0, got {self.scale}.")
             if self.groups is not None:
                 _check_groups(self.groups, self.num_experts, self.top_k)
 
@@ -100,7 +100,9 @@ class TopKRouter(Router):
         self.balancing: BalancingBias | None = None
         if config.balancing is not None:
             self.balancing = config.balancing.build(num_experts=config.num_experts)
-        self.losses = nn.ModuleList(loss.build(num_experts=config.num_experts) for loss in config.losses)
+        self.auxiliary_losses = nn.ModuleList(
+            loss.build(num_experts=config.num_experts) for loss in config.auxiliary_losses
+        )
         self.auxiliary_loss = AuxiliaryLoss()
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,28 +110,28 @@ class TopKRouter(Router):
         bias_E = None if self.bias is None else self.bias.to(precision)
         logits_NE = functional.linear(x_ND.to(precision), self.weight.to(precision), bias_E)
         scores_NE = logits_NE.softmax(-1) if self.config.score == "softmax" else logits_NE.sigmoid()
-        chosen_NK = self._choose(scores_NE.detach())
-        weights_NK = scores_NE.gather(1, chosen_NK)
+        selected_NK = self._select(scores_NE.detach())
+        weights_NK = scores_NE.gather(1, selected_NK)
         if self.config.renormalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        if self.losses and torch.is_grad_enabled():
-            losses_LN = torch.stack([loss(logits_NE, scores_NE) for loss in self.losses])
+        if self.auxiliary_losses and torch.is_grad_enabled():
+            losses_LN = torch.stack([loss(logits_NE, scores_NE) for loss in self.auxiliary_losses])
             weights_NK = self.auxiliary_loss(weights_NK, losses_LN.sum())
-        return chosen_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
+        return selected_NK, (weights_NK * self.config.scale).to(x_ND.dtype)
 
-    def _choose(self, scores_NE: Tensor) -> Tensor:
-        judged = scores_NE if self.balancing is None else self.balancing(scores_NE)
-        limited = judged if self.groups is None else self.groups.limit(judged)
-        return limited.topk(self.config.top_k, dim=-1, sorted=False).indices
+    def _select(self, scores_NE: Tensor) -> Tensor:
+        selection_NE = scores_NE if self.balancing is None else self.balancing(scores_NE)
+        limited_NE = selection_NE if self.groups is None else self.groups.limit(selection_NE)
+        return limited_NE.topk(self.config.top_k, dim=-1, sorted=False).indices
 
     def update(self, counts_E: Tensor) -> None:
         if self.balancing is not None:
             self.balancing.update(counts_E)
-        for loss in self.losses:
+        for loss in self.auxiliary_losses:
             cast(RouterLoss, loss).update(counts_E)
 
     def roles(self) -> Roles:
-        return {"auxiliary_loss": "auxiliary_loss"} if self.losses else {}
+        return {"auxiliary_loss": "auxiliary_loss"} if self.auxiliary_losses else {}
 
     def initializers(self) -> dict[str, Initializer]:
         bias_init = self.config.bias_init
@@ -142,17 +144,14 @@ class TopKRouter(Router):
 def _check_groups(groups: ExpertGroups.Config, num_experts: int, top_k: int) -> None:
     size = num_experts // groups.num_groups
     if num_experts % groups.num_groups:
-        raise ValueError(
-            f"Got {num_experts} experts in {groups.num_groups} groups. Groups have as many experts each. "
-            "Set num_groups to a divisor of num_experts."
-        )
+        raise ValueError(f"num_groups must divide num_experts ({num_experts}), got {groups.num_groups}.")
     if groups.score == "sum of best two" and size < 2:
         raise ValueError(
-            f"Got groups of one expert, judged by the sum of their best two. That needs two. Set num_groups to "
-            f"{max(num_experts // 2, 1)} or less, or score to 'best'."
+            "Groups must have at least 2 experts for score 'sum of best two', got "
+            f"{size} ({num_experts} experts in {groups.num_groups} groups). Lower num_groups, or set score to 'best'."
         )
     if groups.num_kept * size < top_k:
         raise ValueError(
-            f"Got top_k {top_k} from {groups.num_kept} groups of {size} experts. A token's experts are all different. "
-            f"Set num_kept to {-(-top_k // size)} or more."
+            f"top_k must be at most {groups.num_kept * size}, the experts in {groups.num_kept} groups of {size}, got "
+            f"{top_k}. Set num_kept to {-(-top_k // size)} or more."
         )

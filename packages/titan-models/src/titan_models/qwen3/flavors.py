@@ -1,6 +1,6 @@
-"""The released sizes of Qwen3, and two small ones for development. Each call makes a config of its own, to change.
+"""Flavors of Qwen3: the released sizes, and two small ones for development. Each call returns a new config.
 
-Initial weights: as in torchtitan 0.3.0 (see docs/models.md).
+Initial weights are distributed as in torchtitan 0.3.0 (see docs/concepts/initial_weights.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from titan_models.qwen3.model import Qwen3
 
 
 def qwen3_debug() -> Qwen3.Config:
-    """5 million parameters, with a vocabulary of 2048: trains on a laptop."""
+    """5 million parameters, with a vocabulary of 2048, for a laptop."""
     return _qwen3(
         vocab_size=2048,
         dim=256,
@@ -35,7 +35,7 @@ def qwen3_debug() -> Qwen3.Config:
 
 
 def qwen3_moe_debug() -> Qwen3.Config:
-    """11 million parameters, 8 experts, 2 of them for each token, with a vocabulary of 2048: trains on a laptop."""
+    """11 million parameters, 8 experts, 2 per token, with a vocabulary of 2048, for a laptop."""
     return _qwen3(
         vocab_size=2048,
         dim=256,
@@ -80,12 +80,12 @@ def qwen3_32b() -> Qwen3.Config:
 
 
 def qwen3_30b_a3b() -> Qwen3.Config:
-    """Qwen3 30B-A3B: 128 experts, 8 of them for each token, 3 billion parameters."""
+    """Qwen3 30B-A3B: 128 experts, 8 per token, 3 billion active parameters."""
     return _qwen3(dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, hidden_dim=768, num_experts=128)
 
 
 def qwen3_235b_a22b() -> Qwen3.Config:
-    """Qwen3 235B-A22B: 128 experts, 8 of them for each token, 22 billion parameters."""
+    """Qwen3 235B-A22B: 128 experts, 8 per token, 22 billion active parameters."""
     return _qwen3(dim=4096, num_layers=94, num_heads=64, num_kv_heads=4, hidden_dim=1536, num_experts=128)
 
 

@@ -1,4 +1,4 @@
-"""The Qwen3 family: the shared decoder with queries and keys normalized head by head."""
+"""The Qwen3 family: the shared decoder with QK norm."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Qwen3(Decoder):
 
     class Config(Decoder.Config):
         max_seq_len: int = 40_960
-        """Tokens that the model is meant for; exported as max_position_embeddings."""
+        """Maximum sequence length in tokens; exported as max_position_embeddings."""
 
         def hf_adapter(self) -> HfAdapter:
-            """Renames the weights to and from those of transformers' `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`."""
+            """Return the adapter to the weights of transformers' `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`."""
             return hf.hf_adapter(self)

@@ -1,1 +1,1 @@
-"""What modules compute during training beside their output: auxiliary losses and per-step counters."""
+"""Training-time side computations of modules: auxiliary losses and step counters."""

@@ -1,4 +1,4 @@
-"""Losses of a model's own, computed deep within it, whose gradients join those of the loss at its head."""
+"""Auxiliary losses: losses computed inside a model, whose gradients add to those of the loss at the head."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 
 class AuxiliaryLoss(nn.Module):
-    """Adds a loss to the one at the head, with the role `auxiliary_loss`: (sum at the head + sums here) / denominator.
+    """A loss that is added to the loss at the head: (loss sum at the head + auxiliary loss sums) / denominator.
 
-    Sums over tokens, so that neither the mesh nor the micro-batches change them. `scale` is what a unit of the head's
-    loss sum weighs in the gradients, usually 1 / denominator; an engine sets it for each step, or `scale_auxiliary_losses`.
-    `share` is the part of the sum that this rank gives: an engine sets it where other ranks have the same tokens.
+    Its role is `auxiliary_loss`. Auxiliary losses are sums over tokens, so that they depend on neither the mesh nor the
+    micro-batches. `scale` is the factor of a loss sum in the gradients, usually 1 / denominator; the training engine or
+    `scale_auxiliary_losses` sets it. `share` is the fraction of the sum that this rank contributes; the training engine
+    sets it where several ranks compute the loss of the same tokens.
     """
 
     def __init__(self) -> None:
@@ -22,19 +23,19 @@ class AuxiliaryLoss(nn.Module):
         self.share = 1.0
 
     def forward(self, x: Tensor, loss_sum: Tensor) -> Tensor:
-        """`x` as it is. Its backward adds the gradients of `loss_sum`, a scalar, times `scale` and `share`."""
+        """Return `x` unchanged. The backward adds the gradients of the scalar `loss_sum` times `scale * share`."""
         if self.scale is None:
             raise RuntimeError(
-                "Got a model with losses of its own, and nothing that says how they compare to that of the head. They "
-                "are sums over tokens, divided by the same number. Call model.scale_auxiliary_losses(1 / denominator) before "
-                "the forward, or titan_parallel's forward_backward, which does."
+                "The scale of auxiliary losses must be set before the forward. Call model.scale_auxiliary_losses(1 / "
+                "denominator) with the denominator of the loss sum at the head, or use forward_backward of "
+                "titan_parallel, which sets it."
             )
         output: Tensor = _WithLoss.apply(x, loss_sum, self.scale * self.share)
         return output
 
 
 def scale_auxiliary_losses(model: nn.Module, scale: float) -> None:
-    """Set what a unit of loss weighs, for all losses that `model` has of its own."""
+    """Set the factor of the loss sums of all auxiliary losses in `model`, usually 1 / denominator."""
     for module in model.modules():
         if isinstance(module, AuxiliaryLoss):
             module.scale = torch.tensor(scale, dtype=torch.float64)

@@ -13,10 +13,10 @@ from torch import nn
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """A context in which `model` is in eval mode; at its end, also by an error, each module has its own mode again.
+    """Put `model` in eval mode within the context and restore the mode of each module after it, also after an error.
 
-    Modes are set by `train`, parents first, since a module may act on it (adapters that are merged for evaluation); the
-    flag of one that does not obey is put back.
+    Modes are set by `train`, parents first, since a module may override it (adapters that are merged for evaluation).
+    The flag of a module whose `train` does not set it is restored directly.
     """
     was_training = [(module, module.training) for module in model.modules()]
     try:

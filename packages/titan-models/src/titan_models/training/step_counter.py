@@ -1,4 +1,4 @@
-"""What modules count over a step, right under whatever recomputes, accumulates or compiles them."""
+"""Per-step counters of modules, exact under activation checkpointing, gradient accumulation and compilation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class StepCounter(nn.Module):
-    """Adds up numbers once a micro-batch: in the backward, as the gradient of a leaf. It has the role `step_counter`.
+    """Sums numbers over the micro-batches of a step. Its role is `step_counter`. n numbers.
 
-    What recomputation repeats in the forward counts once, what an evaluation sees not at all, and a step that is not
-    made is forgotten with its gradients. n numbers.
+    The numbers accumulate in the backward, as the gradient of a leaf. A forward that is recomputed therefore counts
+    once, an evaluation does not count, and the counts of a discarded step are dropped with its gradients.
     """
 
     leaf: Tensor
@@ -21,10 +21,10 @@ class StepCounter(nn.Module):
     def __init__(
         self, size: int, *, update: Callable[[Tensor], None], metrics: Callable[[Tensor], Mapping[str, float]]
     ) -> None:
-        """`update` acts on what all ranks counted in a step, `[n]`, after the optimizer did, alike on every rank.
+        """Count `size` numbers.
 
-        `metrics` gives what is worth telling about that, by name, from numbers on the CPU; of several statistics the
-        highest is told.
+        After the optimizer step, `update` is called on each rank with the counts of all ranks, `[n]`. `metrics` is
+        called with these counts on the CPU and returns metrics by name; over modules, the maximum is reported.
         """
         super().__init__()
         self.update = update
@@ -32,32 +32,35 @@ class StepCounter(nn.Module):
         self.register_buffer("leaf", torch.zeros(size, dtype=torch.float64, requires_grad=True), persistent=False)
 
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """`x` as it is, and the smaller the better: it costs an addition. Its backward adds `numbers`, `[n]`."""
-        # An addition joins leaf and stream: zero-bubble pipelines begin a part of the backward there, which torch 2.11
-        # cannot do at a function written in Python.
-        zero: Tensor = _Counted.apply(self.leaf, numbers)
+        """Return `x`, unchanged in value. The backward adds `numbers [n]`.
+
+        It costs one elementwise addition, so pass a small tensor as `x`.
+        """
+        # The leaf joins the graph by an addition: zero-bubble pipelines split the backward at this node, and torch 2.11
+        # cannot split it at a custom autograd function.
+        zero: Tensor = _AddToGradient.apply(self.leaf, numbers)
         return x + zero.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.leaf is not None:  # None: another rank's
+        if self.leaf is not None:  # None: on another rank
             self.leaf = self.leaf.detach().to(torch.float64).requires_grad_()
         return self
 
 
 def after_step(model: nn.Module) -> dict[str, float]:
-    """Let all modules act on what they counted since the last call, in one process; what they tell of it."""
-    measured: list[tuple[str, float]] = []
+    """Update all modules with their counts since the last call, in a single process, and return their metrics."""
+    metrics: list[tuple[str, float]] = []
     for module in model.modules():
         if isinstance(module, StepCounter):
-            counted = torch.zeros_like(module.leaf) if module.leaf.grad is None else module.leaf.grad
+            counts = torch.zeros_like(module.leaf) if module.leaf.grad is None else module.leaf.grad
             module.leaf.grad = None
-            module.update(counted.detach())
-            measured += module.metrics(counted.detach().cpu()).items()
-    return {name: max(value for other, value in measured if other == name) for name, _ in measured}
+            module.update(counts.detach())
+            metrics += module.metrics(counts.detach().cpu()).items()
+    return {name: max(value for other, value in metrics if other == name) for name, _ in metrics}
 
 
-class _Counted(torch.autograd.Function):
+class _AddToGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, numbers: Tensor) -> Tensor:
         ctx.save_for_backward(numbers)

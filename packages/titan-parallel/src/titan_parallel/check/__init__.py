@@ -1,4 +1,4 @@
-"""Is a model on a mesh the same run as in one process?"""
+"""Check that a model trains on a device mesh as it does in one process."""
 
 from titan_parallel.check.check_parallel import check_parallel
 from titan_parallel.check.mesh_names import meshes

@@ -1,4 +1,4 @@
-"""Is a model on a mesh the same run as in one process? For anybody's model, on a few processes of a CPU."""
+"""`check_parallel`: train a small model in one process and on meshes of CPU processes, and compare."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from titan_config import ConfigError
 from torch import Tensor, nn
 
-from titan_parallel.check.batch import CheckBatch, count_rows, make_up_batch
+from titan_parallel.check.batch import CheckBatch, batch_size_of, synthetic_batch
 from titan_parallel.check.factor import sizes_of
 from titan_parallel.check.forked import Failed, require_fork, run_alone, run_on_ranks
 from titan_parallel.check.mesh_names import describe, ranks_of
-from titan_parallel.check.on_mesh import Judgement, judge_on_rank
-from titan_parallel.check.plain import ReferenceRun, run_plain
+from titan_parallel.check.on_mesh import RankResult, compare_on_rank
+from titan_parallel.check.reference import ReferenceRun, run_reference
 from titan_parallel.check.report import CheckReport, MeshReport
 from titan_parallel.check.summary import failed, summarize
 from titan_parallel.check.trial import Trial
@@ -46,20 +46,32 @@ def check_parallel(
     seed: int = 0,
     timeout_s: float = 300,
 ) -> CheckReport:
-    """Train a small model for a few steps in one process and on each mesh, and compare, on every rank.
+    """Train a small model for a few steps in one process and on each mesh, and compare the runs on every rank.
 
-    What is compared: every gradient of the first step before clipping, the gradient norm and the loss of each step, the
-    loss of an evaluation, and the weights after the last step, by the rule of `titan_parallel.check.tolerances` for
-    `dtype` (float64, or float32). In float64 what the model computes in float32 is lifted. In float32 the rule is ten
-    times the rounding of the plain model, which is measured: the model has to run in float64 too.
+    It compares every gradient of the first step before clipping, the gradient norm and the loss of each step, the loss
+    of an evaluation, and the weights after the last step. The tolerance is that of `titan_parallel.check.tolerances`
+    for `dtype`. In float64, computations that the model makes in float32 are made in float64 too. In float32 the
+    tolerance is ten times the measured rounding error of the single-process run, so the model must also run in float64.
 
-    `build` makes a small model, small enough for a copy a rank, and is called in forked processes: closures are fine.
-    `parallelism` is a mesh, or several by name. What is not given comes from the model: `roles` (`model.roles()`, or
-    those of a Hugging Face model), the global `batch` (made up for models that read token ids), `loss` (cross-entropy
-    of `targets["labels"]`), `output` (a tensor, or its `logits`), `world_size` (the product of the degrees).
+    Raises ConfigError for arguments that do not fit the model or each other, and RuntimeError if processes cannot be
+    forked or the single-process run fails. Failures on a mesh are in the report.
 
-    Raises ConfigError for arguments that do not fit the model or each other, RuntimeError where processes cannot be
-    forked or the plain model fails. What fails on a mesh is in the report, which is also returned when nothing agrees.
+    Args:
+        build: Return a small model, one copy of which fits in memory for each rank. Called in forked processes, so
+            closures work.
+        parallelism: A mesh, or several by name.
+        roles: Table of roles. None: `model.roles()`, or the roles of a Hugging Face model.
+        batch: The global batch. None: a synthetic one, for a model that takes token ids.
+        loss: As for `forward_backward`. None: cross-entropy of `targets["labels"]`.
+        output: Select the logits in the output of the model. None: the output itself, or its `logits`.
+        dtype: torch.float64 or torch.float32.
+        steps: Number of training steps.
+        num_microbatches: Micro-batches of each data rank in a step.
+        activation_checkpoint: As for `parallelize`.
+        compile: As for `parallelize`.
+        world_size: Number of ranks of each mesh. None: the product of its degrees.
+        seed: Seed of the weights and of the synthetic batch.
+        timeout_s: Seconds to wait for the ranks of a mesh.
     """
     require_fork()
     _require_settings(dtype, steps, num_microbatches)
@@ -69,19 +81,19 @@ def check_parallel(
     trial = Trial(build, roles, loss, output, dtype, steps, num_microbatches, *options)
     shape = _shape(cases, num_microbatches)
     if batch is not None:
-        _require_rows(count_rows(batch), shape[0])
+        _require_multiple(batch_size_of(batch), shape[0])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reference.pt")
 
-        def refer(_: str) -> None:
+        def run_and_save(_: str) -> None:
             model = trial.model()
-            table = Roles(model, trial.roles_for(model))
-            given = CheckBatch.of(batch) if batch is not None else make_up_batch(model, table, *shape, seed)
-            run_plain(trial, given.to(dtype)).save(path)
+            matched = Roles(model, trial.roles_for(model))
+            given = CheckBatch.of(batch) if batch is not None else synthetic_batch(model, matched, *shape, seed)
+            run_reference(trial, given.to(dtype)).save(path)
 
-        said = run_alone(refer, "the plain model", timeout_s)
-        if isinstance(said, Failed):
-            raise _error(said)
+        outcome = run_alone(run_and_save, "reference", timeout_s)
+        if isinstance(outcome, Failed):
+            raise _error(outcome)
         return _report(trial, cases, path, timeout_s)
 
 
@@ -96,57 +108,55 @@ class _Case:
         return self.config.data_parallel_replicate_degree * shard_degree(self.config, self.num_ranks)
 
     @property
-    def num_parts_of_sequence(self) -> int:
-        """What a sequence is cut into: over tensor ranks, and over context ranks twice (its head and its tail)."""
+    def num_sequence_parts(self) -> int:
+        """Parts of a sequence: one for each tensor rank, and two (head and tail) for each context rank."""
         return 2 * self.config.tensor_parallel_degree * self.config.context_parallel_degree
 
 
 def _report(trial: Trial, cases: Sequence[_Case], path: Path, timeout_s: float) -> CheckReport:
-    """Start ranks once for each number of them."""
-    record = ReferenceRun.load(path)
+    """Run all cases; ranks are started once for each number of ranks."""
+    reference = ReferenceRun.load(path)
     by_name = {case.name: case for case in cases}
-    outcomes: dict[str, list[Judgement] | Failed] = {}
+    outcomes: dict[str, list[RankResult] | Failed] = {}
     for num_ranks in sorted({case.num_ranks for case in cases}):
         names = [case.name for case in cases if case.num_ranks == num_ranks]
 
-        def judge(name: str) -> Judgement:
+        def compare(name: str) -> RankResult:
             case = by_name[name]
-            return judge_on_rank(trial, case.config, case.num_ranks, ReferenceRun.load(path))
+            return compare_on_rank(trial, case.config, case.num_ranks, ReferenceRun.load(path))
 
-        outcomes |= run_on_ranks(num_ranks, judge, names, timeout_s)
-    return CheckReport({case.name: _mesh_report(case, outcomes[case.name], record, trial) for case in cases})
+        outcomes |= run_on_ranks(num_ranks, compare, names, timeout_s)
+    return CheckReport({case.name: _mesh_report(case, outcomes[case.name], reference, trial) for case in cases})
 
 
-def _mesh_report(case: _Case, outcome: list[Judgement] | Failed, record: ReferenceRun, trial: Trial) -> MeshReport:
+def _mesh_report(case: _Case, outcome: list[RankResult] | Failed, reference: ReferenceRun, trial: Trial) -> MeshReport:
     degrees = describe(case.config)
     if isinstance(outcome, Failed):
         return failed(case.name, degrees, case.num_ranks, outcome)
     copies = case.num_ranks // case.config.pipeline_parallel_degree
     sizes = sizes_of(case.config, case.num_ranks, trial.num_microbatches)
-    return summarize(case.name, degrees, outcome, record, copies, sizes)
+    return summarize(case.name, degrees, outcome, reference, copies, sizes)
 
 
 def _shape(cases: Sequence[_Case], num_microbatches: int) -> tuple[int, int]:
-    """Rows and tokens of a global batch that every mesh can divide; of a row, 16 tokens or some more."""
-    rows = math.lcm(*(case.dp_size for case in cases)) * num_microbatches
-    return rows, math.lcm(16, *(case.num_parts_of_sequence for case in cases))
+    """Return batch size and sequence length (16 or more) of a global batch that every mesh divides."""
+    batch_size = math.lcm(*(case.dp_size for case in cases)) * num_microbatches
+    return batch_size, math.lcm(16, *(case.num_sequence_parts for case in cases))
 
 
 def _require_settings(dtype: torch.dtype, steps: int, num_microbatches: int) -> None:
     if dtype not in (torch.float64, torch.float32):
-        raise ConfigError(
-            f"dtype must be torch.float64, in which nothing is close by chance, or torch.float32, got {dtype}."
-        )
+        raise ConfigError(f"dtype must be torch.float64 or torch.float32, got {dtype}.")
     for name, number in (("steps", steps), ("num_microbatches", num_microbatches)):
         if number < 1:
-            raise ConfigError(f"Got {name} {number}. A check has some. Set {name} to 1 or more.")
+            raise ConfigError(f"{name} must be at least 1, got {number}.")
 
 
-def _require_rows(rows: int, multiple: int) -> None:
-    if rows % multiple or not rows:
+def _require_multiple(batch_size: int, multiple: int) -> None:
+    if batch_size % multiple or not batch_size:
         raise ConfigError(
-            f"Got a batch of {rows} rows. Each micro-batch of each data rank of each mesh has as many as any other. "
-            f"Give a multiple of {multiple} rows, or fewer micro-batches."
+            f"The batch size must be a multiple of {multiple} (num_microbatches x the data ranks of every mesh), got "
+            f"{batch_size}. Change the batch or num_microbatches."
         )
 
 
@@ -154,6 +164,5 @@ def _error(failed: Failed) -> Exception:
     if failed.kind == "ConfigError":
         return ConfigError(failed.message)
     return RuntimeError(
-        f"Got a plain model that fails in one process: {failed.kind} {failed.message}. A mesh is compared with it. "
-        f"Make it train on the batch first.\n{failed.trace}"
+        f"The model must train on the batch in one process, got {failed.kind}: {failed.message}\n{failed.trace}"
     )

@@ -1,4 +1,4 @@
-"""`python -m titan_parallel check`: the check of a model, from a shell."""
+"""The shell command `python -m titan_parallel check`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from titan_parallel.memory.activation_checkpoint import FullActivationCheckpoint
 from titan_parallel.memory.compile import Compile
 from titan_parallel.mesh.parallel_dims import ParallelDims
 
-RECOMPUTATIONS = {
+ACTIVATION_CHECKPOINTS = {
     "none": None,
     "full": FullActivationCheckpoint.Config(),
     "selective": SelectiveActivationCheckpoint.Config(),
@@ -30,25 +30,38 @@ RECOMPUTATIONS = {
 
 
 def add_to(commands: Any) -> None:
-    """Add the command to those of the program."""
+    """Add the command `check` to the subparsers of the program."""
     parser = commands.add_parser(
         "check",
-        help="is a model on a mesh the same run as in one process?",
+        help="compare training on a device mesh with training in one process",
         description="Train a small model for a few steps in one process and on each mesh, on CPU, and compare. "
-        "Exit code 0: all agree; 1: they do not; 2: the question is wrong.",
+        "Exit codes: 0 all meshes match, 1 a mesh differs or fails, 2 usage error.",
     )
-    parser.add_argument("build", nargs="?", metavar="MODULE:FUNCTION", help="makes the small model, without arguments")
-    parser.add_argument("--hf", type=Path, metavar="CONFIG", help="in its place: config.json of a Hugging Face model")
-    parser.add_argument("--mesh", nargs="+", default=[], help="by name: fsdp2, tp2_sp, fsdp2_tp2, ddp2, pp2, cp2, ...")
-    parser.add_argument("--parallelism", nargs="+", default=[], metavar="FIELD=VALUE", help="one mesh, by its degrees")
-    parser.add_argument("--world-size", type=int, help="ranks (the product of the degrees)")
-    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--microbatches", type=int, default=2, help="of each data rank in a step")
-    parser.add_argument("--recompute", choices=tuple(RECOMPUTATIONS), default="none")
-    parser.add_argument("--compile", metavar="BACKEND", help="compile each block: inductor, aot_eager")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for a mesh")
+    parser.add_argument("build", nargs="?", metavar="MODULE:FUNCTION", help="function that returns the small model")
+    parser.add_argument(
+        "--hf", type=Path, metavar="CONFIG", help="config.json of a Hugging Face model, instead of MODULE:FUNCTION"
+    )
+    parser.add_argument(
+        "--mesh", nargs="+", default=[], help="mesh names: fsdp2, tp2_sp, fsdp2_tp2, ddp2, pp2, cp2, ..."
+    )
+    parser.add_argument(
+        "--parallelism", nargs="+", default=[], metavar="FIELD=VALUE", help="a mesh, by fields of ParallelDims.Config"
+    )
+    parser.add_argument("--world-size", type=int, help="number of ranks (default: the product of the degrees)")
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="dtype of the model")
+    parser.add_argument("--steps", type=int, default=3, help="number of training steps")
+    parser.add_argument("--microbatches", type=int, default=2, help="micro-batches of each data rank in a step")
+    parser.add_argument(
+        "--recompute",
+        choices=tuple(ACTIVATION_CHECKPOINTS),
+        default="none",
+        help="activation checkpointing (recomputation) on the mesh",
+    )
+    parser.add_argument(
+        "--compile", metavar="BACKEND", help="torch.compile backend for each block: inductor, aot_eager"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the synthetic batch")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for the ranks of a mesh")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_run)
 
@@ -58,14 +71,14 @@ def _run(chosen: argparse.Namespace) -> int:
     if chosen.parallelism:
         named[" ".join(chosen.parallelism)] = _config(chosen.parallelism)
     if not named:
-        raise ConfigError("Got no mesh. A check compares meshes with one process. Give --mesh fsdp2 tp2_sp, say.")
+        raise ConfigError("A mesh must be given, got none. Add --mesh fsdp2 tp2_sp, for example, or --parallelism.")
     report = check_parallel(
         _builder(chosen),
         named,
         dtype=getattr(torch, chosen.dtype),
         steps=chosen.steps,
         num_microbatches=chosen.microbatches,
-        activation_checkpoint=RECOMPUTATIONS[chosen.recompute],
+        activation_checkpoint=ACTIVATION_CHECKPOINTS[chosen.recompute],
         compile=None if chosen.compile is None else Compile.Config(backend=chosen.compile),
         world_size=chosen.world_size,
         seed=chosen.seed,
@@ -79,7 +92,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _config(assignments: list[str]) -> ParallelDims.Config:
-    """`["tensor_parallel_degree=2", "sequence_parallel=false"]` as a config."""
+    """Return the config of assignments such as `["tensor_parallel_degree=2", "sequence_parallel=false"]`."""
     config = ParallelDims.Config()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
@@ -92,7 +105,8 @@ def _config(assignments: list[str]) -> ParallelDims.Config:
 
 def _builder(chosen: argparse.Namespace) -> Callable[[], nn.Module]:
     if (chosen.build is None) == (chosen.hf is None):
-        raise ConfigError("Got no model, or two. One is checked. Give MODULE:FUNCTION, or --hf config.json.")
+        got = "neither" if chosen.build is None else "both"
+        raise ConfigError(f"Exactly one of MODULE:FUNCTION and --hf must be given, got {got}.")
     if chosen.hf is not None:
         build, note = build_small(chosen.hf)
         print(note, file=sys.stderr)
@@ -103,7 +117,7 @@ def _builder(chosen: argparse.Namespace) -> Callable[[], nn.Module]:
         build = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"Got {chosen.build!r}, which gives no function ({error}). A model is made by a function of a module that "
-            "can be imported from here. Write my_models:small_model, say."
+            f"MODULE:FUNCTION must name a function that can be imported from the current folder, got {chosen.build!r} "
+            f"({error}). Write my_models:small_model, for example."
         ) from error
     return build

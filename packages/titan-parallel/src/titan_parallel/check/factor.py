@@ -1,4 +1,4 @@
-"""What a wrong factor says: the degree, or the product of degrees, by which a gradient is too large or too small."""
+"""Explain a wrong factor of a gradient: by the size of a mesh axis, or a product of sizes."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from titan_parallel.check.tolerances import Comparison
 from titan_parallel.mesh.parallel_dims import ParallelDims
 
 _CLOSE = 1e-4
-"""How near a factor is to a simple one, and how little is left beside it."""
+"""Relative tolerance of a simple factor, and of the remaining error."""
 
 
 def sizes_of(config: ParallelDims.Config, num_ranks: int, num_microbatches: int) -> dict[str, int]:
-    """The numbers of a run that a gradient may be wrong by."""
+    """Return {name: size} of the mesh axes and `num_microbatches`: the usual wrong factors. Sizes of 1 are left out."""
     sizes = {
-        "the tensor degree": config.tensor_parallel_degree,
-        "the context degree": config.context_parallel_degree,
-        "the pipeline degree": config.pipeline_parallel_degree,
-        "the replicate degree": config.data_parallel_replicate_degree,
+        "tp_size": config.tensor_parallel_degree,
+        "cp_size": config.context_parallel_degree,
+        "pp_size": config.pipeline_parallel_degree,
+        "dp_replicate_size": config.data_parallel_replicate_degree,
     }
-    sizes["the shard degree"] = num_ranks // math.prod(sizes.values())
-    if 1 in (sizes["the replicate degree"], sizes["the shard degree"]):
-        sizes["the data degree"] = sizes.pop("the replicate degree") * sizes.pop("the shard degree")
-    sizes["the number of micro-batches"] = num_microbatches
+    sizes["dp_shard_size"] = num_ranks // math.prod(sizes.values())
+    if 1 in (sizes["dp_replicate_size"], sizes["dp_shard_size"]):
+        sizes["dp_size"] = sizes.pop("dp_replicate_size") * sizes.pop("dp_shard_size")
+    sizes["num_microbatches"] = num_microbatches
     return {name: size for name, size in sizes.items() if size > 1}
 
 
 def explain(found: Comparison, sizes: Mapping[str, int]) -> str:
-    """The factor and its meaning: "x2.0: the tensor degree"."""
+    """Return the factor and its explanation, such as "x2.0: tp_size"."""
     if not math.isfinite(found.factor) or found.rest > _CLOSE:
         return "no simple factor"
     if abs(found.factor) <= _CLOSE:
-        return "x0: nothing arrives"
+        return "x0: the value is zero"
     size, sign = abs(found.factor), "" if found.factor > 0 else "minus "
     if abs(size - 1) <= _CLOSE:
-        return "x1.0, but for a small rest" if found.factor > 0 else "x-1.0: the sign is turned"
-    meanings = _meanings(sizes, size) or [f"the square root of {words}" for words in _meanings(sizes, size**2)]
-    return f"x{_short(found.factor)}: {sign}{' or '.join(meanings) or 'no degree of this mesh'}"
+        return "x1.0, with a small remaining error" if found.factor > 0 else "x-1.0: the sign is flipped"
+    explanations = _explanations(sizes, size) or [f"sqrt({name})" for name in _explanations(sizes, size**2)]
+    return f"x{_short(found.factor)}: {sign}{' or '.join(explanations) or 'matches no size of this mesh'}"
 
 
-def _meanings(sizes: Mapping[str, int], value: float) -> list[str]:
-    return _products(sizes, value) or [f"1 / {words}" for words in _products(sizes, 1 / value)]
+def _explanations(sizes: Mapping[str, int], value: float) -> list[str]:
+    return _products(sizes, value) or [f"1 / {name}" for name in _products(sizes, 1 / value)]
 
 
 def _products(sizes: Mapping[str, int], value: float) -> list[str]:
-    """The products of degrees that are `value`, of as few as possible."""
+    """Return the products of sizes that equal `value`, with as few factors as possible."""
     for count in range(1, len(sizes) + 1):
         chosen = itertools.combinations(sizes, count)
         found = [names for names in chosen if math.isclose(math.prod(sizes[n] for n in names), value, rel_tol=_CLOSE)]

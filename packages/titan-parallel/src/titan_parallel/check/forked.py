@@ -1,4 +1,4 @@
-"""Ranks as forked processes: closures work, models need not pickle, and no rank outlives the call."""
+"""Run ranks as forked processes: closures work, models need not pickle, and no rank outlives the call."""
 
 from __future__ import annotations
 
@@ -26,56 +26,56 @@ import torch.distributed as dist
 from titan_parallel._torch.distributed import FileStore
 
 _GRACE_S = 1.0
-"""How long to wait, once a rank has failed, for others that fail by themselves: what follows from it comes later."""
+"""Time to wait, once a rank has failed, for independent failures of others; failures that it causes come later."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What was raised in a task, and on which ranks. (The others were ended.)"""
+    """An error in a task, and the ranks that raised it. The other ranks were ended."""
 
     ranks: tuple[int, ...]
     kind: str
-    """The name of the exception; "" where a process ended or did not answer."""
+    """The name of the exception; "" for a process that ended or timed out."""
     message: str
     trace: str
 
 
 _Raised = tuple[str, str, str]
-"""The name of an exception, its message, the traceback."""
+"""(name of an exception, message, traceback)"""
 
 Work = Callable[[str], Any]
-"""What each rank does for one task of a name; the result must pickle."""
+"""The work of each rank for a task, given by its name; the result must pickle."""
 
 
 def require_fork() -> None:
-    """Raise RuntimeError where processes cannot be forked from this one."""
+    """Raise RuntimeError if ranks cannot be forked from this process."""
     if "fork" not in multiprocessing.get_all_start_methods():
         raise RuntimeError(
-            f"Got the platform {sys.platform}. Ranks are forked, so that any model can be checked from any script. Run "
-            "the check on Linux."
+            f"check_parallel must run on Linux, got the platform {sys.platform}, which cannot fork processes."
         )
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "Got a process that has used CUDA. Ranks are forked, and what CUDA holds does not survive a fork. Run the "
-            "check before anything touches a GPU, or on its own: python -m titan_parallel check module:build."
+            "check_parallel must be called before CUDA is initialized in this process, because forked ranks cannot use "
+            "it. Call it earlier, or run it in its own process: python -m titan_parallel check MODULE:FUNCTION."
         )
     if dist.is_initialized():
         raise RuntimeError(
-            "Got a process that is a rank already. The check starts ranks of its own, and these belong to no other "
-            "group. Run it without torchrun, before init_distributed()."
+            "check_parallel must be called outside a process group, got an initialized one. Run it without torchrun "
+            "and before init_distributed()."
         )
 
 
 def run_alone(work: Work, name: str, timeout_s: float) -> Any | Failed:
-    """`work(name)` in one process that belongs to no group."""
+    """Return the result of `work(name)` in one process without a process group."""
     (result,) = _Ranks(1, work, [name], timeout_s, grouped=False).outcomes().values()
     return result if isinstance(result, Failed) else result[0]
 
 
 def run_on_ranks(num_ranks: int, work: Work, names: Sequence[str], timeout_s: float) -> dict[str, list[Any] | Failed]:
-    """`work(name)` on each rank of a gloo group for one name after another: the results in order of rank, or Failed.
+    """Run `work(name)` on each rank of a gloo group, one name after the other.
 
-    A rank that raises, dies, or takes longer than `timeout_s` ends the others; the names that are left get new ranks.
+    Returns {name: results in order of rank, or Failed}. If a rank raises, dies, or takes longer than `timeout_s`, all
+    ranks are ended, and new ranks run the remaining names.
     """
     outcomes: dict[str, list[Any] | Failed] = {}
     while left := [name for name in names if name not in outcomes]:
@@ -84,7 +84,7 @@ def run_on_ranks(num_ranks: int, work: Work, names: Sequence[str], timeout_s: fl
 
 
 class _Ranks:
-    """One set of processes, from start to end."""
+    """One set of rank processes."""
 
     def __init__(self, num_ranks: int, work: Work, names: Sequence[str], timeout_s: float, *, grouped: bool) -> None:
         self._names = names
@@ -97,7 +97,7 @@ class _Ranks:
         self._processes: list[ForkProcess] = []
 
     def outcomes(self) -> dict[str, list[Any] | Failed]:
-        """What came of the names, up to the first that failed."""
+        """Return the results of the names in order, up to and including the first that fails."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self._start(Path(folder, "store"))
@@ -114,7 +114,7 @@ class _Ranks:
                     process.join()
 
     def _start(self, store: Path) -> None:
-        importlib.import_module("torch.distributed.fsdp")  # takes a second: once here, and not in every rank
+        importlib.import_module("torch.distributed.fsdp")  # takes a second: once here instead of in every rank
 
         sys.stdout.flush()
         sys.stderr.flush()
@@ -124,20 +124,22 @@ class _Ranks:
             group = (rank, self._num_ranks, store, self._timeout_s) if self._grouped else None
             process = context.Process(target=_rank_main, args=(group, self._work, self._names, sender), daemon=True)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process with threads; see _rank_main
+                warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads; see _rank_main
                 process.start()
             sender.close()
             self._pipes[rank] = receiver
             self._processes.append(process)
 
     def _collect(self, name: str) -> dict[int, _Raised]:
-        """Wait for what all ranks say of `name`; what those that failed raised."""
+        """Wait for the results of all ranks for `name`; return {rank: error} of those that fail."""
         failures: dict[int, _Raised] = {}
         deadline = time.monotonic() + self._timeout_s
         while waiting := [rank for rank in self._pipes if rank not in self._answers[name] and rank not in failures]:
             ready = connection.wait([self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
             if not ready:
-                return failures or dict.fromkeys(waiting, ("", f"no answer in {self._timeout_s:g} s", ""))
+                return failures or dict.fromkeys(
+                    waiting, ("", f"no result within {self._timeout_s:g} s (timeout_s)", "")
+                )
             for rank in waiting:
                 if self._pipes[rank] in ready:
                     self._receive(rank, name, failures)
@@ -159,7 +161,7 @@ class _Ranks:
 
 
 def _first(failures: dict[int, _Raised]) -> Failed:
-    """The failure of the lowest rank, and all ranks that say the same."""
+    """Return the failure of the lowest rank, with all ranks that raised the same error."""
     kind, message, trace = failures[min(failures)]
     ranks = tuple(rank for rank, other in sorted(failures.items()) if other[:2] == (kind, message))
     return Failed(ranks, kind, message, trace)
@@ -169,9 +171,9 @@ def _rank_main(
     group: tuple[int, int, Path, float] | None, work: Work, names: Sequence[str], pipe: connection.Connection
 ) -> None:
     parent = os.getppid()
-    os.dup2(2, 1)  # what ranks print is no part of the caller's output
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # that gathering is slow
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork; without one none is needed
+    os.dup2(2, 1)  # keep prints of the ranks out of the caller's stdout
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # hides a performance warning
+    torch.set_num_threads(1)  # a thread pool does not survive a fork; with one thread none is needed
     name = names[0]
     try:
         if group is not None:
@@ -183,9 +185,9 @@ def _rank_main(
         pipe.send_bytes(pickle.dumps((name, False, (type(error).__name__, message, traceback.format_exc()))))
     sys.stdout.flush()
     sys.stderr.flush()
-    while os.getppid() == parent:  # connections stay open, so that no other rank fails before it is ended
+    while os.getppid() == parent:  # keep connections open, so that other ranks do not fail first
         time.sleep(0.05)
-    os._exit(0)  # no exit handlers of the caller's libraries
+    os._exit(0)  # skip the exit handlers of the caller's libraries
 
 
 def _join(rank: int, num_ranks: int, store: Path, timeout_s: float) -> None:

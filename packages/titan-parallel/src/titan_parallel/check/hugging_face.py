@@ -1,4 +1,4 @@
-"""A small model of the kind that a Hugging Face config describes."""
+"""Build a small model of the architecture that a Hugging Face config describes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ SMALL = {
     "sliding_window": 6,
     "max_position_embeddings": 128,
 }
-"""Sizes that are lowered to these."""
+"""Upper limits to which sizes are reduced."""
 
 
 def build_small(path: Path) -> tuple[Callable[[], nn.Module], str]:
-    """How to build the model of a `config.json`, made small, and a note on which sizes were changed.
+    """Return a function that builds a small model of a `config.json`, and a note that lists the reduced sizes.
 
-    Raises ConfigError for a file that is no config of a causal language model.
+    Raises ConfigError for a file that is not the config of a causal language model.
     """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise ConfigError(
-            f"Got --hf {path} without transformers. It builds the model. Install it: pip install transformers."
-        ) from error
+        raise ConfigError(f"transformers must be installed for --hf {path}. Run pip install transformers.") from error
     file = path / "config.json" if path.is_dir() else path
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
@@ -44,14 +42,14 @@ def build_small(path: Path) -> tuple[Callable[[], nn.Module], str]:
         transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"Got {file}, of which no small model can be made: {error}. A check needs the config of a causal language "
-            "model. Give its config.json, or a function that builds the model."
+            f"{file} must be the config.json of a causal language model that transformers can build, got {error}. Give "
+            "another file, or a function that builds the model."
         ) from error
     return lambda: transformers.AutoModelForCausalLM.from_config(config), _note(given, small)
 
 
 def _reduced(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with its sizes lowered, and the ratio of query heads to key-value heads one of 1, 2 and all."""
+    """Return the config with reduced sizes, and with 1, 2 or 4 key-value heads: MQA, GQA or MHA as before."""
     names = importlib.import_module("transformers").AutoConfig.for_model(config["model_type"]).attribute_map
     small = dict(config)
     for standard, size in SMALL.items():
@@ -76,4 +74,4 @@ def _note(given: dict[str, Any], small: dict[str, Any]) -> str:
     changed = [
         f"{name} {given[name]} -> {small[name]}" for name in given if name in small and given[name] != small[name]
     ]
-    return f"Checked is a small model of this kind: {', '.join(changed) or 'the one described'}."
+    return f"Checking a small model: {', '.join(changed) or 'all sizes as in the config'}."

@@ -1,4 +1,4 @@
-"""Short names of meshes: `fsdp2_tp2_sp` says which degrees, and what comes with them."""
+"""Short names of meshes, such as `fsdp2_tp2_sp`: axes with their degrees, and options."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _DEGREES = {
 
 
 def meshes(*names: str) -> dict[str, ParallelDims.Config]:
-    """`{name: ParallelDims.Config}` of short names, such as "fsdp2", "ddp2_fsdp2", "tp2_sp" or "pp2_tp2".
+    """Return `{name: ParallelDims.Config}` for short names, such as "fsdp2", "ddp2_fsdp2", "tp2_sp" or "pp2_tp2".
 
-    Words joined by "_": an axis and its degree (fsdp, ddp, tp, cp, pp); `sp` for sequence parallel, without which
-    tensor ranks hold the whole stream; a context method or a pipeline schedule, in small letters. Raises ConfigError
-    for another word.
+    A name consists of words joined by "_": an axis and its degree (fsdp, ddp, tp, cp, pp); `sp` for sequence parallel,
+    which is off otherwise; a context parallel method or a pipeline schedule in lower case. Raises ConfigError for other
+    words.
     """
     return {name: _mesh(name) for name in names}
 
 
 def describe(config: ParallelDims.Config) -> str:
-    """What a config changes: "tensor_parallel_degree=2, sequence_parallel=False"."""
+    """Return the non-default fields of a config: "tensor_parallel_degree=2, sequence_parallel=False"."""
     default = ParallelDims.Config()
     changed = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
     return ", ".join(f"{name}={value}" for name, value in changed.items()) or "one rank"
 
 
 def ranks_of(config: ParallelDims.Config) -> int:
-    """How many ranks a config needs: the product of its degrees."""
+    """Return the number of ranks of a config: the product of its degrees."""
     product = config.data_parallel_shard_degree or 1
     for name in set(_DEGREES.values()) - {"data_parallel_shard_degree"}:
         product *= getattr(config, name)
@@ -55,8 +55,9 @@ def _mesh(name: str) -> ParallelDims.Config:
             setattr(config, *choices[word])
         elif word != "sp":
             raise ConfigError(
-                f"Got {word!r} in the mesh {name!r}. A mesh is made of {', '.join(f'{axis}N' for axis in _DEGREES)}, "
-                f"sp, {', '.join(choices)}, joined by '_'. Write fsdp2, tp2_sp or fsdp2_tp2, say, or name the degrees."
+                f"A mesh name must consist of {', '.join(f'{axis}N' for axis in _DEGREES)}, sp, {', '.join(choices)}, "
+                f"joined by '_', got {word!r} in {name!r}. Write fsdp2, tp2_sp or fsdp2_tp2, for example, or give a "
+                "ParallelDims.Config."
             )
     if config.tensor_parallel_degree > 1:
         config.sequence_parallel = "sp" in words
@@ -64,7 +65,7 @@ def _mesh(name: str) -> ParallelDims.Config:
 
 
 def _choices() -> dict[str, tuple[str, str]]:
-    """What is chosen by name: word -> field and value."""
+    """Return {word: (field, value)} for context parallel methods and pipeline schedules."""
     hints = get_type_hints(ParallelDims.Config)
     fields = ("context_parallel_method", "pipeline_parallel_schedule")
     return {str(value).lower(): (field, value) for field in fields for value in get_args(hints[field])}

@@ -1,4 +1,4 @@
-"""The roles of a model that was given without a table."""
+"""The roles of a model for which the caller gives no table."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from titan_parallel.sharding_plan.roles import RoleTable
 
 
 @runtime_checkable
-class StatesRoles(Protocol):
-    """A model that says what its parts are."""
+class HasRoles(Protocol):
+    """A model with a method `roles()`."""
 
     def roles(self) -> RoleTable:
-        """The table."""
+        """Return the table of roles."""
 
 
 @runtime_checkable
-class DeclaresPlan(Protocol):
-    """A model of `transformers`: what it declares, and where its ends are."""
+class HasTensorParallelPlan(Protocol):
+    """A model of `transformers`, with its tensor parallel plan and its head."""
 
     _tp_plan: dict[str, str]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head."""
+        """Return the head."""
 
 
 def declared_roles(model: nn.Module) -> RoleTable:
-    """`model.roles()`, or those of a Hugging Face model. Raises ConfigError for a model that has none."""
-    if isinstance(model, StatesRoles):
+    """Return `model.roles()`, or the roles of a Hugging Face model. Raises ConfigError for other models."""
+    if isinstance(model, HasRoles):
         return model.roles()
-    if isinstance(model, DeclaresPlan):
+    if isinstance(model, HasTensorParallelPlan):
         return hugging_face.roles_of(model)
     raise ConfigError(
-        f"Got a {type(model).__name__} without roles. They say what the parts of a model are. Give roles, or let the "
-        "model have a method roles()."
+        f"roles must be given for a model without a method roles(), got {type(model).__name__}. Pass roles, or add the "
+        "method."
     )

@@ -1,4 +1,4 @@
-"""One rank's part of a check: the same steps on a mesh, and how far what it holds is from the reference."""
+"""The check on one rank of a mesh: run the same steps, and compare everything the rank holds with the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titan_parallel.check.batch import CheckBatch
 from titan_parallel.check.full_tensors import whole
-from titan_parallel.check.plain import LOSS_OF_EVALUATION, ReferenceRun, loss_of_step, norm_of_step
+from titan_parallel.check.reference import LOSS_OF_EVALUATION, ReferenceRun, loss_of_step, norm_of_step
 from titan_parallel.check.tolerances import Comparison, compare, norm_of
 from titan_parallel.check.trial import MAX_NORM, Trial
 from titan_parallel.mesh.parallel_dims import ParallelDims
@@ -23,10 +23,10 @@ from titan_parallel.probe.float64 import computing_in
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What one rank found: for each kind of quantity, by name, a comparison, or in words what cannot be compared.
+class RankResult:
+    """The comparisons of one rank, by kind and name of a quantity; text says why a quantity cannot be compared.
 
-    Weights are there for every parameter that the rank holds.
+    `weights` has every parameter that the rank holds.
     """
 
     gradients: dict[str, Comparison | str]
@@ -35,12 +35,12 @@ class Judgement:
     weights: dict[str, Comparison | str]
 
 
-def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, record: ReferenceRun) -> Judgement:
-    """Run the trial on the mesh of `config`, of which this process is a rank."""
+def compare_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, reference: ReferenceRun) -> RankResult:
+    """Run the trial on the mesh of `config`, of which this process is a rank, and compare it with `reference`."""
     with computing_in(trial.dtype):
         dims = config.build(world_size=num_ranks, device_type="cpu")
         model = trial.model()
-        _require_equal(model, record)
+        _require_equal(model, reference)
         parallel = parallelize(
             model,
             trial.roles_for(model),
@@ -49,24 +49,24 @@ def judge_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, rec
             compile=trial.compile,
             output=trial.logits,
         )
-        with _TellingWhere(model):
-            return _Judge(trial, parallel, record).judgement()
+        with _AddModuleName(model):
+            return _MeshRun(trial, parallel, reference).result()
 
 
-class _Judge:
-    def __init__(self, trial: Trial, parallel: ParallelModel, record: ReferenceRun) -> None:
-        self._trial, self._parallel, self._record = trial, parallel, record
-        self._batches = _own_rows(CheckBatch(**record.batch), parallel.dims, trial.num_microbatches)
+class _MeshRun:
+    def __init__(self, trial: Trial, parallel: ParallelModel, reference: ReferenceRun) -> None:
+        self._trial, self._parallel, self._reference = trial, parallel, reference
+        self._batches = _micro_batches(CheckBatch(**reference.batch), parallel.dims, trial.num_microbatches)
 
-    def judgement(self) -> Judgement:
-        parallel, record, loss = self._parallel, self._record, self._trial.parallel_loss
+    def result(self) -> RankResult:
+        parallel, reference, loss = self._parallel, self._reference, self._trial.parallel_loss
         optimizer = self._trial.optimizer(parallel.model)
         gradients: dict[str, Comparison | str] = {}
         norms: dict[str, Comparison | str] = {}
         losses: dict[str, Comparison | str] = {}
         for step in range(1, self._trial.steps + 1):
-            loss_sum = parallel.forward_backward(self._batches, loss, record.denominator)
-            self._number(losses, "losses", loss_of_step(step), loss_sum / record.denominator)
+            loss_sum = parallel.forward_backward(self._batches, loss, reference.denominator)
+            self._number(losses, "losses", loss_of_step(step), loss_sum / reference.denominator)
             if step == 1:
                 named = parallel.model.named_parameters()
                 gradients = self._tensors("gradients", {name: parameter.grad for name, parameter in named})
@@ -74,64 +74,64 @@ class _Judge:
             optimizer.step()
             parallel.after_step()
         loss_sum, _ = parallel.evaluate(self._batches, loss)
-        self._number(losses, "losses", LOSS_OF_EVALUATION, loss_sum / record.denominator)
-        return Judgement(gradients, norms, losses, self._tensors("weights", self._held()))
+        self._number(losses, "losses", LOSS_OF_EVALUATION, loss_sum / reference.denominator)
+        return RankResult(gradients, norms, losses, self._tensors("weights", self._held()))
 
     def _held(self) -> dict[str, Tensor | None]:
-        """Parameters, and the buffers that the plain run changed, as far as this rank has them."""
+        """Return the parameters that this rank holds, and the buffers that the reference run changed."""
         model = self._parallel.model
-        buffers = {name: buffer for name, buffer in model.named_buffers() if name in self._record.weights}
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in self._reference.weights}
         return {**dict(model.named_parameters()), **buffers}
 
     def _tensors(self, kind: str, here: Mapping[str, Tensor | None]) -> dict[str, Comparison | str]:
-        """Of everything that this rank holds, by the first of its names here; all ranks call this."""
-        expected, names = getattr(self._record, kind), self._record.names
+        """Compare the tensors that this rank holds, each by its first name here. A collective."""
+        expected, names = getattr(self._reference, kind), self._reference.names
         norm_of_all = norm_of(tensor for name, tensor in expected.items() if names[name] == name)
         found: dict[str, Comparison | str] = {}
         for name, tensor in here.items():
             got = None if tensor is None else whole(tensor)
             if name not in names:
-                found[name] = "a parameter that the plain model has not"
+                found[name] = "a parameter that the model in one process does not have"
             elif got is None and name in expected:
-                found[name] = "no gradient on the mesh, and one without"
+                found[name] = "no gradient on the mesh, but one in one process"
             elif got is not None and name not in expected:
-                found[name] = "a gradient on the mesh, and none without"
+                found[name] = "a gradient on the mesh, but none in one process"
             elif got is not None and got.shape != expected[name].shape:
-                found[name] = f"shape {list(got.shape)} on the mesh, {list(expected[name].shape)} without"
+                found[name] = f"shape {list(got.shape)} on the mesh, {list(expected[name].shape)} in one process"
             elif got is not None and not got.isfinite().all():
-                found[name] = "values on the mesh that are not finite"
+                found[name] = "infinite or NaN values on the mesh"
             elif got is not None:
                 found[name] = compare(got, expected[name], norm_of_all, self._rounding(kind, name))
         return found
 
     def _number(self, found: dict[str, Comparison | str], kind: str, name: str, got: Tensor) -> None:
-        expected = getattr(self._record, kind)[name]
+        expected = getattr(self._reference, kind)[name]
         got = got.detach().cpu().to(self._trial.dtype)
         found[name] = compare(got, expected, expected.abs(), self._rounding(kind, name))
 
     def _rounding(self, kind: str, name: str) -> float | None:
-        return self._record.rounding[kind][name] if self._record.rounding else None
+        return self._reference.rounding[kind][name] if self._reference.rounding else None
 
 
-def _own_rows(batch: CheckBatch, dims: ParallelDims, num_microbatches: int) -> list[CheckBatch]:
-    """This data rank's micro-batches."""
-    rows = batch.num_rows // dims.dp_size
-    first, step = dims.dp_rank * rows, rows // num_microbatches
-    return [batch.rows(first + i * step, first + (i + 1) * step) for i in range(num_microbatches)]
+def _micro_batches(batch: CheckBatch, dims: ParallelDims, num_microbatches: int) -> list[CheckBatch]:
+    """Return the micro-batches of this data rank."""
+    rank_size = batch.batch_size // dims.dp_size
+    first, size = dims.dp_rank * rank_size, rank_size // num_microbatches
+    return [batch.select(first + i * size, first + (i + 1) * size) for i in range(num_microbatches)]
 
 
-def _require_equal(model: nn.Module, record: ReferenceRun) -> None:
+def _require_equal(model: nn.Module, reference: ReferenceRun) -> None:
     for name, parameter in model.named_parameters():
-        expected = record.initial.get(name)
+        expected = reference.initial.get(name)
         if expected is None or not torch.equal(parameter, expected):
             raise ConfigError(
-                f"Got a build that gave {name} another value, or name, on this rank. Every rank begins with the same "
-                "weights; torch and random are seeded before build. Draw from these, or seed what you draw from."
+                f"build must return the same weights on every rank, got another value (or name) for {name} on this "
+                "rank. The generators of torch and random are seeded before build: use them, or seed others in build."
             )
 
 
-class _TellingWhere:
-    """Adds to whatever is raised within the name of the innermost module in whose forward it was."""
+class _AddModuleName:
+    """A context manager that adds to an error the name of the innermost module whose method raised it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""What a check found, to read and to compute with."""
+"""The report of a check, as data and as text."""
 
 from __future__ import annotations
 
@@ -8,53 +8,53 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KINDS = {"gradients": "the gradient of ", "norms": "the ", "losses": "the ", "weights": "the weight "}
-"""What is judged, in this order, and how one of them is called."""
+"""Kinds of compared quantities, in order, and the words before the name of one."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One quantity that is not what the plain model has."""
+    """One quantity that differs from that of the single-process run."""
 
     kind: str
     """gradients, norms, losses or weights."""
     name: str
     ranks: tuple[int, ...]
-    """On which it differs."""
+    """Ranks on which the quantity differs."""
     ratio: float
-    """The largest error over what the rule allows; infinite where there is nothing to compare."""
+    """The largest error divided by the tolerance; infinite if there is nothing to compare."""
     words: str
-    """By how much it differs, and by which factor."""
+    """The difference in words, with the factor."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How many quantities of a kind were compared on each rank, and the worst of them."""
+    """Statistics of one kind of quantities: how many were compared, how many differ, and the largest error."""
 
     count: int
     worst: float
-    """Its error over what the rule allows; more than 1 differs."""
+    """The largest error divided by the tolerance; above 1 the quantity differs."""
     worst_name: str
     num_different: int
 
 
 @dataclass(frozen=True)
 class MeshReport:
-    """What was found on one mesh."""
+    """The result for one mesh."""
 
     name: str
     degrees: str
     num_ranks: int
     kinds: Mapping[str, Kind]
     findings: Sequence[Finding]
-    """All that differs: gradients in the model's order, then norms, losses and weights."""
+    """All differences: gradients in the order of the model's parameters, then norms, losses and weights."""
     failure: str | None = None
-    """What was raised where the run did not come to its end, and on which ranks."""
+    """The error that ended the run, with its ranks; None if the run completed."""
     trace: str = ""
-    """The traceback of the first of these ranks."""
+    """The traceback of the lowest of these ranks."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything is what the plain model has."""
+        """True if the run completed and every quantity matches the single-process run."""
         return self.failure is None and not self.findings
 
     def __str__(self) -> str:
@@ -69,38 +69,38 @@ class MeshReport:
         return "\n".join(lines)
 
     def _line(self, name: str, kind: Kind) -> str:
-        words = f"{kind.num_different} of {kind.count} {name} differ" if kind.num_different else f"{kind.count} {name}"
-        return f"{words}; worst: {kind.worst:.2g} of what the rule allows ({kind.worst_name})"
+        counts = f"{kind.num_different} of {kind.count} {name} differ" if kind.num_different else f"{kind.count} {name}"
+        return f"{counts}; worst: {kind.worst:.2g} of the tolerance ({kind.worst_name})"
 
     def _ranks(self, ranks: tuple[int, ...]) -> str:
         if len(ranks) == self.num_ranks:
-            return "every rank"
+            return "all ranks"
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_parallel` returns."""
+    """The result of `check_parallel`. `str(report)` is for people, `report.to_dict()` is JSON data."""
 
     meshes: Mapping[str, MeshReport]
 
     @property
     def ok(self) -> bool:
-        """Whether every mesh gives what the plain model gives."""
+        """True if every mesh matches the single-process run."""
         return all(mesh.ok for mesh in self.meshes.values())
 
     def raise_for_failure(self) -> None:
-        """Raise AssertionError with the whole report if anything differs."""
+        """Raise AssertionError with the whole report if any mesh differs or failed."""
         if not self.ok:
-            raise AssertionError(f"Not the same run on every mesh.\n{self}")
+            raise AssertionError(f"Training on a mesh must match training in one process.\n{self}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data; what is infinite or no number is None."""
+        """Return JSON data; infinite numbers and NaN become None."""
         return {"ok": self.ok, "meshes": {name: {"ok": m.ok, **_json(asdict(m))} for name, m in self.meshes.items()}}
 
     def __str__(self) -> str:
-        agreeing = sum(mesh.ok for mesh in self.meshes.values())
-        total = f"{agreeing} of {len(self.meshes)} meshes give what one process gives"
+        matching = sum(mesh.ok for mesh in self.meshes.values())
+        total = f"{matching} of {len(self.meshes)} meshes match the single-process run"
         return "\n".join([*map(str, self.meshes.values()), total])
 
 

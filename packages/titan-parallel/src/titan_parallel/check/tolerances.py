@@ -1,12 +1,12 @@
-"""The rule by which two tensors of two runs are the same, and what can be said of those that are not.
+"""The tolerance within which tensors of two runs are equal, and measures of their difference.
 
-In fp64: `|g - g0| <= 1e-10 |g0| + 1e-13 |all|`, 2-norms of a tensor and of all of its kind. The second term is for
-gradients that are zero but for rounding.
+In fp64: `|g - g0| <= 1e-10 |g0| + 1e-13 |all|`, with 2-norms of a tensor and of all tensors of its kind. The second
+term is for gradients that are zero up to rounding.
 
-In fp32 and bf16 no fixed numbers hold for every model and every CPU. There `g0` is of fp64, and the rounding of the
-plain process is measured: `|g - g0| <= 10 (|p - g0| + u |g0|)`, where `p` is what the plain process finds in the dtype
-of `g`, and u is the unit roundoff of that dtype. A gradient that is zero but for rounding may be ten times the zero of
-the plain process.
+In fp32 and bf16 no fixed numbers hold for every model and every CPU. There `g0` is computed in fp64, and the rounding
+error of the single-process run is measured: `|g - g0| <= 10 (|p - g0| + u |g0|)`, where `p` is the single-process
+result in the dtype of `g`, and `u` is the unit roundoff of that dtype. For a gradient that is zero up to rounding, the
+tolerance is ten times the norm of its single-process value.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ import torch
 from torch import Tensor
 
 OF_ITSELF, OF_ALL = 1e-10, 1e-13
-"""In fp64, the shares of a tensor's own norm and of the norm of all of its kind by which it may differ."""
+"""In fp64, the tolerance as fractions of the tensor's own norm and of the norm of all tensors of its kind."""
 MULTIPLE = 10
-"""In fp32 and bf16, by how many times the rounding of the plain process a tensor may differ."""
+"""In fp32 and bf16, the tolerance as a multiple of the rounding error of the single-process run."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a tensor is from the expected one."""
+    """Measures of the difference between a tensor and the expected one."""
 
     ratio: float
-    """The error over what the rule allows: at most 1 is the same; infinite where the tensor is not finite."""
+    """Error / tolerance: equal if at most 1; infinite for a tensor that is not finite."""
     error: float
-    """The error over the expected norm."""
+    """Error / expected norm."""
     share: float
-    """The expected norm over that of all."""
+    """Expected norm / norm of all tensors of this kind."""
     factor: float
-    """The multiple of the expected tensor that is nearest: <g, g0> / <g0, g0>."""
+    """The best-fit factor to the expected tensor: <g, g0> / <g0, g0>."""
     rest: float
-    """What is left beside that multiple, over the expected norm."""
+    """Remaining error after the best-fit factor / expected norm."""
 
     @property
     def same(self) -> bool:
-        """Whether the rule holds."""
+        """True if the error is within the tolerance."""
         return self.ratio <= 1
 
 
 def compare(got: Tensor, expected: Tensor, norm_of_all: Tensor, rounding: float | None = None) -> Comparison:
-    """Judge `got` by the expected tensor, which is fp64; shapes are equal.
+    """Compare `got` with the expected tensor of the same shape, which is fp64.
 
-    `rounding` is that of the plain process (`roundings`), where `got` was computed in fp32 or bf16. `norm_of_all` is
-    the norm of the expected tensors of this kind.
+    `rounding` is the rounding error of the single-process run (see `roundings`), for a `got` that was computed in fp32
+    or bf16. `norm_of_all` is the norm of all expected tensors of this kind.
     """
     unit = torch.finfo(got.dtype).eps / 2
     got, expected = got.double(), expected.double()
@@ -68,9 +68,10 @@ def compare(got: Tensor, expected: Tensor, norm_of_all: Tensor, rounding: float 
 
 
 def roundings(plain: Sequence[Mapping[str, Tensor]], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """The rounding of each tensor of the plain process: its largest distance from the expected one in some runs.
+    """Return the rounding error of each tensor: the largest distance of the `plain` runs from `expected`.
 
-    Several runs that sum in other orders are a better measure than one, which may come near by chance.
+    `plain` are single-process runs in the narrower dtype. Several that add in different orders are a better measure
+    than one, which may be close by chance.
     """
     return {
         name: max(float(norm(run[name].double() - tensor.double())) for run in plain)
@@ -79,17 +80,17 @@ def roundings(plain: Sequence[Mapping[str, Tensor]], expected: Mapping[str, Tens
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """The 2-norm, accumulated in fp64."""
+    """Return the 2-norm, accumulated in fp64."""
     return torch.linalg.vector_norm(tensor, dtype=torch.float64)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of several tensors together."""
+    """Return the 2-norm of several tensors together."""
     return torch.stack([norm(tensor) for tensor in tensors]).norm()
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> float:
-    """Nothing over nothing is 0; what is not finite is infinitely wrong."""
+    """Divide; 0 / 0 is 0, and NaN (from a tensor that is not finite) becomes infinity."""
     if numerator == 0:
         return 0.0
     quotient = float(numerator / denominator)

@@ -1,4 +1,4 @@
-"""What a check runs, alike without a mesh and on any: a few steps of one model on one batch."""
+"""The training that a check runs, in one process and on every mesh: a few steps of one model on one batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from titan_parallel.step.loss_unit import per_token
 from titan_parallel.tensor_parallel.vocab_parallel_loss import cross_entropy
 
 MAX_NORM = 0.1
-"""Gradients are clipped to this norm, so that a wrong norm shows in the weights."""
+"""Gradients are clipped to this norm, so that a wrong gradient norm changes the weights."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,35 @@ class Trial:
     compile: Compile.Config | None
     seed: int
     noise: float = 0.1
-    """How much is added to every weight."""
+    """Standard deviation of the noise that is added to every weight."""
 
     def model(self) -> nn.Module:
-        """A new model with the same weights on each call, without dropout.
+        """Build the model, with the same weights on each call, in eval mode (no dropout).
 
-        A little noise is added to every weight: a norm of ones or a bias of zeros would hide what is done to it.
+        Noise is added to every weight: norm weights of one and biases of zero would hide errors.
         """
         random.seed(self.seed)
         torch.manual_seed(self.seed)
         model = self.build().to(self.dtype).eval()
         if self.dtype is torch.float64 and is_transformers_model(model):
-            model.set_experts_implementation("eager")  # type: ignore[operator]  # grouped products know no float64
+            model.set_experts_implementation("eager")  # type: ignore[operator]  # grouped_mm does not support float64
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.add_(self.noise * torch.randn(parameter.shape, generator=generator, dtype=self.dtype))
                 if not parameter.isfinite().all():
                     raise ConfigError(
-                        f"Got {name} with weights that are not finite. A check begins with a model that could be "
-                        "trained. Initialize it in build: config.build() and then init_weights(0), say."
+                        f"build must return finite weights, got {name} with infinite or NaN values. Initialize the "
+                        "model in build: for example, config.build() and then init_weights(0)."
                     )
         return model
 
     def roles_for(self, model: nn.Module) -> RoleTable:
-        """The table that was given, or that of the model."""
+        """Return the table that was given, or else that of the model."""
         return self.roles if self.roles is not None else declared_roles(model)
 
     def logits(self, output: Any) -> Tensor:
-        """The logits in what the model returns."""
+        """Return the logits in the output of the model."""
         if self.output is not None:
             return self.output(output)
         return output if isinstance(output, Tensor) else output.logits
@@ -79,14 +79,14 @@ class Trial:
         return self.loss or _cross_entropy
 
     def plain_loss(self, logits: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of one process: torch's own cross-entropy where none was given."""
+        """Return the loss sum and count in one process: with torch's own cross-entropy where no loss was given."""
         if self.loss is not None:
-            return self.loss(lambda whole: whole, logits, targets)
+            return self.loss(lambda hidden: hidden, logits, targets)
         labels = targets["labels"].flatten()
         return functional.cross_entropy(logits.flatten(0, -2), labels, reduction="sum"), (labels != -100).sum()
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD: Adam would hide constant factors of gradients."""
+        """Return SGD with momentum: Adam would hide constant factors of gradients."""
         return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, foreach=False)
 
 

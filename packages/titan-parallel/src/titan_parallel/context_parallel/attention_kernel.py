@@ -1,4 +1,4 @@
-"""What context parallel needs of an attention core: of a model's own, or of one that stands for a foreign model's.
+"""The interface between context parallelism and attention cores, those of titan-models and of third-party models.
 
 B batch, T queries, S keys, H heads, V features of a value.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class MaskDescription(Protocol):
-    """A dataclass that describes which keys queries see, by fields of which any part of the sequence may be put in."""
+    """A dataclass that describes which keys each query sees; its fields may hold any part of the sequence."""
 
     @property
     def query_positions(self) -> Tensor:
@@ -24,24 +24,24 @@ class MaskDescription(Protocol):
 
     @property
     def query_documents(self) -> Tensor | None:
-        """[B, T] integers, or None: a row is one document."""
+        """[B, T] integers, or None: each sequence is one document."""
 
     @property
     def key_documents(self) -> Tensor | None:
-        """[B, S] integers; given when `query_documents` is."""
+        """[B, S] integers; None if and only if `query_documents` is None."""
 
     def visible(self) -> Tensor:
-        """[B, T, S] bool: whether a query sees a key."""
+        """Return [B, T, S] bool, true where a query sees a key."""
 
 
 BuildMask = Callable[[Any], Any]
-"""A core's `build_mask`: a description to what its kernel wants."""
+"""A core's `build_mask`: from a mask description to the argument of its kernel."""
 
 
 class AttentionKernel:
-    """Attention of any queries to any keys: `(q, k, v, built_mask mask)`, all `[B, tokens, heads, features]`.
+    """Attention of any queries to any keys; tensors are `[B, tokens, heads, features]`.
 
-    (A plain class: torch 2.11 cannot compile code that makes a frozen dataclass.)
+    (A plain class: torch 2.11 cannot compile code that creates a frozen dataclass.)
     """
 
     def __init__(
@@ -50,27 +50,28 @@ class AttentionKernel:
         output_and_lse: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]],
         sinks: Tensor | None = None,
     ) -> None:
-        """`output` makes `[B, T, H, V]`; `output_and_lse` also the log-sum-exp `[B, T, H]`, -inf where a query sees
-        nothing, both differentiable; `sinks [H]` is a score of each head that has no value.
+        """`output(q, k, v, built_mask)` returns `[B, T, H, V]`; `output_and_lse` also returns the log-sum-exp
+        `[B, T, H]`, which is -inf where a query sees no key. Both are differentiable. `sinks [H]` is an additional
+        score for each head, without a value (attention sinks).
         """
         self.output = output
         self.output_and_lse = output_and_lse
         self.sinks = sinks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
-        """The output, sinks counted."""
+        """Return the output with the sinks in its softmax."""
         if self.sinks is None:
             return self.output(q, k, v, built_mask)
-        return self.sunk(*self.output_and_lse(q, k, v, built_mask))
+        return self.with_sinks(*self.output_and_lse(q, k, v, built_mask))
 
-    def sunk(self, output: Tensor, lse_BTH: Tensor) -> Tensor:
-        """An output whose softmax did not yet count the sinks, as if it had."""
+    def with_sinks(self, output: Tensor, lse_BTH: Tensor) -> Tensor:
+        """Add the sinks to the softmax of an output that was computed without them."""
         if self.sinks is None:
             return output
         return output * (lse_BTH - self.sinks.to(lse_BTH.dtype)).sigmoid().unsqueeze(-1).to(output.dtype)
 
     def of_heads(self, rank: int, num_ranks: int) -> AttentionKernel:
-        """The kernel of one rank's equal share of the heads."""
+        """Return the kernel for one of `num_ranks` equal slices of the heads."""
         return (
             self
             if self.sinks is None
@@ -79,10 +80,10 @@ class AttentionKernel:
 
 
 class Method(Protocol):
-    """How queries of one rank meet keys of the others."""
+    """A method of attention between the queries of one rank and the keys of all ranks."""
 
     def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> Any:
-        """What `attend` needs of a mask that describes this rank's tokens."""
+        """Return the argument `built_mask` of `attend`, from a mask that describes this rank's tokens."""
 
     def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
-        """Attention of this rank's queries to the keys of all ranks: `[B, t, H, K]` to `[B, t, H, V]`."""
+        """Return the attention `[B, t, H, V]` of this rank's queries `[B, t, H, K]` to the keys of all ranks."""

@@ -1,4 +1,4 @@
-"""Attention by all its scores at once, for what fused kernels do not give: the log-sum-exp, and capped scores.
+"""Attention with a materialized score matrix, for features that fused kernels lack: log-sum-exp and soft-capping.
 
 B batch, T queries, S keys, H query heads, G key-value heads, K features of a key, V of a value.
 """
@@ -20,10 +20,11 @@ def explicit_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` to the output `[B, T, H, V]` and log-sum-exp `[B, T, H]`.
+    """Return the attention output `[B, T, H, V]` and the log-sum-exp `[B, T, H]`.
 
-    `mask` (bool, broadcast to `[B, H, T, S]`) says what is visible; None is causal. Scores are fp32 or wider, and
-    capped as `softcap * tanh(score / softcap)` where that is given. A query that sees nothing gets zeros, and -inf.
+    `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]`; `mask` is bool, true where a query sees a key, and broadcasts
+    to `[B, H, T, S]`; None is causal. Scores are computed in fp32 or wider. `softcap` caps them as
+    `softcap * tanh(score / softcap)`. For a query that sees no key the output is 0 and the log-sum-exp is -inf.
     """
     groups = q.size(2) // k.size(2)
     wide = torch.promote_types(q.dtype, torch.float32)

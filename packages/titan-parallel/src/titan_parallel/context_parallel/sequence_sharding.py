@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a context rank has, and how those of all ranks make the sequence again.
+"""Assignment of the tokens of a sequence to context-parallel ranks, and the collectives that gather them again.
 
 B batch, T tokens, t tokens of one rank, c context ranks.
 """
@@ -18,10 +18,10 @@ from titan_parallel.mesh.collectives import Axis
 
 @dataclass(frozen=True)
 class ContextShards:
-    """A sequence over the context axis: in c equal parts, or balanced in 2c of which rank r has r and 2c - 1 - r.
+    """A sequence split over the context-parallel axis: in c equal parts, one per rank, or balanced in 2c parts.
 
-    Under a causal mask late queries see more keys than early ones: an early and a late part are the same work on all
-    ranks.
+    If balanced, rank r has the parts r and 2c - 1 - r. Under a causal mask late queries see more keys than early ones,
+    so with an early and a late part all ranks have the same amount of work.
     """
 
     axis: Axis
@@ -29,20 +29,20 @@ class ContextShards:
 
     @property
     def num_parts(self) -> int:
-        """Parts of one rank."""
+        """The number of parts of one rank."""
         return 2 if self.balanced else 1
 
     @property
     def divisor(self) -> int:
-        """What the length of a sequence is a multiple of."""
+        """The number of parts of a sequence; it must divide the sequence length."""
         return self.num_parts * self.axis.size
 
     def parts(self, rank: int) -> list[int]:
-        """The numbers of a rank's parts in the sequence."""
+        """Return the indices of the parts of `rank` in the sequence."""
         return [rank, self.divisor - 1 - rank] if self.balanced else [rank]
 
     def local(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's tokens of a whole `x`."""
+        """Return this rank's tokens of a whole `x`, whose sequence dim is `dim`."""
         parts = x.chunk(self.divisor, dim)
         mine = [parts[part] for part in self.parts(self.axis.rank)]
         return torch.cat(mine, dim) if self.balanced else mine[0].contiguous()
@@ -55,22 +55,22 @@ class ContextShards:
         }
 
     def whole(self, x_Bt: Tensor) -> Tensor:
-        """`[B, t, ..]` of each rank to `[B, T, ..]` in order; gradients are summed and split again."""
+        """All-gather `[B, t, ..]` of each rank to `[B, T, ..]` in sequence order; gradients are reduce-scattered."""
         return _Whole.apply(x_Bt, self)
 
     def exchange(self, x_c: Tensor) -> Tensor:
-        """`[c, ..]`, one part for each rank, to `[c, ..]`, one part from each rank; gradients go back alike."""
+        """Send slice r of `[c, ..]` to rank r, and return the slices `[c, ..]` from all ranks (all-to-all)."""
         return _Exchange.apply(x_c, self.axis)
 
     def in_order(self, x_cBt: Tensor) -> Tensor:
-        """`[c, B, t, ..]` by rank to `[B, T, ..]`."""
+        """Return `[B, T, ..]` in sequence order, from the ranks' tokens `[c, B, t, ..]`."""
         if self.balanced:
             early, late = x_cBt.chunk(2, 2)
             x_cBt = torch.cat([early, late.flip(0)])
         return x_cBt.movedim(0, 1).flatten(1, 2)
 
     def by_rank(self, x_BT: Tensor) -> Tensor:
-        """`[B, T, ..]` to `[c, B, t, ..]`: the inverse of `in_order`."""
+        """Return the tokens of each rank, `[c, B, t, ..]`, from `[B, T, ..]`: the inverse of `in_order`."""
         x_cBt = x_BT.unflatten(1, (self.divisor, -1)).movedim(1, 0)
         if self.balanced:
             early, late = x_cBt.chunk(2, 0)

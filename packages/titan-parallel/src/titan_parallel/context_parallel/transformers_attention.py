@@ -1,4 +1,4 @@
-"""Context parallel for models of transformers, through its interfaces of attention and of masks.
+"""Context parallelism for models of transformers, through its AttentionInterface and AttentionMaskInterface.
 
 B batch, T tokens, t tokens of one rank, S keys, H heads, K features of a head.
 """
@@ -23,16 +23,17 @@ from titan_parallel.context_parallel.ring import Ring
 from titan_parallel.context_parallel.sequence_sharding import ContextShards
 
 POSITIONS = "titan_parallel_positions"
-"""An input beside the model's own: positions in the whole sequence, where they may tell documents apart."""
+"""An additional model input: positions in the whole sequence, from which documents can be derived."""
 
 _numbers = itertools.count()
 
 
 class HuggingFaceAttention:
-    """An attention implementation of transformers that shares sequences, and what the model must be given for it.
+    """A context-parallel attention implementation for a model of transformers, with the inputs that it needs.
 
-    The model's own implementation is back in place whenever no step runs. Masks are taken as the functions of places
-    that transformers makes them of. Attention is PyTorch's fused one, or explicit where scores are capped.
+    It replaces the model's own implementation only while a step runs. Masks come from the mask functions of
+    transformers, which take the indices of queries and keys. Attention is computed with PyTorch's SDPA, or with
+    `explicit_attention` if scores are soft-capped.
     """
 
     def __init__(self, model: nn.Module, shards: ContextShards, method: Method) -> None:
@@ -48,14 +49,14 @@ class HuggingFaceAttention:
         model.forward = self._without_positions(model.forward)
 
     def turn(self, on: bool) -> None:
-        """Put this implementation in place of the model's own, or take it away."""
+        """Switch the model to this attention implementation, or back to its own."""
         for config, own in self._configs:
             config._attn_implementation_internal = self._name if on else own
 
     def local(self, inputs: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
-        """This rank's tokens with their positions in the whole sequence, and what describes the whole sequence.
+        """Return this rank's tokens with their positions, and the padding mask and positions of the whole sequence.
 
-        Positions that start again tell documents apart, as in transformers, unless there is a padding mask.
+        As in transformers, positions that start again begin a new document, unless there is a padding mask.
         """
         tokens = next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
         whole = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
@@ -66,7 +67,7 @@ class HuggingFaceAttention:
         if padding is None:
             local[POSITIONS] = whole["position_ids"]
             padding = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return {**local, "attention_mask": padding.bool()}  # whole: transformers guesses no documents from a part
+        return {**local, "attention_mask": padding.bool()}  # whole, so that transformers derives no documents from it
 
     def _without_positions(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -87,30 +88,31 @@ class HuggingFaceAttention:
         use_vmap: bool = False,
         **_: Any,
     ) -> BuiltMask:
-        """What transformers calls to make a mask; the model hands what is returned to each of its attentions."""
+        """Build a mask for transformers, which calls this function; the model passes the result to its attentions."""
         if attention_mask is None or use_vmap or not allow_is_causal_skip:
             raise ValueError(
-                "Got a model that overlays its causal mask with another (such as blocks that see both ways), under "
-                "context_parallel_degree > 1. Its places are those of one rank's tokens. Set the degree to 1."
+                "context_parallel_degree must be 1 for a model that combines its causal mask with another one (such as "
+                f"bidirectional blocks), got {self._shards.axis.size}: the other mask would see the indices of one "
+                "rank's tokens only."
             )
         mask = self._mask(mask_function, attention_mask, makes_documents=kv_length != q_length)
         return BuiltMask(self._method.build_mask(_build_mask_for_sdpa, mask))
 
-    def _mask(self, rule: Callable[..., Tensor], padding: Tensor, *, makes_documents: bool) -> PlacesMask:
-        """What this rank's tokens see of each other. A model that fills a cache makes no documents."""
+    def _mask(self, mask_function: Callable[..., Tensor], padding: Tensor, *, makes_documents: bool) -> PositionsMask:
+        """Return the mask description of this rank's tokens. A model that fills a cache has no documents."""
         positions = torch.arange(padding.size(1), device=padding.device).expand(padding.shape)
         query_documents = key_documents = None
-        if self._positions is None:  # there is padding: no document, so that no query sees it
+        if self._positions is None:  # padded keys are in a document without queries
             query_documents, key_documents = torch.zeros_like(positions), padding.long() - 1
         elif makes_documents and (documents := _documents(self._positions)).any():
             positions, query_documents, key_documents = self._positions, documents, documents
         local = {id(x): self._shards.local(x, 1) for x in (positions, query_documents, key_documents) if x is not None}
-        return PlacesMask(
+        return PositionsMask(
             local[id(positions)],
             local[id(positions)],
             local.get(id(query_documents)),
             local.get(id(key_documents)),
-            rule,
+            mask_function,
         )
 
     def _attend(
@@ -128,11 +130,11 @@ class HuggingFaceAttention:
         position_bias: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """What transformers calls for `[B, H, t, K]`; returns `[B, t, H, K]`. Windows are in the mask."""
+        """Compute attention for transformers: takes `[B, H, t, K]`, returns `[B, t, H, K]`. Windows are in the mask."""
         if not isinstance(attention_mask, BuiltMask) or position_bias is not None:
             raise ValueError(
-                f"Got a {type(module).__name__} whose mask is not made by transformers' masking functions, or with a "
-                "position bias, under context_parallel_degree > 1. Neither can be split. Set the degree to 1."
+                "context_parallel_degree must be 1 for attention with a position bias, or with a mask that is not from "
+                f"the masking functions of transformers, got {self._shards.axis.size} for {type(module).__name__}."
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         scale = q.size(-1) ** -0.5 if scaling is None else scaling
@@ -143,35 +145,35 @@ class HuggingFaceAttention:
         )
         if dropout and isinstance(self._method, Ring):
             raise ValueError(
-                f"Got attention dropout {dropout} under context_parallel_method ring. A ring computes attention again "
-                "in the backward, and would drop others. Set the dropout to 0, or the method to gather."
+                f"Attention dropout must be 0 with context_parallel_method ring, got {dropout}: the ring recomputes "
+                "attention in the backward, with another random mask. Use the method gather."
             )
         return self._method.attend(kernel, q, k, v, attention_mask.mask), None
 
 
 @dataclass(frozen=True)
 class BuiltMask:
-    """A mask that this package made, and nobody else can read."""
+    """A mask of this package, opaque to transformers."""
 
     mask: Any
 
 
 @dataclass(frozen=True)
-class PlacesMask:
-    """A mask of transformers: a rule of the places of queries and keys, within documents."""
+class PositionsMask:
+    """A mask description of transformers: a mask function of the positions of queries and keys, within documents."""
 
     query_positions: Tensor
     key_positions: Tensor
     query_documents: Tensor | None
     key_documents: Tensor | None
-    rule: Callable[..., Tensor]
-    """(row, head, query's place, key's place) to bool, all integer tensors that broadcast."""
+    mask_function: Callable[..., Tensor]
+    """The mask function: (batch index, head index, query position, key position) to bool, on tensors that broadcast."""
 
     def visible(self) -> Tensor:
-        """[B, T, S] bool."""
-        rows = torch.arange(len(self.query_positions), device=self.query_positions.device)[:, None, None]
-        visible = self.rule(
-            rows, torch.zeros_like(rows), self.query_positions[:, :, None], self.key_positions[:, None, :]
+        """Return [B, T, S] bool, true where a query sees a key."""
+        samples = torch.arange(len(self.query_positions), device=self.query_positions.device)[:, None, None]
+        visible = self.mask_function(
+            samples, torch.zeros_like(samples), self.query_positions[:, :, None], self.key_positions[:, None, :]
         )
         if self.query_documents is not None and self.key_documents is not None:
             visible = visible & (self.query_documents[:, :, None] == self.key_documents[:, None, :])
@@ -179,14 +181,16 @@ class PlacesMask:
 
     @property
     def only_causal(self) -> bool:
-        """Whether queries are keys, in order, and nothing but order limits what they see."""
+        """The mask is plain causal: queries and keys are the same tokens, without documents or windows."""
         from transformers import masking_utils
 
         causal: Any = masking_utils.causal_mask_function
-        return self.rule is causal and self.query_documents is None and self.query_positions is self.key_positions
+        return (
+            self.mask_function is causal and self.query_documents is None and self.query_positions is self.key_positions
+        )
 
 
-def _build_mask_for_sdpa(mask: PlacesMask) -> Tensor | None:
+def _build_mask_for_sdpa(mask: PositionsMask) -> Tensor | None:
     return None if mask.only_causal else mask.visible()[:, None]
 
 
@@ -209,7 +213,7 @@ def _attention(
 
 
 def _documents(positions_BT: Tensor) -> Tensor:
-    """Which document of its row each token is in: one begins where a position does not follow the one before."""
+    """Return the document index of each token. A document begins where a position is not the previous one plus 1."""
     return (positions_BT.diff(dim=1, prepend=positions_BT[:, :1] - 1) != 1).cumsum(1)
 
 
@@ -218,22 +222,24 @@ def _require_one_sequence_of_tokens(model: Any) -> None:
         what = "an encoder and a decoder" if model.config.is_encoder_decoder else f"the input {model.main_input_name}"
         raise ConfigError(
             f"context_parallel_degree must be 1 for a model of transformers with {what}, got {type(model).__name__}. "
-            "Context parallel shares one sequence of token ids. Set context_parallel_degree to 1."
+            "Only a single sequence of token ids can be split."
         )
 
 
 def _configs_that_take(model: nn.Module, name: str) -> list[tuple[Any, str]]:
-    """The configs of a model and its parts, each with its implementation. Raises ConfigError where one refuses."""
-    parts: list[Any] = [part for part in model.modules() if is_transformers_model(part)]
-    configs = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
+    """Return the configs of a model and its submodels, each with its attention implementation.
+
+    Raises ConfigError for a model that does not support the attention interface.
+    """
+    models: list[Any] = [module for module in model.modules() if is_transformers_model(module)]
+    configs = {id(module.config): (module.config, module.config._attn_implementation) for module in models}
     model.set_attn_implementation(name)  # type: ignore[operator]
-    refused = {type(part).__name__ for part in parts if part.config._attn_implementation != name}
+    refused = {type(module).__name__ for module in models if module.config._attn_implementation != name}
     for config, own in configs.values():
         config._attn_implementation_internal = own
     if refused:
         raise ConfigError(
-            f"Got context_parallel_degree > 1 for {', '.join(sorted(refused))}, which computes attention by itself. "
-            "Context parallel goes through the attention interface of transformers, and this model does not call it. "
-            "Set context_parallel_degree to 1, or take another model."
+            "context_parallel_degree must be 1 for a model that does not use the attention interface of transformers, "
+            f"got {', '.join(sorted(refused))}."
         )
     return list(configs.values())

@@ -1,4 +1,4 @@
-"""Context parallel by exchanging tokens for heads (DeepSpeed Ulysses, Jacobs et al., 2023).
+"""Context parallelism with all-to-all from tokens to heads (DeepSpeed Ulysses, Jacobs et al., 2023).
 
 B batch, T tokens, t tokens of one rank, H query heads, h those of one rank, G key-value heads, K features, c ranks.
 """
@@ -12,7 +12,7 @@ import torch
 from titan_config import ConfigError
 from torch import Tensor
 
-from titan_parallel.context_parallel.all_gather import with_whole
+from titan_parallel.context_parallel.all_gather import gather_fields
 from titan_parallel.context_parallel.attention_kernel import AttentionKernel, BuildMask, MaskDescription
 from titan_parallel.context_parallel.sequence_sharding import ContextShards
 from titan_parallel.mesh.parallel_dims import one_of
@@ -21,20 +21,21 @@ WHOLE = ("query_positions", "key_positions", "query_documents", "key_documents")
 
 
 class Ulysses:
-    """Each rank computes some heads of the whole sequence: the core sees the mask of one rank, fast paths and all.
+    """The method `ulysses`: each rank computes some of the heads on the whole sequence.
 
-    Two collectives a layer and direction. Key-value heads that are fewer than ranks are sent as often as needed.
+    The core receives the same mask as on a single rank, and so keeps its fast paths. Two collectives per layer in the
+    forward, and two in the backward. If there are fewer key-value heads than ranks, they are sent repeatedly.
     """
 
     def __init__(self, shards: ContextShards) -> None:
         self._shards = shards
 
     def build_mask(self, build_mask: BuildMask, mask: MaskDescription) -> Any:
-        """What the core's own `build_mask` makes of the whole mask."""
-        return build_mask(with_whole(mask, WHOLE, self._shards))
+        """Return the core's mask for the whole sequence."""
+        return build_mask(gather_fields(mask, WHOLE, self._shards))
 
     def attend(self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, built_mask: Any) -> Tensor:
-        """`[B, t, ..]` to `[B, t, ..]`."""
+        """Return the attention of this rank's queries to all keys, `[B, t, ..]`."""
         axis = self._shards.axis
         check_heads_divide(q.size(2), axis.size)
         repeats = math.lcm(k.size(2), axis.size) // k.size(2)
@@ -45,7 +46,7 @@ class Ulysses:
         return by_rank_cBthK.movedim(0, 2).flatten(2, 3)
 
     def _tokens_to_heads(self, tensors: list[Tensor]) -> list[Tensor]:
-        """`[B, t, H, K]` each to `[B, T, h, K]`, in one collective."""
+        """Return `[B, T, h, K]` of each tensor `[B, t, H, K]`, with one all-to-all for all."""
         size = self._shards.axis.size
         by_heads = [x.unflatten(2, (size, -1)).movedim(2, 0) for x in tensors]
         exchanged = self._shards.exchange(torch.cat([x.flatten(1) for x in by_heads], 1))
@@ -54,11 +55,10 @@ class Ulysses:
 
 
 def check_heads_divide(num_heads: int, degree: int) -> None:
-    """Raise ConfigError naming the degrees that would do."""
+    """Raise ConfigError with the valid degrees if `degree` does not divide `num_heads`."""
     if num_heads % degree:
         possible = [str(divisor) for divisor in range(1, num_heads + 1) if num_heads % divisor == 0]
         raise ConfigError(
-            f"Got {num_heads} heads (of one tensor rank) over context_parallel_degree {degree}. Ulysses gives each "
-            f"rank as many heads as the others. Set context_parallel_degree to {one_of(possible)}, or "
-            "context_parallel_method to gather or ring."
+            f"context_parallel_degree must divide the number of heads of a tensor-parallel rank ({num_heads}) with "
+            f"context_parallel_method ulysses, got {degree}. Use {one_of(possible)}, or the method gather or ring."
         )

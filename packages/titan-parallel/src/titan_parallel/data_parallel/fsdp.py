@@ -1,4 +1,4 @@
-"""Data parallel of every shape by FSDP2: sharded, replicated, or both."""
+"""Shard a model with FSDP2: sharded (FSDP), replicated (DDP), or both (HSDP)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.distributed.tensor import DTensor, Shard
 from titan_parallel.data_parallel.mixed_precision import MixedPrecision
 from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.sharding_plan.roles import Roles
-from titan_parallel.sharding_plan.units import blocks_of, modules_of_several_blocks
+from titan_parallel.sharding_plan.units import modules_of_several_units, units_of
 
 
 def shard_over_data_ranks(
     model: nn.Module, roles: Roles, dims: ParallelDims, mixed_precision: MixedPrecision | None, root: nn.Module
 ) -> list[FSDPModule]:
-    """Make each block, the embedding, the head, and the rest with tied weights, a unit gathered and reduced at once.
+    """Shard each block or unit, the embedding, the head, and the rest with tied weights, and return the FSDP units.
 
-    `root` is the model, or what runs it. Gradients are averaged over the ranks of the mesh, which is what a loop of
-    somebody's own expects, where the loss is the mean over a rank's rows. Returns the units.
+    `root` is the model, or the module that runs it. FSDP averages gradients over the ranks of the mesh, as a custom
+    training loop expects, whose loss is the mean over the sequences of a rank.
     """
     options: dict[str, Any] = {
         "mesh": dims.fsdp_mesh,
@@ -31,7 +31,7 @@ def shard_over_data_ranks(
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision.policy()
     ends = [name for role in ("embedding", "head") for name in roles.named(role)]
-    for module in (*modules_of_several_blocks(model, roles), *blocks_of(model, roles)):
+    for module in (*modules_of_several_units(model, roles), *units_of(model, roles).values()):
         if any(True for _ in module.parameters()):
             fully_shard(module, reshard_after_forward=_frees_weights(dims), **options)
     for name in _without_shared_parameters(model, ends):
@@ -43,10 +43,10 @@ def shard_over_data_ranks(
 
 
 def _placement_over(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Which dim of a parameter is sharded: the first (None), unless ranks would hold nothing of a stack of matrices.
+    """Return a function that chooses the dim in which FSDP shards a parameter; None is the first dim.
 
-    There are fewer experts than ranks in most large runs; then one of the other dims is split, if it can be evenly,
-    and if tensor ranks do not split it.
+    The first dim of a stack of matrices counts experts, and most large runs have fewer experts than ranks. Another dim
+    is sharded then, if it divides evenly and tensor ranks do not split it.
     """
 
     def place(parameter: nn.Parameter) -> Shard | None:
@@ -60,9 +60,9 @@ def _placement_over(num_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
 
 
 def _frees_weights(dims: ParallelDims, *, early: bool = False) -> bool:
-    """Return whether a unit frees its gathered weights after the forward; `early` ones are the first in the backward.
+    """Return whether a unit frees its gathered weights after the forward; `early` units come first in the backward.
 
-    A pipeline goes to and fro: freed weights would be gathered for each micro-batch.
+    Under a pipeline, forwards and backwards alternate: freed weights would be gathered again for each micro-batch.
     """
     choice = dims.config.fsdp_reshard_after_forward
     if dims.dp_shard_size * dims.cp_size == 1 or choice == "never":
@@ -71,9 +71,9 @@ def _frees_weights(dims: ParallelDims, *, early: bool = False) -> bool:
 
 
 def _without_shared_parameters(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of the modules that own all of their parameters alone: tied weights belong to the root.
+    """Return the modules among `names` that share no parameter.
 
-    So do those of a module that lies in several, such as a block that several layers call.
+    Tied weights belong to the root, and so do those of a module that stands in several places.
     """
     owners = Counter(
         parameter for module in model.modules() for parameter in module._parameters.values() if parameter is not None

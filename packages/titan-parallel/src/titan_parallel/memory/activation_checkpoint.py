@@ -1,10 +1,13 @@
-"""Recomputation: which activations of a block are thrown away after the forward and made again in the backward."""
+"""Activation checkpointing (recomputation): the activations of a block that are freed after the forward.
+
+The backward computes freed activations again: less memory for more compute.
+"""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +15,23 @@ import torch
 from titan_config import ConfigError, Configurable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from titan_parallel.sharding_plan.roles import RoleSpec
+from titan_parallel.sharding_plan.units import check_has_units, units_of
+from titan_parallel.transforms import ParallelBuild
+
 Forward = Callable[..., Any]
 
 
 class ActivationCheckpoint(Configurable, ABC):
-    """Memory for time, block by block. A way of your own is a subclass with a `wrap`."""
+    """Activation checkpointing of each block or unit of a model. A custom policy is a subclass with a `wrap`."""
 
     period: int | None = None
-    """After how many blocks the choice repeats itself, for plans. None: not known."""
+    """Number of blocks after which the policy repeats itself; a dry run simulates only so many. None: unknown."""
+
+    roles: Mapping[str, RoleSpec] = {
+        "block": RoleSpec(options={"streams"}),
+        "unit": RoleSpec(options={"streams"}),
+    }
 
     class Config(Configurable.Config):
         pass
@@ -29,11 +41,20 @@ class ActivationCheckpoint(Configurable, ABC):
 
     @abstractmethod
     def wrap(self, forward: Forward, index: int) -> Forward:
-        """The forward of block number `index` (from 0) with recomputation, or as it is."""
+        """Return the forward of block number `index` (from 0) with recomputation, or `forward` itself."""
+
+    def validate(self, build: ParallelBuild) -> None:
+        """Raise ConfigError for a model without blocks or units."""
+        check_has_units(build.roles, "activation_checkpoint")
+
+    def apply(self, build: ParallelBuild) -> None:
+        """Replace the forward of each block and unit."""
+        for index, unit in enumerate(units_of(build.model, build.roles).values()):
+            unit.forward = self.wrap(unit.forward, index)
 
 
 class FullActivationCheckpoint(ActivationCheckpoint):
-    """Keeps the inputs of blocks and makes all else again: least memory, a third more compute."""
+    """Save the inputs of blocks alone: least memory, about a third more compute."""
 
     period = 1
 
@@ -42,24 +63,25 @@ class FullActivationCheckpoint(ActivationCheckpoint):
 
 
 class SelectiveActivationCheckpoint(ActivationCheckpoint):
-    """Keeps what is dear to make (matrix products, attention, sums over ranks) and makes the rest again."""
+    """Save the outputs of matrix products, attention and collectives, and recompute cheap operators."""
 
     period = 1
 
     def wrap(self, forward: Forward, index: int) -> Forward:
-        contexts = functools.partial(create_selective_checkpoint_contexts, _save_expensive_outputs)
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
         return _checkpointed(forward, {"context_fn": contexts})
 
 
 class PeriodicActivationCheckpoint(ActivationCheckpoint):
-    """Recomputes every n-th block in full (the first, the n+1st, ...) and keeps the activations of the others."""
+    """Recompute every n-th block in full (the first, the n+1st, ...), and save all activations of the others."""
 
     class Config(ActivationCheckpoint.Config):
         n: int = 2
+        """One block of n is recomputed."""
 
         def validate(self) -> None:
             if self.n < 1:
-                raise ConfigError(f"Got n {self.n}. One block of n is recomputed. Set n to 1 (every block) or more.")
+                raise ConfigError(f"n must be at least 1 (every block), got {self.n}.")
 
     def __init__(self, config: Config) -> None:
         self._n = self.period = config.n
@@ -76,7 +98,7 @@ def _checkpointed(forward: Forward, options: dict[str, Any]) -> Forward:
     return recomputed
 
 
-_DEAR = {
+_SAVED = {
     "aten": (
         "mm",
         "addmm",
@@ -91,26 +113,28 @@ _DEAR = {
 
 
 @functools.cache
-def _expensive_operators() -> frozenset[Any]:
-    named = {getattr(getattr(torch.ops, space), name).default for space, names in _DEAR.items() for name in names}
+def _saved_operators() -> frozenset[Any]:
+    named = {getattr(getattr(torch.ops, space), name).default for space, names in _SAVED.items() for name in names}
     return frozenset({*named, torch.ops.higher_order.flex_attention})
 
 
-_is_made_again = False
+_saves_nothing = False
 
 
 @contextmanager
-def recomputed_operators() -> Iterator[None]:
-    """Nothing made herein is dear: for what keeps less than its matrix products, such as a ring."""
-    global _is_made_again
-    before, _is_made_again = _is_made_again, True
+def save_nothing() -> Iterator[None]:
+    """Let selective activation checkpointing save no operator within the context.
+
+    For operators that save less themselves than their matrix products, such as ring attention.
+    """
+    global _saves_nothing
+    before, _saves_nothing = _saves_nothing, True
     try:
         yield
     finally:
-        _is_made_again = before
+        _saves_nothing = before
 
 
-def _save_expensive_outputs(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    if _is_made_again:
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE if operator in _expensive_operators() else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    saves = not _saves_nothing and operator in _saved_operators()
+    return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Collectives with gradients: what stands at the borders of regions.
+"""Differentiable collectives of tensor parallelism, used at the borders of regions.
 
 B batch, T tokens, t tokens of one rank, D width, F features, f features of one rank, V vocabulary, v vocabulary of one
 rank. The sequence is dim -2.
@@ -18,7 +18,7 @@ from titan_parallel._torch.distributed import all_gather, all_reduce, reduce_sca
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place among those that share each matrix product."""
+    """This rank's place in the process group of one mesh axis."""
 
     group_name: str
     size: int
@@ -26,52 +26,65 @@ class Axis:
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> Axis:
-        """The axis of a mesh that has one."""
+        """Return the axis of a mesh with a single axis."""
         return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
 
     def chunk(self, length: int) -> tuple[int, int]:
-        """Where this rank's part of `length` rows starts and stops: equal parts, rounded up, the last ones smaller."""
+        """Return where this rank's chunk of `length` rows starts and stops: equal chunks, the last ones smaller."""
         step = -(-length // self.size)
         return min(self.rank * step, length), min((self.rank + 1) * step, length)
 
     def copy(self, x: Tensor) -> Tensor:
-        """The same on every rank; gradients are summed."""
+        """Return `x`, which is the same on every rank; its gradients are summed over ranks."""
         return _Copy.apply(x, self.group_name)
 
     def sum(self, x: Tensor, of_gradients: bool = False) -> Tensor:
-        """The sum over ranks. Its gradient is every rank's alike, or each has a share of it (`of_gradients`)."""
+        """Return the sum over ranks.
+
+        The gradient of the result is the same on every rank, or, with `of_gradients`, partial: then it is summed too.
+        """
         return _Sum.apply(x, self.group_name, of_gradients)
 
     def gather_sequence(self, x_BtD: Tensor) -> Tensor:
-        """`[.., t, D]` of each rank to `[.., T, D]`; gradients are summed and split again."""
+        """All-gather `[.., t, D]` of each rank to `[.., T, D]`; gradients are reduce-scattered."""
         return _GatherSequence.apply(x_BtD, self.group_name, self.size)
 
     def sum_scatter_sequence(self, x_BTD: Tensor) -> Tensor:
-        """This rank's part of the sequence of the sum over ranks; gradients are gathered. The length must divide."""
+        """Reduce-scatter `[.., T, D]` of each rank to `[.., t, D]`; gradients are all-gathered.
+
+        Raises ValueError if the number of ranks does not divide T.
+        """
         if x_BTD.size(-2) % self.size:
             raise ValueError(sequence_error(x_BTD.size(-2), self.size))
         return _SumScatterSequence.apply(x_BTD, self.group_name, self.size)
 
     def own_tokens(self, x_BTD: Tensor) -> Tensor:
-        """This rank's part of a sequence that all have; gradients are this rank's share. The length must divide."""
+        """Return this rank's tokens `[.., t, D]` of a sequence that every rank has.
+
+        The gradient of `x_BTD` is zero outside these tokens: the sum over ranks is the whole gradient. Raises
+        ValueError if the number of ranks does not divide T.
+        """
         if x_BTD.size(-2) % self.size:
             raise ValueError(sequence_error(x_BTD.size(-2), self.size))
         return x_BTD.unflatten(-2, (self.size, -1)).select(-3, self.rank).contiguous()
 
     def gather_features(self, x_BTf: Tensor) -> Tensor:
-        """`[.., f]` of each rank to `[.., F]`; gradients, each rank's share of them, are summed and split again."""
+        """All-gather `[.., f]` of each rank to `[.., F]`; gradients are partial sums, and are reduce-scattered."""
         return _GatherFeatures.apply(x_BTf, self.group_name, self.size)
 
     def gather_vocabulary(self, x_BTv: Tensor, vocab_size: int) -> Tensor:
-        """`[.., v]` of each rank to `[.., V]`, on which all compute the same; each takes its part of the gradient."""
+        """All-gather `[.., v]` of each rank to `[.., V]`; each rank takes its slice of the gradient, without a sum.
+
+        All ranks must compute the same loss from the result.
+        """
         return _GatherVocabulary.apply(x_BTv, self, vocab_size)
 
 
 def sequence_error(length: int, size: int) -> str:
-    """What is wrong with a sequence that sequence parallel cannot split."""
+    """Return the error message for a sequence that sequence parallelism cannot split."""
     return (
-        f"Got a sequence of {length} tokens over tensor_parallel_degree {size}. Sequence parallel gives each rank an "
-        f"equal part. Make the sequence length a multiple of {size}, or set sequence_parallel to false."
+        f"The sequence length must be a multiple of tensor_parallel_degree ({size}) with sequence parallelism, got "
+        f"{length}. Change the length, or set sequence_parallel to false."
     )
 
 

@@ -1,4 +1,4 @@
-"""Joining the other ranks, seeds, determinism, and how long to wait for each other."""
+"""Process group initialization, seeds, determinism and collective timeouts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from titan_parallel.mesh.parallel_dims import ParallelDims
 
 
 def init_distributed(device_type: str | None = None, timeout_s: float = 300) -> torch.device:
-    """Join the ranks that torchrun, srun or mpirun started, or be the only one, and return this rank's device.
+    """Initialize torch.distributed and return this rank's device.
 
-    `device_type`: None takes CUDA where there is one. `timeout_s` bounds the wait in every collective. Does nothing
-    but return the device where `torch.distributed` is set up already. Raises TimeoutError where ranks do not come.
+    Joins the ranks that torchrun, srun or mpirun started; without a launcher the process is the only rank.
+    `device_type`: None selects CUDA if available, else the CPU. `timeout_s`, in seconds, limits the wait in every
+    collective. If `torch.distributed` is initialized already, only sets and returns the device. Raises TimeoutError if
+    not all ranks join in time.
     """
     if not dist.is_initialized():
         adopt_launcher()
@@ -44,20 +46,20 @@ def _join(backend: str, timeout: timedelta) -> None:
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         rank, size, address, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         raise TimeoutError(
-            f"All {size} ranks must join at {address}:{port} within {timeout.total_seconds():.0f} s, and rank {rank} "
-            f"could not: {str(error).splitlines()[0]} Look at what the others say. MASTER_ADDR and MASTER_PORT set the "
-            "place; for one process alone set RANK=0, WORLD_SIZE=1."
+            f"All {size} ranks must join at {address}:{port} within {timeout.total_seconds():.0f} s, but rank {rank} "
+            f"could not: {str(error).splitlines()[0]} Check the logs of the other ranks, and MASTER_ADDR and "
+            "MASTER_PORT. To run a single process, set RANK=0 and WORLD_SIZE=1."
         ) from error
 
 
 def set_determinism(seed: int, *, deterministic: bool = False, warn_only: bool = False) -> None:
-    """Seed Python's and torch's generators, alike on every rank; `deterministic` also takes bitwise repeatable kernels.
+    """Seed the random number generators of Python and torch, with the same seed on every rank.
 
-    Where there is no such kernel PyTorch raises, or only warns with `warn_only`. Raises ValueError for a seed that
-    torch does not take.
+    `deterministic` also selects deterministic kernels: results are repeatable bit for bit. For an operation without one
+    PyTorch raises RuntimeError, or with `warn_only` warns. Raises ValueError for a seed outside 0 to 2**64 - 1.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"The seed must be from 0 to 2**64 - 1, got {repr(seed)[:40]}.")
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {repr(seed)[:40]}.")
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
@@ -67,7 +69,7 @@ def set_determinism(seed: int, *, deterministic: bool = False, warn_only: bool =
 
 
 def set_collective_timeout(dims: ParallelDims, seconds: float) -> None:
-    """From now on wait at most `seconds` in a collective. All ranks call it together, after the first (slow) step."""
+    """Limit the wait in collectives from now on to `seconds`. All ranks must call it, after the first (slow) step."""
     dist.barrier()
     if dims.device_type == "cuda":
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""Ranks of launchers that set no RANK: srun, mpirun and others say in their own variables which task a process is.
+"""Ranks from the environment variables of srun, mpirun and other launchers that do not set RANK.
 
-torch reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Where torchrun has set RANK, nothing is changed.
+torch reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. If RANK is set, as by torchrun, nothing changes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from functools import cache
 log = logging.getLogger(__name__)
 
 _SPECIAL_STEPS = 0xFFFFFFF0
-"""Slurm's step ids from here on are no srun's: 0xfffffffa is the shell of salloc, 0xfffffffb that of sbatch."""
+"""Slurm step ids from here on are not steps of srun: 0xfffffffa is the shell of salloc, 0xfffffffb that of sbatch."""
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
 @dataclass(frozen=True)
 class _Names:
-    """The variables of a launcher, each with the ones that are read where it is not set."""
+    """The environment variables of a launcher; in a tuple, the first one that is set is read."""
 
     rank: str
     size: tuple[str, ...]
@@ -37,7 +37,7 @@ _PMI = _Names(
     ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID"),
     ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
 )
-# mpirun may start its daemons by srun, whose variables its tasks then have, too: Slurm comes last.
+# mpirun may start its daemons with srun; its tasks then have the variables of Slurm too. So mpirun is tried first.
 _LAUNCHERS = (
     _Names(
         "OMPI_COMM_WORLD_RANK",
@@ -51,21 +51,21 @@ _LAUNCHERS = (
     _PMI,
     _SLURM,
     _Names("FLUX_TASK_RANK", ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",), ()),
-    _Names("PMIX_RANK", ("PMIX_SIZE",), ("PMIX_LOCAL_RANK",), ("PMIX_LOCAL_SIZE",)),  # other launchers set it, too
+    _Names("PMIX_RANK", ("PMIX_SIZE",), ("PMIX_LOCAL_RANK",), ("PMIX_LOCAL_SIZE",)),  # set by other launchers too
 )
 
 
 def adopt_launcher() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the variables of srun or mpirun.
 
-    Changes nothing where RANK is set, and where this process is the only task. Raises ValueError where the variables
-    do not say which task this is.
+    Changes nothing if RANK is set or this process is the only task. Raises ValueError if the variables are incomplete
+    or invalid.
     """
     os.environ.update(ranks_of_launcher(os.environ))
 
 
 def ranks_of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that torch reads; none for a process alone, and where RANK is set."""
+    """Return the environment variables to set for torch; none for a single process, or if RANK is set."""
     if "RANK" in environment:
         return {}
     for names in _LAUNCHERS:
@@ -73,8 +73,8 @@ def ranks_of_launcher(environment: Mapping[str, str]) -> dict[str, str]:
             return _ranks(environment, names)
     if environment.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
-            f"RANK must be set where WORLD_SIZE is {environment['WORLD_SIZE']}, got nothing. Start with torchrun, or "
-            "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+            f"RANK must be set if WORLD_SIZE is {environment['WORLD_SIZE']}. Start with torchrun, or set RANK, "
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         )
     return {}
 
@@ -83,8 +83,8 @@ def _ranks(environment: Mapping[str, str], names: _Names) -> dict[str, str]:
     size = _number(environment, names.size)
     if size is None:
         raise ValueError(
-            f"{names.size[0]} must be set where {names.rank} is, got nothing: the number of tasks is not known. Start "
-            "with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+            f"{names.size[0]}, the number of tasks, must be set if {names.rank} is. Start with torchrun, or set RANK, "
+            "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         )
     if size == 1:
         return {}
@@ -106,7 +106,7 @@ def _ranks(environment: Mapping[str, str], names: _Names) -> dict[str, str]:
 
 
 def _is_shell_of_slurm(environment: Mapping[str, str]) -> bool:
-    """Return whether this is no task of srun, but a shell (or a notebook) in an allocation, and so alone."""
+    """Return whether this process runs alone in a shell (or notebook) of an allocation, and is not a task of srun."""
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID"))
     if step is not None:
         return step.isdecimal() and int(step) >= _SPECIAL_STEPS
@@ -118,26 +118,27 @@ def _is_shell_of_slurm(environment: Mapping[str, str]) -> bool:
 
 @cache
 def _warn_alone(num_tasks: str) -> None:
-    """Warn once a process: a recipe asks for its ranks, and then the library does."""
+    """Warn once per process: recipes and the library both call `adopt_launcher`."""
     log.warning(
-        "The Slurm job has %s tasks, and this process was not started by srun: it runs alone. To run as all of them, "
-        "write srun before the command.",
+        "The Slurm job has %s tasks, but this process was not started by srun and runs alone. To run on all tasks, "
+        "start the command with srun.",
         num_tasks,
     )
 
 
 def _is_one_step_of_slurm(environment: Mapping[str, str], names: _Names, size: int) -> bool:
-    """Return whether all tasks are those of one srun, so that its SLURM_STEP_* variables are the same for all.
+    """Return whether one srun started all tasks, so that they agree on the SLURM_STEP_* variables.
 
-    mpirun forks the tasks of its own node and starts daemons on the others by srun: those have a step, or another one.
+    mpirun forks the tasks of its own node, and starts daemons on the other nodes with srun: their tasks have another
+    step, and those of its own node may have none.
     """
-    if names is _PMI:  # of srun --mpi=pmi2, or of an mpiexec whose daemons srun has started
+    if names is _PMI:  # set by srun --mpi=pmi2, or by an mpiexec whose daemons srun started
         return _number(environment, ("SLURM_STEP_NUM_TASKS",)) == size
     return names is _SLURM
 
 
 def _number(environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    """Return the number in the first of these variables that is set; None where none is."""
+    """Return the number in the first of these variables that is set, or None."""
     name = next((name for name in names if name in environment), None)
     if name is None:
         return None
@@ -147,13 +148,13 @@ def _number(environment: Mapping[str, str], names: tuple[str, ...]) -> int | Non
 
 
 def _device_index(environment: Mapping[str, str], local_rank: int) -> int:
-    """Return the place of this task's device among those that it sees: each may see one alone."""
+    """Return the index of this task's device among its visible ones: 0 if only one is visible."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     return 0 if visible and "," not in visible else local_rank
 
 
 def _address(environment: Mapping[str, str], names: _Names, size: int, is_one_step: bool) -> str:
-    """Return the host of the first task. Raises ValueError where tasks may be on several nodes that nothing names."""
+    """Return the host of the first task. Raises ValueError if there may be several nodes and no variable names them."""
     num_nodes = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES"))
     local_size = _number(environment, names.local_size)
     if local_size == size or (is_one_step and num_nodes == "1"):
@@ -166,8 +167,8 @@ def _address(environment: Mapping[str, str], names: _Names, size: int, is_one_st
     if nodes:
         return nodes[0]
     raise ValueError(
-        f"MASTER_ADDR must be set where {names.size[0]} is {size} and no variable names the nodes, got nothing. Set it "
-        "to the host of the first task, or to 127.0.0.1 where all tasks are on this node."
+        f"MASTER_ADDR must be set if {names.size[0]} is {size} and no variable names the nodes. Set it to the host of "
+        "the first task, or to 127.0.0.1 if all tasks are on this node."
     )
 
 
@@ -179,15 +180,15 @@ def _lines_of(file: str) -> list[str]:
 
 
 def first_host(node_list: str) -> str:
-    """Return the first host of Slurm's list of nodes: "node01" for "node[01-03,7],login"."""
+    """Return the first host of a Slurm node list: "node01" for "node[01-03,7],login"."""
     first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", node_list.strip())
     if first is None:
-        raise ValueError(f"The list of nodes must be one such as node[01-03,7], got {node_list!r}. Set MASTER_ADDR.")
+        raise ValueError(f"The Slurm node list must look like node[01-03,7], got {node_list!r}. Set MASTER_ADDR.")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def _port(environment: Mapping[str, str], is_one_step: bool) -> int:
-    """Return a port that all tasks of a run agree on, and other jobs on the node hardly have."""
+    """Return a port that is the same for all tasks of a run, and likely different from that of other jobs."""
     job = environment.get("SLURM_JOB_ID", environment.get("SLURM_JOBID", environment.get("PBS_JOBID")))
     job = job or environment.get("PMIX_NAMESPACE", environment.get("OMPI_MCA_ess_base_jobid"))
     if job is None:

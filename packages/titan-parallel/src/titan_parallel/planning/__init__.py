@@ -1,1 +1,1 @@
-"""A run before it runs: what each rank would hold, compute and send. `titan_parallel.plan` is what to call."""
+"""Dry run of a training step: memory, FLOPs and communication of each rank. Entry point: `titan_parallel.plan`."""

@@ -1,4 +1,4 @@
-"""What would make a run fit, found by planning it; and what looks wasteful."""
+"""Changes that make a run fit, found by further dry runs; and warnings about wasteful settings."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ import copy
 from collections.abc import Callable, Iterator
 
 from titan_parallel.memory.activation_checkpoint import FullActivationCheckpoint, SelectiveActivationCheckpoint
-from titan_parallel.planning.report import Plan, Remedy
-from titan_parallel.planning.simulate import Rows, SimulatedStep
+from titan_parallel.planning.report import Plan, Suggestion
+from titan_parallel.planning.simulate import BatchSpec, SimulatedStep
 from titan_parallel.planning.sizes import show_bytes
 
-ENOUGH = 2  # remedies that fit: the cheapest, and a choice
+ENOUGH = 2
+"""Number of fitting suggestions after which the search ends: the cheapest, and an alternative."""
 MAX_BUBBLE = 0.2
 
 
-Rung = Callable[[SimulatedStep, int], tuple[str, str, SimulatedStep] | None]
-"""A change of a step, on nodes of so many ranks: (what, to what, the changed step), or None where it has been done."""
+Change = Callable[[SimulatedStep, int], tuple[str, str, SimulatedStep] | None]
+"""(step, ranks_per_node) -> (setting, new value, changed step), or None where the change does not apply."""
 
 
-def remedies_of(
+def suggest_changes(
     step: SimulatedStep, ranks_per_node: int, peak: int, limit: int, peak_of: Callable[[SimulatedStep], int]
-) -> list[Remedy]:
-    """Changes that lower the `peak`, each on top of those before it, the cheapest first, until enough fit `limit`."""
-    remedies: list[Remedy] = []
+) -> list[Suggestion]:
+    """Return changes that lower the `peak`, the cheapest first, until `ENOUGH` of them fit `limit` (both in bytes).
+
+    Each suggestion includes the changes of those before it.
+    """
+    suggestions: list[Suggestion] = []
     changes: dict[str, str] = {}
-    for rung in RUNGS:
-        while (proposal := rung(step, ranks_per_node)) is not None:
+    for change in CHANGES:
+        while (proposal := change(step, ranks_per_node)) is not None:
             name, value, changed = proposal
             try:
                 changed_peak = peak_of(changed)
-            except ValueError:  # heads, rows or ranks that do not divide
+            except ValueError:  # heads, sequences or ranks that the degrees do not divide
                 break
             if changed_peak >= peak:
                 break
             step, peak, changes[name] = changed, changed_peak, value
-            remedies.append(Remedy(", ".join(f"{n} {v}" for n, v in changes.items()), peak, peak <= limit))
-            if sum(remedy.fits for remedy in remedies) == ENOUGH:
-                return remedies
-    return remedies
+            suggestions.append(Suggestion(", ".join(f"{n} {v}" for n, v in changes.items()), peak, peak <= limit))
+            if sum(suggestion.fits for suggestion in suggestions) == ENOUGH:
+                return suggestions
+    return suggestions
 
 
 def _reduce_always(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
@@ -48,7 +52,7 @@ def _reduce_always(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep
     return "fsdp_reduce_gradients", "always", step.changed(parallelism=changed)
 
 
-def _recompute_some(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
+def _selective_checkpointing(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
     if step.activation_checkpoint is not None:
         return None
     return (
@@ -58,7 +62,7 @@ def _recompute_some(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedSte
     )
 
 
-def _recompute_all(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
+def _full_checkpointing(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
     if isinstance(step.activation_checkpoint, FullActivationCheckpoint.Config):
         return None
     return (
@@ -68,22 +72,22 @@ def _recompute_all(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep
     )
 
 
-def _halve_rows(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
-    rows, odd = divmod(step.batch.num_rows, 2)
-    if odd:
+def _halve_micro_batches(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
+    size, remainder = divmod(step.batch.batch_size, 2)
+    if remainder:
         return None
-    changed = step.changed(batch=Rows.of(step.batch, rows), num_batches=step.num_batches * 2)
-    return "rows of a micro-batch", str(rows), changed
+    changed = step.changed(batch=BatchSpec.of(step.batch, size), num_batches=step.num_batches * 2)
+    return "local_batch_size", str(size), changed
 
 
-def _drop_replicas(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
+def _remove_replicas(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
     if step.parallelism.data_parallel_replicate_degree == 1:
         return None
     return "data_parallel_replicate_degree", "1", step.with_degrees(data_parallel_replicate_degree=1)
 
 
-def _double_tensor(step: SimulatedStep, ranks_per_node: int) -> tuple[str, str, SimulatedStep] | None:
-    """Half as many data ranks, each with twice the micro-batches."""
+def _double_tensor_parallel(step: SimulatedStep, ranks_per_node: int) -> tuple[str, str, SimulatedStep] | None:
+    """Halve the number of data ranks; each then has twice as many micro-batches."""
     degree = step.parallelism.tensor_parallel_degree * 2
     if degree > min(ranks_per_node, step.world_size):
         return None
@@ -92,27 +96,27 @@ def _double_tensor(step: SimulatedStep, ranks_per_node: int) -> tuple[str, str, 
 
 
 def _double_ranks(step: SimulatedStep, _: int) -> tuple[str, str, SimulatedStep] | None:
-    """Twice as many data ranks, each with half of the micro-batches."""
-    half, odd = divmod(step.num_batches, 2)
-    if odd:
+    """Double the number of data ranks; each then has half as many micro-batches."""
+    half, remainder = divmod(step.num_batches, 2)
+    if remainder:
         return None
     changed = step.with_degrees().changed(world_size=step.world_size * 2, num_batches=half)
-    return "ranks", str(changed.world_size), changed
+    return "world_size", str(changed.world_size), changed
 
 
-RUNGS: tuple[Rung, ...] = (
+CHANGES: tuple[Change, ...] = (
     _reduce_always,
-    _recompute_some,
-    _recompute_all,
-    _halve_rows,
-    _drop_replicas,
-    _double_tensor,
+    _selective_checkpointing,
+    _full_checkpointing,
+    _halve_micro_batches,
+    _remove_replicas,
+    _double_tensor_parallel,
     _double_ranks,
 )
 
 
-def wasteful(plan: Plan, step: SimulatedStep) -> list[str]:
-    """A few things that are seldom meant."""
+def warnings_of(plan: Plan, step: SimulatedStep) -> list[str]:
+    """Return warnings about settings that are probably not intended."""
     return [line for rule in (_tensor_over_nodes, _replicated, _bubble, _small_batches) for line in rule(plan, step)]
 
 
@@ -120,7 +124,7 @@ def _tensor_over_nodes(plan: Plan, step: SimulatedStep) -> Iterator[str]:
     for axis in plan.mesh:
         if axis.name == "tp" and axis.nodes > 1:
             yield (
-                f"Tensor parallel over {axis.nodes} nodes: it exchanges several times a block, and waits for it. "
+                f"Tensor parallel spans {axis.nodes} nodes: every block waits for several collectives between nodes. "
                 f"Set tensor_parallel_degree to a divisor of {plan.ranks_per_node}."
             )
 
@@ -130,26 +134,29 @@ def _replicated(plan: Plan, step: SimulatedStep) -> Iterator[str]:
     stored = max(stage.parameters + stage.gradients + stage.optimizer for stage in plan.stages)
     if replicas > 1 and stored > plan.peak / 2:
         yield (
-            f"{replicas} replicas, each of which holds all weights, gradients and optimizer state: "
-            f"{show_bytes(stored)} of a rank's peak. Sharded they are {show_bytes(stored / replicas)}: set "
-            "data_parallel_replicate_degree to 1."
+            f"Weights, gradients and optimizer state are replicated {replicas} times and take {show_bytes(stored)} of "
+            "each rank's peak. Set data_parallel_replicate_degree to 1 to shard them to "
+            f"{show_bytes(stored / replicas)}."
         )
 
 
 def _bubble(plan: Plan, step: SimulatedStep) -> Iterator[str]:
     if plan.bubble is not None and plan.bubble > MAX_BUBBLE:
         yield (
-            f"A pipeline bubble of {plan.bubble:.0%}: stages wait for each other. Take more micro-batches, an "
-            "interleaved schedule, or fewer stages."
+            f"The pipeline bubble is {plan.bubble:.0%} of a step. Use more micro-batches, an interleaved schedule, or "
+            "fewer stages."
         )
 
 
 def _small_batches(plan: Plan, step: SimulatedStep) -> Iterator[str]:
-    room = plan.device_memory is not None and plan.peak < plan.device_memory / 2
-    if room and plan.num_batches > 1 and step.parallelism.pipeline_parallel_degree == 1:
+    has_room = plan.device_memory is not None and plan.peak < plan.device_memory / 2
+    if has_room and plan.num_batches > 1 and step.parallelism.pipeline_parallel_degree == 1:
         yield (
-            f"{plan.num_batches} micro-batches of {plan.rows} rows, with half of the memory free: each gathers all "
-            "weights again. Take fewer and larger ones."
+            f"{plan.num_batches} micro-batches of local_batch_size {plan.local_batch_size} leave half of the memory "
+            "free, and each gathers all weights again. Use fewer and larger micro-batches."
         )
-    if room and isinstance(step.activation_checkpoint, FullActivationCheckpoint.Config):
-        yield "Full recomputation, with half of the memory free: SelectiveActivationCheckpoint computes less."
+    if has_room and isinstance(step.activation_checkpoint, FullActivationCheckpoint.Config):
+        yield (
+            "Full activation checkpointing leaves half of the memory free. Use SelectiveActivationCheckpoint, which "
+            "recomputes less."
+        )

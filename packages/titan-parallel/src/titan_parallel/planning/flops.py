@@ -1,4 +1,4 @@
-"""Floating point operations of a forward, in both conventions people quote."""
+"""Count the FLOPs of a forward in both common conventions: full and causal attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch.utils.flop_counter import flop_registry
 
 
 class ForwardFlops:
-    """Adds up matrix products and attention of forwards: `full` counts every query with every key, `causal` half."""
+    """The FLOPs of matrix products and attention in forwards, summed.
+
+    `full` counts every pair of query and key, `causal` half of them.
+    """
 
     def __init__(self) -> None:
         self.full = 0
         self.causal = 0
 
     def operator_ran(self, operator: Any, arguments: Any, keywords: Any, output: Any) -> None:
-        """Add the operator's, if it has a count."""
+        """Add the FLOPs of the operator, if it has a formula."""
         packet = operator._overloadpacket
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self._add_attention(*arguments, **keywords)

@@ -1,4 +1,4 @@
-"""`plan`: know a run before it runs."""
+"""`plan`: a dry run of a training step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from titan_parallel.data_parallel.mixed_precision import MixedPrecision
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.memory.compile import Compile
 from titan_parallel.mesh.parallel_dims import AXES, ParallelDims
-from titan_parallel.planning.advice import remedies_of, wasteful
-from titan_parallel.planning.alike import Alike
-from titan_parallel.planning.child import in_child
+from titan_parallel.planning.advice import suggest_changes, warnings_of
+from titan_parallel.planning.child import run_in_child
+from titan_parallel.planning.extrapolation import Extrapolator
 from titan_parallel.planning.record import StepRecord
 from titan_parallel.planning.report import Axis, Collective, Flops, Plan, Stage
-from titan_parallel.planning.simulate import BuildOptimizer, Rows, SimulatedStep
+from titan_parallel.planning.simulate import BatchSpec, BuildOptimizer, SimulatedStep
 from titan_parallel.planning.sizes import parse_bytes
 from titan_parallel.sharding_plan.roles import RoleTable
 from titan_parallel.step.batch import Batch, Loss
@@ -46,24 +46,44 @@ def plan(
     rank: int | None = None,
     every_block: bool = False,
 ) -> Plan:
-    """What a run would hold, compute and send, found by a step of `parallelize`'s own code without memory or ranks.
+    """Make a dry run of a training step: memory, FLOPs and communication of each rank, on any number of ranks.
 
-    `build()` makes the model (on the meta device); `roles` None asks it: `model.roles()`. Of `batch`, one micro-batch
-    of a data rank, only shapes are read; a step has `num_batches` of them. `optimizer(named_parameters)` is a
-    `torch.optim.Optimizer` or has its `state`, `step` and `zero_grad`. `also(dims)` does what else a loop sends in a
-    step. `flops_per_token` is (full, causal) where the model knows better than its operators tell. With
-    `device_memory` (bytes, or "80GiB") the plan says whether it fits, and what would. `rank` is the one to look at;
-    None takes the first of each stage, which has the largest parts of what does not divide. Blocks that are alike are
-    simulated once or twice and counted as often as they are there, unless `every_block`. Compiled blocks are planned as
-    eager ones, which keep and compute no less. All is done in forked children: this process may be a rank of
-    something else. Raises ConfigError for what `parallelize` refuses.
+    The dry run executes the code of `parallelize`, `forward_backward`, clipping and the optimizer on fake tensors, in a
+    fake process group: it needs no GPU and no memory for weights. Everything runs in forked children, so this process
+    may be a rank of another group. Returns a `Plan`; `print` shows it as text. Raises ConfigError for everything that
+    `parallelize` rejects.
+
+    Args:
+        build: Build the model; called on the meta device.
+        batch: One micro-batch of a data rank, of which only shapes and dtypes are read.
+        loss: The loss, as for `forward_backward`.
+        optimizer: `optimizer(named_parameters)` returns a `torch.optim.Optimizer`, or another object with its `state`,
+            `step` and `zero_grad`.
+        world_size: Number of ranks of the planned run.
+        parallelism: Degrees of parallelism. None: FSDP over all ranks.
+        num_batches: Micro-batches of each data rank in a step.
+        roles: Table of roles. None: `model.roles()`.
+        activation_checkpoint: As for `parallelize`.
+        compile: As for `parallelize`. Compiled blocks are simulated as eager ones, which save no fewer activations and
+            compute no less.
+        mixed_precision: As for `parallelize`.
+        output: As for `parallelize`.
+        also: `also(dims)` runs the other collectives of a step of the training loop.
+        flops_per_token: (full, causal), for a model that states them. None: three times the counted FLOPs of a forward.
+        device_memory: Memory of one device, in bytes or as text such as "80GiB". If given, the plan says whether the
+            run fits, and suggests changes if it does not.
+        ranks_per_node: Ranks of one node, consecutive.
+        rank: The rank to simulate. None: the first rank of each pipeline stage, which has the largest shard of every
+            tensor that does not divide evenly.
+        every_block: Simulate every block. By default a few of equivalent blocks are simulated, and the results are
+            extrapolated.
     """
     step = SimulatedStep(
         build=build,
         roles=roles,
         parallelism=parallelism or ParallelDims.Config(),
         world_size=world_size,
-        batch=Rows.of(batch),
+        batch=BatchSpec.of(batch),
         num_batches=num_batches,
         loss=loss,
         build_optimizer=optimizer,
@@ -74,13 +94,13 @@ def plan(
     )
     limit = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory
 
-    made = _planned(step, Alike(step, every_block), rank, flops_per_token, limit, ranks_per_node)
+    made = _planned(step, Extrapolator(step, every_block), rank, flops_per_token, limit, ranks_per_node)
     return replace(made, compiled=compile is not None)
 
 
 def _planned(
     step: SimulatedStep,
-    alike: Alike,
+    extrapolator: Extrapolator,
     rank: int | None,
     flops_per_token: tuple[int, int] | None,
     limit: int | None,
@@ -88,15 +108,15 @@ def _planned(
 ) -> Plan:
     axes, dp_size, firsts = _mesh(step, ranks_per_node)
     ranks = firsts if rank is None else [rank]
-    records = alike.records(step, ranks)
+    records = extrapolator.records(step, ranks)
     tokens = step.batch.num_tokens * step.num_batches * dp_size
     made = Plan(
-        model=alike.name,
-        num_parameters=alike.num_parameters,
+        model=extrapolator.model_name,
+        num_parameters=extrapolator.num_parameters,
         world_size=step.world_size,
         ranks_per_node=ranks_per_node,
         mesh=axes,
-        rows=step.batch.num_rows,
+        local_batch_size=step.batch.batch_size,
         num_batches=step.num_batches,
         tokens_per_step=tokens,
         flops=_flops(records, step.world_size // len(records), tokens, flops_per_token),
@@ -104,25 +124,25 @@ def _planned(
         bubble=records[0].bubble,
         compiled=False,
         device_memory=limit,
-        remedies=[],
-        wasteful=[],
+        suggestions=[],
+        warnings=[],
     )
-    remedies = []
+    suggestions = []
     if made.fits is False and limit is not None:
-        remedies = remedies_of(
-            step, ranks_per_node, made.peak, limit, lambda changed: _peak(changed, alike, ranks_per_node)
+        suggestions = suggest_changes(
+            step, ranks_per_node, made.peak, limit, lambda changed: _peak(changed, extrapolator, ranks_per_node)
         )
-    return replace(made, remedies=remedies, wasteful=wasteful(made, step))
+    return replace(made, suggestions=suggestions, warnings=warnings_of(made, step))
 
 
-def _peak(step: SimulatedStep, alike: Alike, ranks_per_node: int) -> int:
+def _peak(step: SimulatedStep, extrapolator: Extrapolator, ranks_per_node: int) -> int:
     _, _, firsts = _mesh(step, ranks_per_node)
-    return max(sum(record.peak()[1].values()) for record in alike.records(step, firsts))
+    return max(sum(record.peak()[1].values()) for record in extrapolator.records(step, firsts))
 
 
 def _mesh(step: SimulatedStep, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
-    """The axes with more than one rank, the number of data ranks, and the first rank of each stage."""
-    return in_child(lambda: _mesh_of_fake_ranks(step, ranks_per_node))
+    """Return the axes with more than one rank, the number of data ranks, and the first rank of each stage."""
+    return run_in_child(lambda: _mesh_of_fake_ranks(step, ranks_per_node))
 
 
 def _mesh_of_fake_ranks(step: SimulatedStep, ranks_per_node: int) -> tuple[list[Axis], int, list[int]]:
@@ -139,7 +159,7 @@ def _mesh_of_fake_ranks(step: SimulatedStep, ranks_per_node: int) -> tuple[list[
 def _flops(
     records: Sequence[StepRecord], ranks_each: int, tokens: int, flops_per_token: tuple[int, int] | None
 ) -> Flops:
-    """Forward and backward are three times the forward."""
+    """Return the FLOPs of forward and backward, which are three times those of the forward."""
     steps = [3 * ranks_each * sum(record.flops[name] for record in records) for name in ("full", "causal")]
     if flops_per_token is not None:
         steps = [each * tokens for each in flops_per_token]
@@ -147,7 +167,7 @@ def _flops(
 
 
 def _stage(index: int, rank: int, step: SimulatedStep, record: StepRecord) -> Stage:
-    place, at_peak = record.peak()
+    site, at_peak = record.peak()
     return Stage(
         stage=index,
         rank=rank,
@@ -157,7 +177,7 @@ def _stage(index: int, rank: int, step: SimulatedStep, record: StepRecord) -> St
         optimizer=record.sizes["optimizer"],
         activations=record.sizes["activations"],
         peak=sum(at_peak.values()),
-        peak_in=f"{place[0]} ({place[1]})",
+        peak_in=f"{site[0]} ({site[1]})",
         at_peak=at_peak,
         collectives=[
             Collective(axis, kind, calls, record.traffic[axis, kind])

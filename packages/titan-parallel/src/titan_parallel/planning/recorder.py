@@ -1,4 +1,4 @@
-"""One look at every operator of a step: what lives, what is sent, what is computed."""
+"""Record every operator of a step: memory, communication, FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_parallel._torch.tracing import in_backward, unwatched_shapes_of_dtensors, watched_resizes
+from titan_parallel._torch.tracing import in_backward, reported_resizes, unrecorded_dtensor_shapes
 from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.planning.flops import ForwardFlops
 from titan_parallel.planning.timeline import Timeline
@@ -18,10 +18,10 @@ from titan_parallel.planning.traffic import Traffic
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that run while it is entered, on tensors with or without memory."""
+    """Records the operators that run within it, on real or on fake tensors."""
 
     def __init__(self, dims: ParallelDims, vocab_size: int | None) -> None:
-        """`vocab_size`: of the logits that one rank makes; None where no part of the model is a head."""
+        """`vocab_size`: the last dim of one rank's logits; None for a model without a head."""
         from torch.distributed.tensor import DTensor
 
         super().__init__()
@@ -31,8 +31,8 @@ class Recorder(TorchDispatchMode):
         self.timeline, self.traffic, self.flops = Timeline(), Traffic(dims), ForwardFlops()
 
     def __enter__(self) -> Recorder:
-        self._stack.enter_context(unwatched_shapes_of_dtensors())
-        self._stack.enter_context(watched_resizes(self.timeline.resized))
+        self._stack.enter_context(unrecorded_dtensor_shapes())
+        self._stack.enter_context(reported_resizes(self.timeline.resized))
         super().__enter__()
         return self
 
@@ -44,17 +44,17 @@ class Recorder(TorchDispatchMode):
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         if self._subclass in types:
-            return NotImplemented  # first to what it does with the local tensors
+            return NotImplemented  # DTensor runs the operator on local tensors, which are recorded
         keywords = keywords or {}
         output = operator(*arguments, **keywords)
-        space, _, name = operator._schema.name.partition("::")
-        if space == "prim":
+        namespace, _, name = operator._schema.name.partition("::")
+        if namespace == "prim":
             return output
         backward = in_backward()
         outputs = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
         tensors = [tensor for tensor in outputs if isinstance(tensor, Tensor)]
         self.timeline.operator_ran(name, tensors, backward)
-        if "c10d" in space:
+        if "c10d" in namespace:
             self.traffic.operator_ran(name, arguments, output)
             self._label_buffers(name, arguments)
         elif not backward:
@@ -64,14 +64,14 @@ class Recorder(TorchDispatchMode):
         return output
 
     def _label_buffers(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """The flat tensors in which FSDP2 gathers weights and reduces gradients."""
+        """Label the flat tensors in which FSDP2 gathers weights and reduces gradients."""
         if name == "_allgather_base_":
             self.timeline.label([arguments[0]], "gathered_weights")
         elif name in ("_reduce_scatter_base_", "allreduce_"):
             sides = pytree.tree_leaves(arguments[:2])
-            self.timeline.mark([side for side in sides if isinstance(side, Tensor)], "gradient_buckets")
+            self.timeline.label_unlabeled([side for side in sides if isinstance(side, Tensor)], "gradient_buckets")
 
     def _label_logits(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             if tensor.dim() > 1 and tensor.size(-1) == self._vocab_size and torch.is_floating_point(tensor):
-                self.timeline.mark([tensor], "logits")
+                self.timeline.label_unlabeled([tensor], "logits")

@@ -1,4 +1,4 @@
-"""A plan: what a run would be, as plain data."""
+"""The result of a dry run, as plain data and as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_parallel.planning.sizes import show_bytes, show_count
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh: which ranks the first rank shares it with, and over how many nodes they lie."""
+    """One axis of the mesh: the ranks along it, for the first rank, and the number of nodes that they span."""
 
     name: str
     size: int
@@ -22,9 +22,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of matrix products and attention, forward and backward, over all ranks; what is recomputed is not counted.
+    """FLOPs of matrix products and attention, forward and backward, over all ranks, without recomputation.
 
-    `full` counts every query with every key, `causal` the half that a causal mask leaves.
+    `full` counts every pair of query and key, `causal` the half that a causal mask leaves.
     """
 
     full_per_token: int
@@ -35,7 +35,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Collective:
-    """What a rank sends and receives in a step, of one kind along one axis; bytes are of the larger side of each."""
+    """Collectives of one kind along one axis, of one rank in one step; bytes are those of the larger side of each."""
 
     axis: str
     kind: str
@@ -45,10 +45,10 @@ class Collective:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline (the whole model, where there is none), in bytes of a rank of it.
+    """One stage of the pipeline (the whole model without a pipeline): bytes of one of its ranks.
 
-    `at_peak` is what memory is for when there is most of it; it adds up to `peak`. `activations` is the most that
-    forwards keep for backwards at once.
+    `at_peak` holds the bytes of each category at the peak; they add up to `peak`. `activations` is the peak of the
+    tensors that forwards save for backwards.
     """
 
     stage: int
@@ -65,8 +65,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """A change of the run, and the peak it would have."""
+class Suggestion:
+    """A change of the settings, and the peak of the changed run in bytes."""
 
     change: str
     peak: int
@@ -75,54 +75,56 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would be. `str(plan)` is for people, `plan.to_json()` for programs."""
+    """The result of a dry run. `str(plan)` is a report of about one screen, `plan.to_json()` has all fields."""
 
     model: str
     num_parameters: int
     world_size: int
     ranks_per_node: int
     mesh: list[Axis]
-    rows: int
-    """Of a micro-batch."""
+    local_batch_size: int
+    """Sequences of a micro-batch."""
     num_batches: int
-    """Micro-batches of a data rank in a step."""
+    """Micro-batches of each data rank in a step."""
     tokens_per_step: int
-    """Of all data ranks."""
+    """Tokens of all data ranks."""
     flops: Flops
     stages: list[Stage]
     bubble: float | None
-    """The share of a step in which a rank waits for other stages; None without a pipeline."""
+    """The fraction of a step in which ranks wait for other stages; None without a pipeline."""
     compiled: bool
-    """Whether blocks are compiled. They are planned as eager ones, which keep no less."""
+    """True if blocks are compiled. They are simulated as eager ones, which save no fewer activations."""
     device_memory: int | None
-    remedies: list[Remedy]
-    """Cheapest first; none where the run fits, or nobody asked."""
-    wasteful: list[str]
+    """Bytes of one device; None if not given."""
+    suggestions: list[Suggestion]
+    """Changes that lower the peak, the cheapest first; empty if the run fits or `device_memory` is None."""
+    warnings: list[str]
+    """Settings that are probably not intended, each with a better one."""
 
     @property
     def peak(self) -> int:
-        """The most bytes that any rank holds at once."""
+        """The highest peak of any simulated rank, in bytes."""
         return max(stage.peak for stage in self.stages)
 
     @property
     def fits(self) -> bool | None:
-        """Whether every rank's peak is within `device_memory`; None where none was given."""
+        """True if the peak is at most `device_memory`; None if that is None."""
         return None if self.device_memory is None else self.peak <= self.device_memory
 
     def __str__(self) -> str:
         return text_of(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON data: all fields, and `peak` and `fits`."""
+        """Return JSON data: all fields, and `peak` and `fits`."""
         return {**asdict(self), "peak": self.peak, "fits": self.fits}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan whose `to_dict()` this is."""
+        """Return the plan of a `to_dict()`."""
         fields = {name: value for name, value in data.items() if name not in ("peak", "fits")}
         fields["mesh"] = [Axis(**axis) for axis in data["mesh"]]
         fields["flops"] = Flops(**data["flops"])
-        fields["remedies"] = [Remedy(**remedy) for remedy in data["remedies"]]
+        fields["suggestions"] = [Suggestion(**suggestion) for suggestion in data["suggestions"]]
         fields["stages"] = [
             Stage(**{**stage, "collectives": [Collective(**entry) for entry in stage["collectives"]]})
             for stage in data["stages"]
@@ -130,76 +132,73 @@ class Plan:
         return cls(**fields)
 
     def to_json(self) -> str:
-        """`to_dict()` as text."""
+        """Return `to_dict()` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan whose `to_json()` this is."""
+        """Return the plan of a `to_json()`."""
         return cls.from_dict(json.loads(text))
 
 
 FEW_STAGES = 3
-COLUMNS = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "kept": "activations",
-    "peak": "peak",
-}
-"""What is told of each of many stages -> what a stage has of it."""
+COLUMNS = ("parameters", "gradients", "optimizer", "activations", "peak")
+"""Fields of `Stage` in the table of stages, of a plan with many stages."""
 
 
 def text_of(plan: Plan) -> str:
-    """One screen: mesh, step, memory, collectives, and what to make of it. Of many stages the fullest is told whole."""
+    """Return the report: mesh, step, memory, collectives, whether it fits, warnings.
+
+    For more than `FEW_STAGES` stages it has a table of all, and details of the stage with the highest peak.
+    """
     return "\n".join([*_head(plan), *_stages(plan), *_verdict(plan)])
 
 
 def _head(plan: Plan) -> Iterator[str]:
     nodes = -(-plan.world_size // plan.ranks_per_node)
     yield (
-        f"{plan.model}: {show_count(plan.num_parameters)}parameters on {_many(plan.world_size, 'rank')}, "
-        f"{_many(nodes, 'node')} of {plan.ranks_per_node}"
+        f"Dry run of {plan.model}: {show_count(plan.num_parameters)} parameters on {_many(plan.world_size, 'rank')}, "
+        f"{_many(nodes, 'node')} of {_many(plan.ranks_per_node, 'rank')}"
     )
     yield ""
     yield "Mesh"
     for axis in plan.mesh:
-        where = "within a node" if axis.nodes == 1 else f"over {axis.nodes} nodes"
+        where = "within a node" if axis.nodes == 1 else f"across {axis.nodes} nodes"
         yield f"  {axis.name:<13}{axis.size:>5}   ranks {_ranks(axis.ranks)}, {where}"
     if not plan.mesh:
         yield "  one rank"
     yield ""
-    yield "SimulatedStep"
+    yield "Step"
     yield (
-        f"  {_many(plan.num_batches, 'micro-batch', 'micro-batches')} of {_many(plan.rows, 'row')} on a data rank, "
-        f"{plan.tokens_per_step:,} tokens in all"
+        f"  {_many(plan.num_batches, 'micro-batch', 'micro-batches')} of {_many(plan.local_batch_size, 'sequence')} "
+        f"per data rank, {plan.tokens_per_step:,} tokens in total"
     )
     flops = plan.flops
     for name, full, causal in (
         ("token", flops.full_per_token, flops.causal_per_token),
         ("step", flops.full_per_step, flops.causal_per_step),
     ):
-        yield f"  FLOPs per {name:<6} {show_count(full)}(full), {show_count(causal)}(causal)"
+        yield f"  FLOPs per {name:<6} {show_count(full)} (full), {show_count(causal)} (causal)"
     if plan.bubble is not None:
         yield f"  pipeline bubble  {plan.bubble:.1%} of a step"
 
 
 def _stages(plan: Plan) -> Iterator[str]:
-    told = plan.stages
-    if len(told) > FEW_STAGES:
+    detailed = plan.stages
+    if len(detailed) > FEW_STAGES:
         yield ""
-        yield f"Memory of a rank{''.join(f'{name:>12}' for name in COLUMNS)}"
-        for stage in told:
-            sizes = (getattr(stage, attribute) for attribute in COLUMNS.values())
+        yield f"Memory per rank {''.join(f'{name:>12}' for name in COLUMNS)}"
+        for stage in detailed:
+            sizes = (getattr(stage, name) for name in COLUMNS)
             yield f"  stage {stage.stage:<8}{''.join(f'{show_bytes(size):>12}' for size in sizes)}"
-        told = [max(told, key=lambda stage: stage.peak)]
-    for stage in told:
+        detailed = [max(detailed, key=lambda stage: stage.peak)]
+    for stage in detailed:
         name = f", stage {stage.stage} ({_many(stage.num_ranks, 'rank')})" if len(plan.stages) > 1 else ""
         yield ""
-        yield f"Memory of a rank{name}"
+        yield f"Memory per rank{name}"
         yield from _memory(stage)
         yield ""
-        yield f"Collectives of a rank and step{name}"
+        yield f"Collectives per rank and step{name}"
         for entry in stage.collectives:
             yield f"  {entry.axis:<22}{entry.kind:<15}{entry.calls:>8,}   {show_bytes(entry.bytes):>11}"
         if not stage.collectives:
@@ -209,9 +208,9 @@ def _stages(plan: Plan) -> Iterator[str]:
 def _memory(stage: Stage) -> Iterator[str]:
     yield (
         f"  parameters {show_bytes(stage.parameters)}, gradients {show_bytes(stage.gradients)}, "
-        f"optimizer {show_bytes(stage.optimizer)}, kept for the backward {show_bytes(stage.activations)}"
+        f"optimizer {show_bytes(stage.optimizer)}, activations {show_bytes(stage.activations)}"
     )
-    yield f"  peak {show_bytes(stage.peak)}, in the {stage.peak_in}:"
+    yield f"  peak {show_bytes(stage.peak)}, during {stage.peak_in}:"
     for name, size in sorted(stage.at_peak.items(), key=lambda item: -item[1]):
         if size:
             yield f"    {name.replace('_', ' '):<19}{show_bytes(size):>11}   {size / stage.peak:>4.0%}"
@@ -220,26 +219,26 @@ def _memory(stage: Stage) -> Iterator[str]:
 def _verdict(plan: Plan) -> Iterator[str]:
     if plan.compiled:
         yield ""
-        yield "Blocks are compiled: fused kernels keep less than the eager ones that are counted here."
+        yield "Blocks are compiled: fused kernels save fewer activations than the eager ones that are counted here."
     if plan.device_memory is not None:
         left = plan.device_memory - plan.peak
         worst = max(plan.stages, key=lambda stage: stage.peak)
         largest = max(worst.at_peak, key=lambda name: worst.at_peak[name]).replace("_", " ")
         yield ""
         if plan.fits:
-            yield f"Fits {show_bytes(plan.device_memory)}: {show_bytes(left)} are left."
+            yield f"Fits {show_bytes(plan.device_memory)}: {show_bytes(left)} free."
         else:
             yield (
-                f"Does not fit {show_bytes(plan.device_memory)}: {show_bytes(-left)} too much, and most of it "
-                f"are {largest}."
+                f"Does not fit {show_bytes(plan.device_memory)}: {show_bytes(-left)} over. The largest share of the "
+                f"peak: {largest}."
             )
-        for remedy in plan.remedies:
-            verdict = "fits" if remedy.fits else "does not fit"
-            yield f"  {show_bytes(remedy.peak):>11} ({verdict}) with {remedy.change}"
-    if plan.wasteful:
+        for suggestion in plan.suggestions:
+            verdict = "fits" if suggestion.fits else "does not fit"
+            yield f"  {show_bytes(suggestion.peak):>11} ({verdict}) with {suggestion.change}"
+    if plan.warnings:
         yield ""
-        yield "Looks wasteful"
-        for line in plan.wasteful:
+        yield "Warnings"
+        for line in plan.warnings:
             yield f"  {line}"
 
 

@@ -1,4 +1,4 @@
-"""One step of one rank on tensors without memory: the code that a real step runs, watched."""
+"""Simulate one step of one rank on fake tensors, with the code that a real step runs, and record it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from titan_parallel._torch.tracing import (
     fake_tensors,
-    flex_attention_of_shapes,
+    flex_attention_on_fake_tensors,
     join_fake_ranks,
-    pipelines_of_shapes,
+    stages_of_given_shapes,
 )
 from titan_parallel.data_parallel.mixed_precision import MixedPrecision
 from titan_parallel.memory.activation_checkpoint import ActivationCheckpoint
 from titan_parallel.mesh.parallel_dims import ParallelDims
 from titan_parallel.parallel_model import ParallelModel
 from titan_parallel.parallelize import parallelize
-from titan_parallel.planning.bubble import bubble_of, most_under_way
-from titan_parallel.planning.child import in_child
+from titan_parallel.planning.bubble import bubble_of, max_in_flight
+from titan_parallel.planning.child import run_in_child
 from titan_parallel.planning.record import PipelineRank, StepRecord
 from titan_parallel.planning.recorder import Recorder
 from titan_parallel.sharding_plan.roles import Roles, RoleTable, inside
@@ -32,7 +32,7 @@ from titan_parallel.step.gradient_accumulation import Schedule
 
 
 class TorchOptimizer(Protocol):
-    """What planning calls of an optimizer; every `torch.optim.Optimizer` has it."""
+    """The methods of an optimizer that a dry run calls; every `torch.optim.Optimizer` has them."""
 
     @property
     def state(self) -> Mapping[Any, Any]: ...
@@ -46,49 +46,49 @@ BuildOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], TorchOptimizer]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A micro-batch of which only the shapes are known."""
+class BatchSpec:
+    """The shapes and dtypes of a micro-batch, as tensors on the meta device."""
 
     inputs: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
     sequence_dims: Mapping[str, int]
 
     @classmethod
-    def of(cls, batch: Batch, rows: int | None = None) -> Rows:
-        """The shapes of `batch`, with another number of rows where it is given."""
+    def of(cls, batch: Batch, batch_size: int | None = None) -> BatchSpec:
+        """Return the spec of `batch`, with `batch_size` sequences instead where it is given."""
         inputs, targets = (
-            {name: _shape(t, rows) for name, t in part.items()} for part in (batch.inputs, batch.targets)
+            {name: _on_meta(t, batch_size) for name, t in tensors.items()} for tensors in (batch.inputs, batch.targets)
         )
         return cls(inputs, targets, dict(batch.sequence_dims))
 
-    def new(self) -> Rows:
-        """A micro-batch of these shapes on the CPU."""
+    def new(self) -> BatchSpec:
+        """Return a micro-batch of these shapes on the CPU."""
         inputs, targets = (
-            {name: torch.empty_like(t, device="cpu") for name, t in part.items()}
-            for part in (self.inputs, self.targets)
+            {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
+            for tensors in (self.inputs, self.targets)
         )
-        return Rows(inputs, targets, self.sequence_dims)
+        return BatchSpec(inputs, targets, self.sequence_dims)
 
     @property
-    def num_rows(self) -> int:
+    def batch_size(self) -> int:
         return len(next(iter(self.targets.values())))
 
     @property
     def num_tokens(self) -> int:
-        """Rows times sequence length, or rows where targets have no sequence."""
+        """Batch size times sequence length; the batch size alone where targets have no sequence dim."""
         name, target = next(iter(self.targets.items()))
         return len(target) * (target.size(self.sequence_dims[name]) if name in self.sequence_dims else 1)
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """All that decides what a step does on a rank: the arguments of `plan`."""
+    """The settings of a step, from the arguments of `plan`."""
 
     build: Callable[[], nn.Module]
     roles: RoleTable | None
     parallelism: ParallelDims.Config
     world_size: int
-    batch: Rows
+    batch: BatchSpec
     num_batches: int
     loss: Loss
     build_optimizer: BuildOptimizer
@@ -96,47 +96,48 @@ class SimulatedStep:
     mixed_precision: MixedPrecision.Config | None = None
     output: Callable[[Any], Tensor] | None = None
     also: Callable[[ParallelDims], None] | None = None
-    order_of: int | None = None
-    """Micro-batches whose order in a pipeline decides the bubble; None: `num_batches`."""
-    without: tuple[str, ...] = ()
-    """Blocks, some of a list, that are left out; those behind them move up."""
+    num_scheduled_batches: int | None = None
+    """Number of micro-batches of the schedule for which the bubble is computed. None: `num_batches`."""
+    removed_blocks: tuple[str, ...] = ()
+    """Names of blocks, all of one list, that are removed; later blocks of the list are renumbered."""
 
     def changed(self, **changes: Any) -> SimulatedStep:
+        """Return this step with other settings."""
         return replace(self, **changes)
 
     def with_degrees(self, **degrees: int) -> SimulatedStep:
-        """This step on another mesh; weights are sharded over the ranks that are left."""
+        """Return this step on another mesh, with weights sharded over all remaining ranks."""
         config = copy.deepcopy(self.parallelism)
         for name, degree in {**degrees, "data_parallel_shard_degree": None}.items():
             setattr(config, name, degree)
         return replace(self, parallelism=config)
 
     def built(self) -> tuple[nn.Module, RoleTable]:
-        """The model on meta, and what its parts are."""
+        """Return the model on the meta device, and its roles."""
         with torch.device("meta"):
             model = self.build()
         roles = self.roles if self.roles is not None else model.roles()  # type: ignore[operator]
-        for name in reversed(self.without):
+        for name in reversed(self.removed_blocks):
             parent, _, number = name.rpartition(".")
             del model.get_submodule(parent)[int(number)]  # type: ignore[operator]
-        kept = {p: role for p, role in roles.items() if not any(inside(p, name) for name in self.without)}
-        return model, {self._moved_up(pattern): role for pattern, role in kept.items()}
+        kept = {p: role for p, role in roles.items() if not any(inside(p, name) for name in self.removed_blocks)}
+        return model, {self._renumbered(pattern): role for pattern, role in kept.items()}
 
-    def _moved_up(self, pattern: str) -> str:
-        """A pattern as it is where the blocks `without` are left out: `layers.9.norm` may become `layers.5.norm`."""
-        for parent in {name.rpartition(".")[0] for name in self.without}:
+    def _renumbered(self, pattern: str) -> str:
+        """Return a pattern as it is without the removed blocks: `layers.9.norm` may become `layers.5.norm`."""
+        for parent in {name.rpartition(".")[0] for name in self.removed_blocks}:
             number, dot, rest = pattern.removeprefix(f"{parent}.").partition(".")
             if pattern.startswith(f"{parent}.") and number.isdecimal():
                 before = sum(
-                    inside(name, parent) and int(name.rpartition(".")[2]) < int(number) for name in self.without
+                    inside(name, parent) and int(name.rpartition(".")[2]) < int(number) for name in self.removed_blocks
                 )
                 return f"{parent}.{int(number) - before}{dot}{rest}"
         return pattern
 
 
 def simulate(step: SimulatedStep, rank: int) -> StepRecord:
-    """What `rank` holds, computes and sends in `step`, once the optimizer has its state."""
-    return in_child(lambda: _simulated(step, rank))
+    """Return memory, FLOPs and communication of `rank` in `step`, once the optimizer has its state."""
+    return run_in_child(lambda: _simulated(step, rank))
 
 
 def _simulated(step: SimulatedStep, rank: int) -> StepRecord:
@@ -152,10 +153,10 @@ def _simulated(step: SimulatedStep, rank: int) -> StepRecord:
         mixed_precision=step.mixed_precision,
         output=step.output,
     )
-    with fake_tensors(), flex_attention_of_shapes(), pipelines_of_shapes():
+    with fake_tensors(), flex_attention_on_fake_tensors(), stages_of_given_shapes():
         parallel.to_empty("cpu")
         optimizer = step.build_optimizer(model.named_parameters())
-        _fill_state(optimizer, model)
+        _create_state(optimizer, model)
         recorder = Recorder(dims, -(-vocab_size // dims.tp_size) if vocab_size else None)
         return _recorded(step, parallel, optimizer, recorder)
 
@@ -169,7 +170,7 @@ def _recorded(
     timeline.label(state, "optimizer")
     batches = [step.batch.new() for _ in range(step.num_batches)]
     timeline.label([t for batch in batches for t in (*batch.inputs.values(), *batch.targets.values())], "working")
-    parallel._probe_shapes(batches)  # which a run does in its first step alone
+    parallel.probe_shapes(batches)  # a run does so in its first step only
     with recorder:
         if step.also is not None:
             step.also(parallel.dims)
@@ -181,36 +182,36 @@ def _recorded(
         parallel.clip_grad_norm_(1.0)
         optimizer.step()
     peaks = timeline.peaks()
-    bubble, pipeline = _pipeline(parallel.schedule, step.order_of or step.num_batches)
+    bubble, pipeline = _pipeline(parallel.schedule, step.num_scheduled_batches or step.num_batches)
     return StepRecord(
         sizes={
             "parameters": _num_bytes(parameters),
             "gradients": _num_bytes(gradients),
             "optimizer": _num_bytes(state),
-            "activations": timeline.most("activations"),
+            "activations": timeline.peak_of("activations"),
         },
         flops={"full": recorder.flops.full, "causal": recorder.flops.causal},
         calls=dict(recorder.traffic.calls),
         traffic=dict(recorder.traffic.bytes),
-        peaks={(place, name): size for place, sizes in peaks.items() for name, size in sizes.items()},
+        peaks={(site, name): size for site, sizes in peaks.items() for name, size in sizes.items()},
         bubble=bubble,
         pipeline=pipeline,
     )
 
 
 def _pipeline(schedule: Schedule, num_batches: int) -> tuple[float | None, list[PipelineRank]]:
-    """The bubble, and all ranks of the pipeline; nothing where there is none."""
+    """Return the bubble, and all ranks of the pipeline; (None, []) without one."""
     from titan_parallel.pipeline_parallel.schedule import Pipeline
 
     if not isinstance(schedule, Pipeline):
         return None, []
     orders = schedule.orders(num_batches)
-    ranks = zip(schedule.blocks_of_ranks(), most_under_way(orders), strict=True)
-    return bubble_of(orders, schedule.num_stages), [PipelineRank(blocks, under_way) for blocks, under_way in ranks]
+    ranks = zip(schedule.blocks_of_ranks(), max_in_flight(orders), strict=True)
+    return bubble_of(orders, schedule.num_stages), [PipelineRank(blocks, in_flight) for blocks, in_flight in ranks]
 
 
-def _fill_state(optimizer: TorchOptimizer, model: nn.Module) -> None:
-    """Let an optimizer make its state: some do in their first step."""
+def _create_state(optimizer: TorchOptimizer, model: nn.Module) -> None:
+    """Run a first step, in which many optimizers create their state."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
@@ -235,6 +236,6 @@ def _num_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _shape(tensor: Tensor, rows: int | None) -> Tensor:
-    shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+def _on_meta(tensor: Tensor, batch_size: int | None) -> Tensor:
+    shape = tensor.shape if batch_size is None else (batch_size, *tensor.shape[1:])
     return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 80GiB, 141GB, and back."""
+"""Parse and format sizes, such as 80GiB or 141GB."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ UNITS = {
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of "80GiB", "141 GB" or "512MiB". Raises ConfigError for what is no size above zero."""
+    """Return the number of bytes of a size such as "80GiB", "141 GB" or "512MiB". Raises ConfigError for other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]+)\s*", text)
     factor = {unit.lower(): factor for unit, factor in UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or factor is None or not float(match[1]) * factor >= 1:
         raise ConfigError(
-            f"Got the size {text!r}. A device's memory is a number above zero and a unit of {', '.join(UNITS)}. "
-            "Write 80GiB, or 141GB."
+            f"Device memory must be a number above 0 and a unit ({', '.join(UNITS)}), got {text!r}. Write 80GiB or "
+            "141GB, for example."
         )
     return round(float(match[1]) * factor)
 
 
 def show_bytes(number: float) -> str:
-    """The size to three or four digits: "1.50 GiB", "12 B"."""
+    """Return a size in bytes with three or four digits: "1.50 GiB", "12 B"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if abs(number) >= UNITS[unit]:
             value = number / UNITS[unit]
@@ -35,8 +35,8 @@ def show_bytes(number: float) -> str:
 
 
 def show_count(number: float) -> str:
-    """A large count to three digits: "8.03 G", "405 G"."""
+    """Return a count with three digits and an SI prefix: "8.03 G", "405 G", "12"."""
     for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}"
-    return f"{number:.3g} "
+    return f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""Which storages live when in a step: the memory of a rank over time, by what it is for."""
+"""The memory of a rank over a step: the lifetime and the category of each allocation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CATEGORIES = (
     "logits",
     "working",
 )
-"""What memory is for. Activations live from a forward into a backward; working is all that nothing else names."""
+"""Categories of memory. Activations live from a forward into a backward; "working" is everything else."""
 
-Place = tuple[str, ...]
-"""Where in a step something was allocated: (phase, operator, dtype, shape but for the first dim)."""
+Site = tuple[str, ...]
+"""An allocation site in a step: (phase, operator, dtype, shape without the first dim)."""
 
 
 @dataclass
 class Allocation:
-    """A storage while it has one size: from event `born` until event `died`."""
+    """A storage during the time that it has one size: from event `born` until event `died`."""
 
     size: int
     born: int
-    place: Place
+    site: Site
     in_backward: bool
     died: float = float("inf")
     category: str = ""
@@ -40,7 +40,7 @@ class Allocation:
 
 @dataclass
 class Timeline:
-    """Every allocation of a step, in the order of events; an event is a birth or a death."""
+    """Every allocation of a step, in the order of events; an event allocates or frees memory."""
 
     phase: str = "forward"
     allocations: list[Allocation] = field(default_factory=list)
@@ -49,59 +49,59 @@ class Timeline:
     _live: dict[int, tuple[Any, int]] = field(default_factory=dict)  # storage -> (weak reference, allocation)
 
     def operator_ran(self, operator: str, outputs: list[Tensor], in_backward: bool) -> None:
-        """Note the storages of `outputs` that are new."""
+        """Record the storages of `outputs` that are new."""
         if in_backward != bool(len(self._borders) % 2):
             self._borders.append(len(self._events))
         for tensor in outputs:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._live and storage.nbytes() and tensor.device.type != "meta":
                 phase = "backward" if in_backward else self.phase
-                place = (phase, operator, str(tensor.dtype), "x".join(map(str, tensor.shape[1:])))
-                self._begin(storage, place, in_backward)
+                site = (phase, operator, str(tensor.dtype), "x".join(map(str, tensor.shape[1:])))
+                self._begin(storage, site, in_backward)
 
     def label(self, tensors: list[Tensor], category: str) -> None:
-        """Say what the storages of `tensors` are for, those born before the first event too."""
+        """Set the category of the storages of `tensors`, including storages that are not recorded yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._live:
                 self._begin(storage, ("before", category), in_backward=False)
             self.allocations[self._live[storage._cdata][1]].category = category
 
-    def mark(self, tensors: list[Tensor], category: str) -> None:
-        """Say what the storages of `tensors` are for, if they are known and nothing else names them."""
+    def label_unlabeled(self, tensors: list[Tensor], category: str) -> None:
+        """Set the category of the storages of `tensors` that are recorded and have none."""
         for tensor in tensors:
             known = self._live.get(tensor.untyped_storage()._cdata)
             if known is not None and not self.allocations[known[1]].category:
                 self.allocations[known[1]].category = category
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has another size: gathered weights come and go."""
-        place: Place = ("gathered",)
+        """Record the new size of a storage: FSDP2 gathers and frees weights by a resize."""
+        site: Site = ("gathered",)
         if storage._cdata in self._live:
             index = self._live[storage._cdata][1]
             allocation = self.allocations[index]
-            allocation.category, place = "gathered_weights", allocation.place
+            allocation.category, site = "gathered_weights", allocation.site
             self._end(storage._cdata)
         if storage.nbytes():
-            self._begin(storage, place, in_backward=False)
+            self._begin(storage, site, in_backward=False)
             self.allocations[-1].category = "gathered_weights"
 
-    def peaks(self) -> dict[Place, dict[str, int]]:
-        """For each place the most memory there was after an allocation there, by category."""
+    def peaks(self) -> dict[Site, dict[str, int]]:
+        """Return, for each site, the bytes by category at the highest total after an allocation there."""
         self._categorize()
         totals = dict.fromkeys(CATEGORIES, 0)
         total = 0
-        best: dict[Place, tuple[int, tuple[int, ...]]] = {}
+        best: dict[Site, tuple[int, tuple[int, ...]]] = {}
         for index, sign in self._events:
             allocation = self.allocations[index]
             totals[allocation.category] += sign * allocation.size
             total += sign * allocation.size
-            if sign > 0 and total >= best.get(allocation.place, (0,))[0]:
-                best[allocation.place] = total, tuple(totals.values())
-        return {place: dict(zip(CATEGORIES, values, strict=True)) for place, (_, values) in best.items()}
+            if sign > 0 and total >= best.get(allocation.site, (0,))[0]:
+                best[allocation.site] = total, tuple(totals.values())
+        return {site: dict(zip(CATEGORIES, values, strict=True)) for site, (_, values) in best.items()}
 
-    def most(self, category: str) -> int:
-        """The most bytes of one category that lived at once."""
+    def peak_of(self, category: str) -> int:
+        """Return the peak of one category, in bytes."""
         self._categorize()
         now = most = 0
         for index, sign in self._events:
@@ -116,21 +116,25 @@ class Timeline:
                 allocation.category = self._category_of(allocation)
 
     def _category_of(self, allocation: Allocation) -> str:
-        """By its life: what a forward leaves to the next backward, and what a backward leaves to the next one."""
+        """Return the category by lifetime.
+
+        What outlives the forward in which it was allocated is an activation; what outlives a backward is a gradient
+        bucket.
+        """
         border = bisect.bisect_right(self._borders, allocation.born)
         outlives = border < len(self._borders) and allocation.died >= self._borders[border]
         if allocation.in_backward:
             return "gradient_buckets" if outlives else allocation.category or "working"
-        if outlives and allocation.place[0] == "forward":
+        if outlives and allocation.site[0] == "forward":
             return "activations"
         return "logits" if allocation.category == "logits" else "working"
 
-    def _begin(self, storage: torch.UntypedStorage, place: Place, in_backward: bool) -> None:
+    def _begin(self, storage: torch.UntypedStorage, site: Site, in_backward: bool) -> None:
         key = storage._cdata
         reference = weakref.ref(storage, lambda _: self._end(key))
         self._live[key] = reference, len(self.allocations)
         self._events.append((len(self.allocations), 1))
-        self.allocations.append(Allocation(storage.nbytes(), len(self._events) - 1, place, in_backward))
+        self.allocations.append(Allocation(storage.nbytes(), len(self._events) - 1, site, in_backward))
 
     def _end(self, key: int) -> None:
         if key in self._live:

@@ -1,4 +1,4 @@
-"""The collectives of a step: how many of which kind, and how many bytes, on which axes of the mesh."""
+"""The communication of a step: number and bytes of collectives, by kind and by axis of the mesh."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ KINDS = {
     "send": "send",
     "recv_": "receive",
 }
-"""operator of c10d or of the functional collectives -> what people call it"""
+"""operator of c10d or of the functional collectives -> kind"""
 
 Key = tuple[str, str]
 """(axis, kind)"""
 
 
 class Traffic:
-    """Counts collectives over more than one rank. The bytes of one are those of its larger side, on this rank."""
+    """Counts of collectives over more than one rank, and their bytes: the larger of input and output on this rank."""
 
     def __init__(self, dims: ParallelDims) -> None:
         self._dims = dims
@@ -53,7 +53,7 @@ class Traffic:
         self._axis_of = functools.cache(self._find_axis)
 
     def operator_ran(self, name: str, arguments: Any, output: Any) -> None:
-        """Count the operator of a communication namespace, if it is a collective."""
+        """Count an operator of a c10d namespace, if it is a collective."""
         if name not in KINDS:
             return
         group = group_of(pytree.tree_leaves(arguments))
@@ -65,10 +65,10 @@ class Traffic:
         self.bytes[key] += max(_num_bytes(side) for side in sides)
 
     def _find_axis(self, group: dist.ProcessGroup) -> str:
-        """The axes of the mesh along which the ranks of `group` differ."""
-        places = [self._dims.coordinate_of(rank) for rank in dist.get_process_group_ranks(group)]
+        """Return the axes of the mesh along which the coordinates of the ranks of `group` differ, joined by " x "."""
+        coordinates = [self._dims.coordinate_of(rank) for rank in dist.get_process_group_ranks(group)]
         return " x ".join(
-            axis for axis, indices in zip(AXES, zip(*places, strict=True), strict=True) if len({*indices}) > 1
+            axis for axis, indices in zip(AXES, zip(*coordinates, strict=True), strict=True) if len({*indices}) > 1
         )
 
 

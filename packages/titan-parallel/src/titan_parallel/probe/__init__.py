@@ -1,1 +1,1 @@
-"""A one-off probe of what parts of a model do: are they token-wise?"""
+"""Probes of a model, made once before training: is it token-wise, and can it be cut into pipeline stages?"""

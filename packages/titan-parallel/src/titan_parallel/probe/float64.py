@@ -1,4 +1,4 @@
-"""A model wholly in fp64: what foreign code computes in float32, such as norms and rotary angles, is lifted too."""
+"""Run a model entirely in fp64, including what third-party code computes in float32 (norms, rotary angles)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from titan_parallel._torch.distributed import around_backward
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Make new tensors in `dtype`; for float64 every request for float32 means it, also in recomputation."""
+    """Make `dtype` the default dtype; for float64 also turn each request for float32 into one for float64.
+
+    Recomputation in the backward pass is covered too.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         if dtype is torch.float64:
-            mode = _Float32IsFloat64()
+            mode = _Float32ToFloat64()
             with mode, around_backward(mode):
                 yield
         else:
@@ -29,12 +32,14 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-class _Float32IsFloat64(TorchFunctionMode):
+class _Float32ToFloat64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        lifted = (torch.float64 if argument is torch.float32 else argument for argument in args)
-        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*lifted, **named)
+        new_args = (torch.float64 if value is torch.float32 else value for value in args)
+        new_kwargs = {
+            name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()
+        }
+        return func(*new_args, **new_kwargs)

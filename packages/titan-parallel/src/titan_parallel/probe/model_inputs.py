@@ -1,4 +1,4 @@
-"""What the forward of a model takes, as far as the names of its parameters tell."""
+"""Inputs of a model's forward, recognized by the names of its parameters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DOCUMENTS = ("document_ids",)
 
 
 def named_inputs(model: nn.Module) -> tuple[dict[str, str], list[str]]:
-    """Return {name: tokens, positions or documents}, and the parameters that the forward cannot do without.
+    """Return {name: "tokens", "positions" or "documents"}, and the required parameters of the forward.
 
-    The only parameter of a forward that has one is taken for tokens.
+    A single required parameter of another name is taken for tokens.
     """
     parameters = inspect.signature(model.forward).parameters.values()
     known = {"tokens": TOKENS, "positions": POSITIONS, "documents": DOCUMENTS}
@@ -31,7 +31,7 @@ def named_inputs(model: nn.Module) -> tuple[dict[str, str], list[str]]:
 
 
 def vocabulary(model: nn.Module, roles: Roles) -> int | None:
-    """Return how many ids the model knows: the rows of its head or first embedding, else of its largest table."""
+    """Return the vocabulary size: the rows of the head or of the first embedding, else of the largest embedding."""
     names = [*roles.named("head"), *roles.named("embedding")]
     matrices = [model.get_submodule(name)._parameters.get("weight") for name in names]
     sizes = [len(matrix) for matrix in matrices if matrix is not None]
@@ -39,16 +39,17 @@ def vocabulary(model: nn.Module, roles: Roles) -> int | None:
     return sizes[0] if sizes else max(tables, default=None)
 
 
-def made_up_inputs(model: nn.Module, roles: Roles, length: int) -> dict[str, Tensor] | None:
-    """Return a few rows of `length` token ids, with positions and documents where the model takes them; else None.
+def synthetic_inputs(model: nn.Module, roles: Roles, length: int) -> dict[str, Tensor] | None:
+    """Return three sequences of `length` token ids, with positions and document ids where the model takes them.
 
-    The sequence is dim 1 of each. A model of transformers also gets a mask of no padding.
+    None for a model that takes something else. The sequence is dim 1 of each tensor. A model of transformers also gets
+    an attention mask without padding.
     """
     names, needed = named_inputs(model)
     size = vocabulary(model, roles)
     if size is None or "tokens" not in names.values() or not names.keys() >= set(needed):
         return None
-    low = 3 if size > 4 else 0  # the first ids often are those of padding
+    low = 3 if size > 4 else 0  # the first ids are often special tokens such as padding
     ids = torch.randint(low, min(size, 50), (3, length), generator=torch.Generator().manual_seed(0))
     kinds = {"tokens": ids, "positions": torch.arange(length).repeat(3, 1), "documents": torch.zeros_like(ids)}
     inputs = {name: kinds[kind] for name, kind in names.items()}

@@ -1,4 +1,4 @@
-"""Blocks that do what an earlier one does: a probe of a deep or wide model passes over them."""
+"""Equivalent blocks: a probe of a deep or wide model runs the first of them and skips the others."""
 
 from __future__ import annotations
 
@@ -14,63 +14,64 @@ from titan_parallel.pipeline_parallel.stand_ins import StreamArgument
 from titan_parallel.sharding_plan.roles import Roles
 
 _ALWAYS_RUN = 16
-"""So many of the first blocks run though they seem alike: some do other things by their number."""
+"""Number of leading blocks that run even if they are equivalent: some models choose a behavior by the layer index."""
 _LARGE = 2**28
-"""Numbers in the parameters of a block above which none runs twice."""
+"""Number of elements in a block's parameters above which no equivalent block runs twice."""
 
 
-def first_of_kind(model: nn.Module, roles: Roles, always_run: int = _ALWAYS_RUN) -> dict[nn.Module, nn.Module]:
-    """Block -> the first block that does the same; `always_run` of the first blocks are their own."""
+def representatives(model: nn.Module, roles: Roles, always_run: int = _ALWAYS_RUN) -> dict[nn.Module, nn.Module]:
+    """Return {block: the first equivalent block}; each of the first `always_run` blocks maps to itself."""
     firsts: dict[str, nn.Module] = {}
     blocks = [model.get_submodule(name) for name in roles.named("block")]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     always = always_run if max(sizes, default=0) <= _LARGE else 0
-    repeats = {block: firsts.setdefault(_kind(block), block) for block in blocks}
+    repeats = {block: firsts.setdefault(_description(block), block) for block in blocks}
     return {block: block if index < always else repeats[block] for index, block in enumerate(blocks)}
 
 
-def skipping(
-    first_of_kind: Mapping[nn.Module, nn.Module], returned: dict[nn.Module, Any] | None = None
+def forwards_skipping_repeats(
+    representatives: Mapping[nn.Module, nn.Module], outputs: dict[nn.Module, Any] | None = None
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of blocks: those that do what an earlier one does pass the stream on, as that one returned it.
+    """Return {block: forward}; the forward of a repeated block returns its input.
 
-    `returned` is what the first blocks have returned so far.
+    The input is returned in the format (tensor or tuple) of the representative's output. `outputs` collects the outputs
+    of the representatives.
     """
-    returned = {} if returned is None else returned
+    outputs = {} if outputs is None else outputs
     forwards: dict[nn.Module, Callable[..., Any]] = {}
 
-    def keeping(block: nn.Module) -> Callable[..., Any]:
+    def recording(block: nn.Module) -> Callable[..., Any]:
         forward = block.forward
 
-        def keep(*args: Any, **kwargs: Any) -> Any:
-            returned[block] = forward(*args, **kwargs)
-            return returned[block]
+        def record(*args: Any, **kwargs: Any) -> Any:
+            outputs[block] = forward(*args, **kwargs)
+            return outputs[block]
 
-        return keep
+        return record
 
-    def passing_on(block: nn.Module, first: nn.Module) -> Callable[..., Any]:
+    def skipping(block: nn.Module, first: nn.Module) -> Callable[..., Any]:
         argument = StreamArgument(block)
 
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            stream, output = argument.of(args, kwargs), returned[first]
-            return type(output)((stream, *output[1:])) if isinstance(output, tuple | list) else stream
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            hidden, output = argument.of(args, kwargs), outputs[first]
+            return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
-        return pass_on
+        return skip
 
-    repeated = {first for block, first in first_of_kind.items() if first is not block}
-    for block, first in first_of_kind.items():
+    repeated = {first for block, first in representatives.items() if first is not block}
+    for block, first in representatives.items():
         if first is not block:
-            forwards[block] = passing_on(block, first)
+            forwards[block] = skipping(block, first)
         elif block in repeated:
-            forwards[block] = keeping(block)
+            forwards[block] = recording(block)
     return forwards
 
 
-def _kind(block: nn.Module) -> str:
-    """A text that two blocks share if they do the same: classes, shapes and settings, but for their number."""
-    own = vars(nn.Module())
+def _description(block: nn.Module) -> str:
+    """Return a text that is equal for equivalent blocks: classes, shapes and settings, without the layer index."""
+    module_attributes = vars(nn.Module())
     settings = [
-        (name, _settings({key: value for key, value in vars(module).items() if key not in own}, set()))
+        (name, _settings({key: value for key, value in vars(module).items() if key not in module_attributes}, set()))
         for name, module in block.named_modules()
     ]
     shapes = [(name, tuple(tensor.shape)) for name, tensor in [*block.named_parameters(), *block.named_buffers()]]
@@ -78,7 +79,7 @@ def _kind(block: nn.Module) -> str:
 
 
 def _settings(values: Mapping[str, Any], seen: set[int]) -> dict[str, Any]:
-    """The settings among attributes, but for the number of a layer."""
+    """Return the settings among attributes, without the layer index."""
     return {
         key: _setting(value, seen)
         for key, value in values.items()
@@ -87,7 +88,7 @@ def _settings(values: Mapping[str, Any], seen: set[int]) -> dict[str, Any]:
 
 
 def _setting(value: Any, seen: set[int]) -> Any:
-    """What describes a value to its last attribute, or its identity; `seen` are the objects that it is inside of."""
+    """Return a description of a value, recursively, or its identity. `seen`: ids of the objects that contain it."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
         return value
     if isinstance(value, Tensor):
@@ -105,7 +106,7 @@ def _setting(value: Any, seen: set[int]) -> Any:
 
 
 def _attributes(value: Any, seen: set[int]) -> Any:
-    """Those of a function or an object; its identity where it keeps what nobody can read."""
+    """Return the attributes of a function or an object, or the identity of an object without readable attributes."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return value.__module__, value.__qualname__, _setting([cells, value.__defaults__], seen)

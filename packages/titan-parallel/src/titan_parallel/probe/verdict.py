@@ -1,4 +1,4 @@
-"""What a probe found."""
+"""The result of a probe."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """`proved` says whether parts give what the whole gives; None where it could not be found out. `why` if not."""
+    """The result of a probe.
+
+    `proved`: True where the split run gives the output of the whole, False where it does not, None where the probe
+    could not tell. `reason` says why it is not True.
+    """
 
     proved: bool | None
-    why: str = ""
+    reason: str = ""
 
 
 def one_line(error: Exception) -> str:
-    """Return the error of third-party code in one line."""
+    """Return type and message of an error of third-party code: the first line, at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

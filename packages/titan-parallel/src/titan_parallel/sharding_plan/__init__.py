@@ -1,1 +1,1 @@
-"""Roles of modules: what each module of a model is, and whether a mesh can split it."""
+"""Roles of modules and parameters, and checks that a mesh can split them."""

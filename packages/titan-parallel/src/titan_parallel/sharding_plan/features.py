@@ -1,4 +1,4 @@
-"""Which features of a projection a tensor rank takes: a part of each of the projections that lie side by side in it."""
+"""Output features of a (possibly packed) projection, and the slices of them that each tensor-parallel rank takes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Features:
-    """Neighboring features that tensor ranks share in equal parts, or head by head.
+    """Consecutive features that tensor-parallel ranks split evenly; with `heads`, in whole heads.
 
-    Where `repeats` and there are fewer heads than ranks, several ranks take the same head: each of its query heads
-    finds its key-value head on its own rank.
+    With `repeats` (key-value heads) and fewer heads than ranks, several ranks take the same head, so that the key-value
+    head of each query head is on the same rank.
     """
 
     count: int
@@ -21,26 +21,26 @@ class Features:
     repeats: bool = False
 
     def can_be_shared_by(self, size: int) -> bool:
-        """Whether each of `size` ranks gets as many."""
+        """Return whether the features can be split evenly over `size` ranks."""
         units = self.heads or self.count
         return units % size == 0 or (self.repeats and size % units == 0)
 
     def copies(self, size: int) -> int:
-        """How many ranks take the same features."""
+        """Return the number of ranks that take the same features."""
         return max(1, size // self.heads) if self.repeats and self.heads else 1
 
     def part(self, rank: int, size: int) -> tuple[int, int]:
-        """Where a rank's features start and stop."""
+        """Return where the features of `rank` start and stop."""
         copies = self.copies(size)
         width = self.count * copies // size
         return rank // copies * width, (rank // copies + 1) * width
 
 
 def side_by_side(count: int, options: Mapping[str, Any]) -> list[Features]:
-    """The projections in one of `count` output features, by the options of its role.
+    """Return the projections that are packed in a projection of `count` output features, by the options of its role.
 
-    `packed` is their number (1). They are of one size, or, with both kinds of heads, the first holds `num_heads` heads
-    and each of the others `num_kv_heads`, all of one width.
+    The option `packed` is their number (default 1). They have equal sizes; or, with both `num_heads` and
+    `num_kv_heads`, the first has `num_heads` heads and each of the others `num_kv_heads`, all of the same head width.
     """
     packed = options.get("packed", 1)
     kinds = [kind for kind in ("num_heads", "num_kv_heads") if kind in options]
@@ -54,7 +54,7 @@ def side_by_side(count: int, options: Mapping[str, Any]) -> list[Features]:
 
 
 def parts(features: list[Features], rank: int, size: int) -> list[tuple[int, int]]:
-    """Where the parts that a rank takes of projections side by side start and stop."""
+    """Return where the slices that `rank` takes of packed projections start and stop, one for each projection."""
     taken, before = [], 0
     for projection in features:
         start, stop = projection.part(rank, size)

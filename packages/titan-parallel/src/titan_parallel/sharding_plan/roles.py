@@ -1,42 +1,39 @@
-"""Roles: what each part of a model is, from a table of patterns."""
+"""Roles of a model's modules and parameters, from a table of name patterns."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from titan_config import ConfigError
 from torch import nn
 
-OPTIONS: dict[str, frozenset[str]] = {
-    "embedding": frozenset({"between_blocks"}),
-    "block": frozenset(),
-    "region": frozenset({"set"}),
-    "colwise": frozenset({"num_heads", "num_kv_heads", "packed", "transposed", "border", "set"}),
-    "rowwise": frozenset({"transposed", "border"}),
-    "attention": frozenset(),
-    "norm": frozenset({"num_heads", "num_kv_heads"}),
-    "per_head": frozenset(),
-    "step_counter": frozenset(),
-    "auxiliary_loss": frozenset(),
-    "head": frozenset({"takes_loss"}),
-}
-"""Every role and the options it takes; docs/parallel.md says what each is."""
 
-OF_PARAMETERS = frozenset({"per_head"})
-"""Roles of parameters; all others are of modules."""
+@dataclass(frozen=True)
+class RoleSpec:
+    """The declaration of a role by the transforms that read it."""
+
+    options: Set[str] = frozenset()
+    """The options that a table may give to the role."""
+
+    of_parameters: bool = False
+    """True for roles of parameters; other roles are roles of modules."""
+
+
+PER_HEAD = "per_head"
+"""The one standard role of parameters."""
 
 RoleTable = Mapping[str, str | tuple[str, Mapping[str, Any]]]
-"""`{pattern: role}` or `{pattern: (role, options)}`; in a pattern `*` is one part of a name."""
+"""`{pattern: role}` or `{pattern: (role, options)}`; in a pattern `*` matches one component of a dotted name."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one part is."""
+    """The role of one module or parameter, with its options."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -45,28 +42,28 @@ class Role:
 class Roles:
     """The roles of a model's modules and parameters, by fully qualified name.
 
-    Raises ConfigError for an unknown role or option, a pattern that matches nothing, a part with two roles, and parts
-    that lie where they have no meaning.
+    Raises ConfigError for an unknown role or option, a pattern without a match, two roles for one name, and roles in
+    invalid places, such as a colwise module outside a region.
     """
 
-    def __init__(self, model: nn.Module, table: RoleTable) -> None:
+    def __init__(self, model: nn.Module, table: RoleTable, known: Mapping[str, RoleSpec] | None = None) -> None:
+        """`known` are the roles that a table may use, by name. None: the names and options of roles are not checked."""
         self._model = model
         self._roles: dict[str, Role] = {}
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         patterns: dict[str, str] = {}
         for pattern, entry in table.items():
-            role = _role(pattern, entry)
-            matched = (
-                _matches(pattern, parameters, "parameter")
-                if role.name in OF_PARAMETERS
-                else _matches(pattern, names, "module")
+            role = _role(pattern, entry, known)
+            of_parameters = role.name == PER_HEAD if known is None else known[role.name].of_parameters
+            matched = _matches(
+                pattern, parameters if of_parameters else names, "parameter" if of_parameters else "module"
             )
             for name in matched:
                 if name in patterns:
                     raise ConfigError(
-                        f"Got two roles for {name}: {self._roles[name].name} from {patterns[name]!r} and {role.name} "
-                        f"from {pattern!r}. A part is one thing. Narrow one of the patterns."
+                        f"{name} must have one role, got {self._roles[name].name} from pattern {patterns[name]!r} and "
+                        f"{role.name} from pattern {pattern!r}."
                     )
                 self._roles[name], patterns[name] = role, pattern
         self._roles = {
@@ -76,107 +73,118 @@ class Roles:
         self._check_stacks()
 
     def __str__(self) -> str:
-        """A line for each module that has a role."""
+        """Return one line for each name with a role."""
         return "\n".join(
             f"{name} {role.name} {dict(role.options) or ''}".rstrip() for name, role in self._roles.items()
         )
 
     def named(self, role: str) -> list[str]:
-        """The names of all parts with this role, in the model's order."""
+        """Return the names of all modules or parameters with this role, in the model's order."""
         return [name for name, its_role in self._roles.items() if its_role.name == role]
 
     def options(self, name: str) -> Mapping[str, Any]:
-        """The options that the table gives to a part's role."""
+        """Return the options of the role of `name`."""
         return self._roles[name].options
 
     @property
     def head(self) -> str | None:
-        """The name of the head, if the table names one."""
+        """The name of the module with the role `head`, or None."""
         return next(iter(self.named("head")), None)
 
     @property
+    def units(self) -> list[str]:
+        """The names of the modules that FSDP, activation checkpointing and compilation act on: blocks and units."""
+        return [name for name, role in self._roles.items() if role.name in ("block", "unit")]
+
+    def streams_of(self, name: str) -> int:
+        """Return how many of the first parameters and outputs of a block, unit or region are residual streams."""
+        return int(self.options(name).get("streams", 1))
+
+    @property
+    def with_several_streams(self) -> list[str]:
+        """The names of the blocks, units and regions with more than one residual stream (text and image, say)."""
+        return [name for name in (*self.units, *self.named("region")) if self.streams_of(name) > 1]
+
+    @property
     def stacks(self) -> list[str]:
-        """The names of the modules that hold blocks. Pipelines and sequence parallel follow the stream of one."""
+        """The names of the parents of blocks. Pipeline and sequence parallelism need exactly one."""
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.named("block")))
 
     def region_of(self, name: str) -> str | None:
-        """The region that a module or parameter lies in."""
+        """Return the name of the region that contains the module or parameter `name`, or None."""
         return next((region for region in self.named("region") if inside(name, region)), None)
 
     def without(self, names: Collection[str]) -> Roles:
-        """The roles of what is not in the modules `names`, which a rank does not hold.
+        """Return the roles outside the modules `names`, which this rank does not hold.
 
-        Blocks and attention cores keep theirs, whoever holds them: the place of a block in the stack counts on every
-        rank, and models ask the core of one block for the mask of all.
+        Blocks and attention cores keep their roles even inside these modules: every rank needs the index of a block in
+        the stack, and models call `build_mask` of one block's core for all blocks.
         """
         roles = copy.copy(self)
         roles._roles = {
             name: role
             for name, role in self._roles.items()
-            if role.name in ("block", "attention") or not any(inside(name, taken) for taken in names)
+            if role.name in ("block", "unit", "attention") or not any(inside(name, taken) for taken in names)
         }
         return roles
 
     def _check_stacks(self) -> None:
-        """Blocks of one list are neighbors: what runs before them and after them is not theirs."""
+        """Raise ConfigError if the blocks of one parent are not consecutive."""
         for parent in self.stacks:
-            children = list(self._model.get_submodule(parent)._modules)  # by all names: one may stand in several places
+            children = list(self._model.get_submodule(parent)._modules)  # all names: a module may have several
             blocks = [name for name in self.named("block") if name.rpartition(".")[0] == parent]
             indices = sorted(children.index(name.rpartition(".")[2]) for name in blocks)
             for index, before in zip(indices[1:], indices, strict=False):
                 if index != before + 1:
                     raise ConfigError(
-                        f"Got blocks in {parent or 'the model'} with {children[before + 1]} between {children[before]} "
-                        f"and {children[index]}. Blocks are one stack: the stream passes through them one after the "
-                        f"other. Give the role block to {children[before + 1]} too, or to neighbors only."
+                        f"The blocks of {parent or 'the model'} must be consecutive, got {children[before + 1]} "
+                        f"between {children[before]} and {children[index]}. Give the role block to "
+                        f"{children[before + 1]} too."
                     )
 
     def _check_nesting(self) -> None:
         if len(heads := self.named("head")) > 1:
-            raise ConfigError(
-                f"Got the role head for {', '.join(heads)}. A model has one output. Give the role to one of them."
-            )
-        for role in ("block", "region"):
-            for inner in self.named(role):
-                for outer in self.named(role):
+            raise ConfigError(f"The role head must be given to one module only, got {', '.join(heads)}.")
+        for role, names in (("block", self.units), ("region", self.named("region"))):
+            for inner in names:
+                for outer in names:
                     if inner != outer and inside(inner, outer):
-                        raise ConfigError(
-                            f"Got the {role} {inner} inside the {role} {outer}. A {role} holds no other. "
-                            "Give the role to one of them."
-                        )
+                        raise ConfigError(f"A {role} must not contain another {role}, got {inner} inside {outer}.")
         for name in [name for role in ("colwise", "rowwise", "norm", "per_head") for name in self.named(role)]:
             splits = self._roles[name].name != "norm" or self.options(name)
             if splits and self.region_of(name) is None and not self.options(name).get("border"):
                 raise ConfigError(
-                    f"Got the {self._roles[name].name} part {name} in no region. What is split is gathered and summed "
-                    f"at the border of a region. Give the role region to the parent of {name}."
+                    f"The role {self._roles[name].name} must be used inside a region, got {name} outside of one. Give "
+                    f"the role region to the parent of {name}."
                 )
         for region in self.named("region"):
             for role in ("colwise", "rowwise"):
                 if not any(inside(name, region) for name in self.named(role)):
                     raise ConfigError(
-                        f"Got the region {region} without a {role} part. A region splits features (colwise) and sums "
-                        f"over them (rowwise). Name its {role} part, or take the role region away."
+                        f"A region must contain a colwise and a rowwise module, got {region} without {role}. Give the "
+                        f"role {role} to one of its modules, or remove the role region."
                     )
 
 
 def inside(name: str, parent: str) -> bool:
-    """Whether a module or parameter is `parent` or lies in it."""
+    """Return whether the module or parameter `name` is `parent` or is inside it."""
     return name == parent or name.startswith(parent + ".")
 
 
-def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]]) -> Role:
+def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]], known: Mapping[str, RoleSpec] | None) -> Role:
     name, options = (entry, {}) if isinstance(entry, str) else entry
-    if name not in OPTIONS:
+    if known is None:
+        return Role(name, dict(options))
+    if name not in known:
         raise ConfigError(
-            f"Got the unknown role {name!r} for {pattern!r}. Roles are {', '.join(OPTIONS)}. {_nearest(name, OPTIONS)}"
+            f"The role of pattern {pattern!r} must be one of {', '.join(known)}, got {name!r}. {_nearest(name, known)}"
         )
     for option in options:
-        if option not in OPTIONS[name]:
-            takes = ", ".join(sorted(OPTIONS[name])) or "none"
+        if option not in known[name].options:
+            valid = f"be among {', '.join(sorted(known[name].options))}" if known[name].options else "be empty"
             raise ConfigError(
-                f"Got the unknown option {option!r} of the role {name} for {pattern!r}. Its options: {takes}. "
-                f"{_nearest(option, OPTIONS[name])}"
+                f"The options of the role {name} must {valid}, got {option!r} for pattern {pattern!r}. "
+                f"{_nearest(option, known[name].options)}"
             )
     return Role(name, dict(options))
 
@@ -186,13 +194,10 @@ def _matches(pattern: str, names: list[str], kind: str) -> list[str]:
     matched = [name for name in names if expression.fullmatch(name)]
     if not matched:
         known = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
-        raise ConfigError(
-            f"Got the pattern {pattern!r}, which matches no {kind}. A pattern names parts of the model. "
-            f"{_nearest(pattern, known)}"
-        )
+        raise ConfigError(f"The pattern {pattern!r} must match a {kind}, got no match. {_nearest(pattern, known)}")
     return matched
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f"Did you mean {close[0]!r}?" if close else "Take it away."
+    return f"Did you mean {close[0]!r}?" if close else "Remove it."

@@ -1,4 +1,4 @@
-"""Roles of any module that is only sharded over data ranks: its layers."""
+"""Roles for models that are only sharded over data-parallel ranks: the layers of any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from titan_parallel.sharding_plan.roles import RoleTable
 
 
 def fsdp_roles(model: nn.Module) -> RoleTable:
-    """Return the table that gives the role `block` to the layers of `model`, as a plain dictionary.
+    """Return a table of roles, a plain dictionary, that gives the role `block` to the layers of `model`.
 
-    It is enough for data parallel of every shape and for recomputation, of any module. Layers are the modules with
-    parts of their own in the outermost lists (`nn.ModuleList`, `nn.Sequential`) that hold two or more of them. All else
-    is gathered and reduced with the root. A model without such lists has an empty table, and is one unit.
+    It is enough for FSDP, HSDP and DDP and for activation checkpointing of any module. The outermost lists
+    (`nn.ModuleList`, `nn.Sequential`) with two or more layers count; a layer is a child of such a list that has
+    submodules with parameters. All other parameters belong to the root FSDP unit. For a model without such lists the
+    table is empty, and the model is one unit.
     """
     table: dict[str, str] = {}
     for name, layers in _lists("", model):
@@ -24,7 +25,7 @@ def fsdp_roles(model: nn.Module) -> RoleTable:
 
 
 def _lists(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """The outermost lists of layers below `module`: the name of each, and those of its layers."""
+    """Yield the outermost lists of layers below `module`: the name of each, and the names of its layers."""
     children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
     layers = [name for name, child in children if _is_layer(child)]
     if isinstance(module, nn.ModuleList | nn.Sequential) and len(layers) > 1:
@@ -35,6 +36,6 @@ def _lists(prefix: str, module: nn.Module) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """A module that is called, and holds others with weights. (A list is indexed, and never called.)"""
+    """Return whether `module` can be called (containers cannot) and has children with parameters."""
     is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
     return is_called and any(any(True for _ in child.parameters()) for child in module.children())

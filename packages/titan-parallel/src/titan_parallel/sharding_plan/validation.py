@@ -1,4 +1,4 @@
-"""Return whether a model's parts can be split over the tensor axis."""
+"""Checks that tensor-parallel ranks can split a model by its roles."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from titan_parallel.mesh.parallel_dims import ParallelDims, one_of
 from titan_parallel.sharding_plan.features import Features, side_by_side
 from titan_parallel.sharding_plan.roles import Roles
 
-NOT_SPLIT = {
-    "residual": "adds the stream to its own output, which would then be added once a rank",
-    "alibi": "is given position biases of all heads, of which each rank has some",
+UNSPLITTABLE = {
+    "residual": "adds the residual stream to its output, and the sum over ranks would add it once per rank",
+    "alibi": "adds the position biases of all heads, but each rank has only some of the heads",
 }
-"""What a region cannot be, by a parameter of its forward that tells."""
+"""Parameters of a region's forward -> the reason why such a region cannot be split."""
 
 
 def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
-    """Raise ConfigError naming the first part that cannot be split, and the degrees that would do."""
+    """Raise ConfigError for the first module or parameter that cannot be split, with the valid degrees."""
     size = dims.tp_size
     if not roles.named("region") and not roles.named("colwise"):
         raise ConfigError(
-            f"Got tensor_parallel_degree {size} and roles without a region. Tensor parallel splits the work of "
-            "regions. Name the model's regions and their colwise and rowwise parts, or set tensor_parallel_degree to 1."
+            f"tensor_parallel_degree must be 1 for roles without a region, got {size}. Add the roles region, colwise "
+            "and rowwise to the table."
         )
     if dims.sequence_parallel and not has_ends(roles):
         raise ConfigError(
@@ -49,41 +49,41 @@ def check_can_be_split(model: nn.Module, roles: Roles, dims: ParallelDims) -> No
             rows = _num_features(model, roles, name, role)
             if rows <= (size - 1) * -(-rows // size):
                 raise ConfigError(
-                    f"Got a vocabulary of {rows} in {name} over tensor_parallel_degree {size}. Each rank holds at "
-                    "least one row. Lower tensor_parallel_degree."
+                    f"tensor_parallel_degree must give each rank at least one row of {name} ({rows}), got {size}."
                 )
 
 
 def has_ends(roles: Roles) -> bool:
-    """Return whether the roles say where a stream that is split over the sequence begins and ends."""
-    return len(roles.stacks) == 1 and all(roles.named(role) for role in ("embedding", "head"))
+    """Return whether sequence parallelism can act: an embedding, one stack of blocks with one stream, and a head."""
+    one_stream = len(roles.stacks) == 1 and not roles.with_several_streams
+    return one_stream and all(roles.named(role) for role in ("embedding", "head"))
 
 
 def features_dim(role: str, options: Mapping[str, Any]) -> int:
-    """The dim, from the end, in which a role splits the features of its matrix, or of a stack of matrices.
+    """Return the dim, counted from the end, along which a role splits the features of its matrix (or stack of them).
 
-    They are `[out, in]`, or `[in, out]` if they are `transposed`.
+    Matrices are `[out, in]`, or `[in, out]` with the option `transposed`.
     """
     return -1 if (role == "rowwise") != bool(options.get("transposed")) else -2
 
 
 def one_split_dim(dims: set[int | None], name: str, parameter: nn.Parameter) -> int | None:
-    """The one dim in which all who share a parameter split it. Raises ConfigError where they differ."""
+    """Return the dim along which all owners of a (tied) parameter split it. Raises ConfigError if they differ."""
     if len(dims) > 1:
         raise ConfigError(
-            f"Got a shared {name} of shape {list(parameter.shape)} that only some of its owners split. Tied weights "
-            "are split alike. Give roles to both: embedding to the one, head to the other."
+            f"All owners of the tied parameter {name} (shape {list(parameter.shape)}) must split it along the same "
+            "dim, got different roles. Give the role embedding to one owner and head to the other."
         )
     return next(iter(dims))
 
 
 def _check_region(region: nn.Module, name: str) -> None:
     parameters = inspect.signature(region.forward).parameters
-    for parameter, reason in NOT_SPLIT.items():
+    for parameter, reason in UNSPLITTABLE.items():
         if parameter in parameters:
             raise ConfigError(
-                f"Got the region {name}, whose forward takes {parameter!r}. A region that {reason}, cannot be split "
-                "over tensor ranks. Set tensor_parallel_degree to 1, and shard with data_parallel_shard_degree."
+                f"tensor_parallel_degree must be 1 for the region {name}, whose forward takes {parameter!r}: it "
+                f"{reason}. Shard with data_parallel_shard_degree instead."
             )
 
 
@@ -95,9 +95,10 @@ def _check_colwise(model: nn.Module, roles: Roles, name: str, size: int) -> None
     taken = sum(_num_features(model, roles, rowwise, "rowwise") for rowwise in beside["rowwise"])
     if "packed" not in options and count > taken > 0:
         raise ConfigError(
-            f"Got {count} output features of {name}, of which {' and '.join(beside['rowwise'])} takes {taken}. Several "
-            'projections lie in it, side by side ("packed": their number, with "num_heads" and "num_kv_heads" if these '
-            'differ), or head by head ("packed": 1 and "num_heads"). Add the options that say which.'
+            f"{name} must have the option packed, got {count} output features, of which "
+            f"{' and '.join(beside['rowwise'])} takes {taken}. If projections are packed side by side, set "
+            '"packed" to their number (with "num_heads" and "num_kv_heads" if these differ); if they are interleaved '
+            'by head, set "packed": 1 and "num_heads".'
         )
     heads = [features for other in beside["colwise"] for features in side_by_side(0, roles.options(other))]
     _check_heads(count, options, name, size, [features for features in heads if features.heads])
@@ -113,19 +114,22 @@ def _check_heads(count: int, options: Mapping[str, Any], name: str, size: int, b
     units = sum(features.heads or 1 for features in projections)
     if len(projections) == 1 and "num_heads" in options and "num_kv_heads" in options:
         raise ConfigError(
-            f"Got num_heads and num_kv_heads of {name}, which is one projection. The two tell projections side by side "
-            "apart. Add packed, their number, or take one of the two away."
+            f"{name}, a single projection, must have only one of the options num_heads and num_kv_heads, got both. "
+            "Remove one, or set packed to the number of packed projections."
         )
     if count % units:
         raise ConfigError(
-            f"Got {count} features of {name} and options {dict(options)} that make {units} equal parts of them. Their "
-            "number divides that of the features. Correct the options."
+            f"The options of {name} must divide its {count} features into equal parts, got {units} parts from "
+            f"{dict(options)}."
         )
     _check_shared(size, projections, name, beside)
 
 
 def _check_shared(size: int, projections: Sequence[Features], name: str, beside: Sequence[Features] = ()) -> None:
-    """Raise ConfigError where ranks do not get as many; the degrees it names suit what is `beside` these too."""
+    """Raise ConfigError if `size` ranks cannot split the projections evenly.
+
+    The message names the degrees that are valid for these and for the projections `beside` them.
+    """
     for features in projections:
         if not features.can_be_shared_by(size):
             units = [other.heads or other.count for other in (*projections, *beside)]
@@ -134,10 +138,10 @@ def _check_shared(size: int, projections: Sequence[Features], name: str, beside:
                 for degree in range(1, max(units) + 1)
                 if all(other.can_be_shared_by(degree) for other in (*projections, *beside))
             ]
-            divides = "divides their number or is a multiple of it" if features.repeats else "divides their number"
+            or_multiple = " or be a multiple of it" if features.repeats else ""
             raise ConfigError(
-                f"Got {features.heads or features.count} {features.what} of {name} over tensor_parallel_degree {size}. "
-                f"Each rank takes as many, so the degree {divides}. Set tensor_parallel_degree to {one_of(possible)}."
+                f"tensor_parallel_degree must divide {features.what} ({features.heads or features.count}) of {name}"
+                f"{or_multiple}, got {size}. Use {one_of(possible)}."
             )
 
 
@@ -147,7 +151,7 @@ def _num_features(model: nn.Module, roles: Roles, name: str, role: str) -> int:
     if weight is None or weight.dim() not in ((2, 3) if stacks else (2,)):
         got = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
         raise ConfigError(
-            f"Got {got} in the {role} part {name}. A {role} part has a matrix named weight"
-            f"{', or a stack of them' if stacks else ''}. Give the role to the projection itself."
+            f"A module with the role {role} must have a matrix{', or a stack of matrices,' if stacks else ''} named "
+            f"weight, got {got} in {name}. Give the role to the projection itself."
         )
     return weight.size(features_dim(role, roles.options(name)))

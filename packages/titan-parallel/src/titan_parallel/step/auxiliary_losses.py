@@ -1,4 +1,4 @@
-"""Losses that parts of a model have of their own: what they weigh beside the loss at the head."""
+"""Auxiliary losses of modules, such as the load balancing loss of a router, scaled like the loss of the head."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from titan_parallel.sharding_plan.roles import Roles
 
 
 class AuxiliaryLoss(Protocol):
-    """What a module with the role `auxiliary_loss` offers: gradients of a sum over its tokens, times `scale` and `share`."""
+    """A module with the role `auxiliary_loss`: it adds gradients of a sum over its tokens, times `scale * share`."""
 
     scale: Tensor | None
-    """What a unit of the head's loss sum weighs in the gradients, a scalar; None between steps."""
+    """The factor of the loss sum in the gradients, 1 / denominator, a scalar; None between steps."""
     share: float
-    """The part of the sum that this rank gives: 1, but where others have the same tokens."""
+    """This rank's share of the sum: 1, or less where other ranks have the same tokens."""
 
 
 class AuxiliaryLosses:
-    """All losses that a model has of its own.
+    """All auxiliary losses of a model.
 
-    In a region every rank of the tensor axis computes them, of the same tokens, and gradients there are shares that are
-    summed: each gives its part of them.
+    In a region every rank of the tensor axis computes the loss of the same tokens, and gradients are summed over these
+    ranks, so each rank contributes a share.
     """
 
     def __init__(self, model: nn.Module, roles: Roles, *, tp_size: int, device_type: str) -> None:
@@ -38,7 +38,7 @@ class AuxiliaryLosses:
 
     @contextmanager
     def divided_by(self, denominator: float | Tensor) -> Iterator[None]:
-        """Within it the backward divides their sums by `denominator`, as it does that of the head."""
+        """Divide auxiliary losses by `denominator` in backwards within the context, as the loss of the head is."""
         if self._modules:
             scale = 1 / torch.as_tensor(denominator, dtype=torch.float64, device=self._device_type)
             for module in self._modules:

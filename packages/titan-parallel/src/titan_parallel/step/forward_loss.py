@@ -1,31 +1,22 @@
-"""From one micro-batch to its loss: what every schedule does with a model."""
+"""The loss of one micro-batch: forward of the model, and the loss in its head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from titan_parallel.step.batch import Batch, Loss
+from titan_parallel.step.hooks import SequenceSharding
 from titan_parallel.step.loss_in_head import HeadForward
 
 
-class SequenceSharding(Protocol):
-    """How ranks that share sequences take their part of a batch, and of a loss over it."""
-
-    def local_inputs(self, inputs: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the inputs of the model on this rank."""
-
-    def local(self, tensors: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return this rank's tokens of the tensors that have a sequence, the others unchanged."""
-
-    def own_part(self, loss: Loss, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's share of the loss's sum and count."""
-
-
 class LossForward:
-    """The model as a function of a micro-batch: its forward, with the loss taken in the head."""
+    """A model as a function of a micro-batch that returns the sum of a loss, and the number of its targets.
+
+    The head computes the loss, where the model has a head that may: see `HeadForward`.
+    """
 
     def __init__(
         self,
@@ -34,31 +25,31 @@ class LossForward:
         *,
         head: HeadForward | None,
         output: Callable[[Any], Tensor] | None,
-        context: SequenceSharding | None = None,
+        sequence_sharding: SequenceSharding | None = None,
     ) -> None:
         self.model = model
         self.device_type = device_type
         self._head = head
         self._output = output or (lambda logits: logits)
-        self._context = context
+        self._sharding = sequence_sharding
 
     def __call__(self, batch: Batch, loss: Loss) -> tuple[Tensor, Tensor]:
-        """The loss's (sum, count) over what this rank sees of `batch`."""
+        """Return the loss's `(sum, count)` over this rank's part of `batch`, two scalars."""
         inputs, targets = self.local(batch)
         return self.of(inputs, targets, loss)
 
     def local(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """This rank's part of the inputs and the targets, on its device."""
+        """Return this rank's part of the inputs and of the targets, on its device."""
         inputs, targets = batch.inputs, batch.targets
-        if self._context is not None:
-            inputs = self._context.local_inputs(inputs, batch.sequence_dims)
-            targets = self._context.local(targets, batch.sequence_dims)
+        if self._sharding is not None:
+            inputs = self._sharding.local_inputs(inputs, batch.sequence_dims)
+            targets = self._sharding.local(targets, batch.sequence_dims)
         return self._on_device(inputs), self._on_device(targets)
 
     def of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
-        """The loss's (sum, count) for what `local` returned; of what context ranks share, this rank's part."""
+        """Return the loss's `(sum, count)` for the result of `local`: this rank's share of shared sequences."""
         loss_sum, count = self._of(inputs, targets, loss)
-        return (loss_sum, count) if self._context is None else self._context.own_part(loss, loss_sum, count)
+        return (loss_sum, count) if self._sharding is None else self._sharding.own_part(loss, loss_sum, count)
 
     def _of(self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], loss: Loss) -> tuple[Tensor, Tensor]:
         if self._head is None:
@@ -67,14 +58,14 @@ class LossForward:
             output = self._output(self.model(**inputs))
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"Got {type(output).__name__} from the model, expected a tensor of logits. Say which part of it they "
-                "are: parallelize(..., output=operator.attrgetter('logits'))."
+                f"The output of the model must be a tensor of logits, got {type(output).__name__}. Select the logits: "
+                "parallelize(..., output=operator.attrgetter('logits'))."
             )
         if taken.sum is None or taken.count is None or not _same_memory(output, taken.sum):
             raise ValueError(
-                "Got a model whose output is not what its head returned. The head takes the loss, so nothing may come "
-                "after it. Give the role head to the module whose output is the model's, or "
-                '("head", {"takes_loss": False}) where something follows it.'
+                "The output of the model must be what its head returned, since the head computes the loss; got another "
+                "tensor. Give the role head to the last module of the model, or the role "
+                '("head", {"takes_loss": False}) where other operations follow the head.'
             )
         return output, taken.count
 
@@ -83,5 +74,5 @@ class LossForward:
 
 
 def _same_memory(output: Tensor, loss_sum: Tensor) -> bool:
-    """Return whether `output` is `loss_sum`, or a view that a hook of somebody's (a profiler, a counter) made of it."""
+    """Return whether `output` is `loss_sum`, or a view of it that a third-party hook (a profiler, a counter) made."""
     return output.untyped_storage()._cdata == loss_sum.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""How the micro-batches of a step run through a model: one after the other, where the model is on this rank whole."""
+"""The order of micro-batches in a step, and gradient accumulation: one micro-batch after the other."""
 
 from __future__ import annotations
 
@@ -19,45 +19,48 @@ GradientHook = Callable[[Tensor], None]
 
 
 class Schedule(Protocol):
-    """Runs the micro-batches of a step; sums are fp64 and of this rank's own, zero where another has them."""
+    """The order in which the micro-batches of a step run.
+
+    Sums are fp64 and of this rank alone, zero on ranks that do not compute the loss.
+    """
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Raise ValueError for batches that cannot be the micro-batches of a step; before any rank waits for others."""
+        """Raise ValueError for batches that cannot be the micro-batches of a step. Not a collective."""
 
     def must_probe(self, batches: Sequence[Batch]) -> bool:
-        """Return whether `probe_shapes` must be called before a step with these batches; on every rank, if on any."""
+        """Return whether `probe_shapes` must be called before a step with these batches: on every rank, if on any."""
 
     def probe_shapes(self, batches: Sequence[Batch]) -> None:
-        """Learn what a step needs to know of batches of these shapes; every rank calls it with as many."""
+        """Find the shapes that stages exchange for these batches. Every rank calls it with as many batches."""
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
-        """Add the gradients of loss sum / `denominator`, summed over data and context ranks; the loss sum."""
+        """Add gradients of loss sum / `denominator`, summed over data and context ranks, and return the loss sum."""
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> Tensor:
-        """`[loss sum, count]`."""
+        """Return `[loss sum, count]`, fp64."""
 
     def set_gradient_hook(self, hook: GradientHook) -> None:
         """Call `hook` on each gradient, or bucket of gradients, once it is summed."""
 
 
-class Accumulation:
-    """Forward and backward of one micro-batch after the other, gradients summed over replicas with the last."""
+class GradientAccumulation:
+    """Forward and backward of one micro-batch after the other; the last one sums gradients over replicas."""
 
     def __init__(self, forward: LossForward, units: Sequence[FSDPModule], *, reduces_each: bool) -> None:
-        """`reduces_each`: gradients are summed over the ranks of a shard, and split, with every micro-batch."""
+        """`reduces_each`: reduce-scatter after every micro-batch, so that a rank keeps gradients of its shard alone."""
         self._forward = forward
         self._units = units
         self._reduces_each = reduces_each
         self._gradient_hook: GradientHook | None = None
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Any batches can follow each other."""
+        """Accept any batches."""
 
     def must_probe(self, batches: Sequence[Batch]) -> bool:
         return False
 
     def probe_shapes(self, batches: Sequence[Batch]) -> None:
-        """Nothing is to be learned."""
+        """Do nothing: no stage exchanges shapes."""
 
     def forward_backward(self, batches: Sequence[Batch], loss: Loss, denominator: float | Tensor) -> Tensor:
         sums = []
@@ -81,7 +84,7 @@ class Accumulation:
 
     @contextmanager
     def _synchronized(self, is_last: bool) -> Iterator[None]:
-        """Let the backward sum gradients over data ranks, and call the gradient hook on the sums."""
+        """Let the backward within sum gradients over data ranks, and call the gradient hook on the sums."""
         self._set_sums(each=is_last or self._reduces_each, over_replicas=is_last)
         handles = []
         if is_last and self._gradient_hook is not None and not self._units:
@@ -92,7 +95,7 @@ class Accumulation:
         try:
             yield
         finally:
-            self._set_sums(each=True, over_replicas=True)  # as FSDP has it, for a loop of somebody's own
+            self._set_sums(each=True, over_replicas=True)  # FSDP's defaults, for custom training loops
             for handle in handles:
                 handle.remove()
 

@@ -1,4 +1,4 @@
-"""What modules of a model count over a step: summed over all ranks, and given back to them after the optimizer."""
+"""Per-step statistics of modules (tokens per expert), summed over all ranks with the loss."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from titan_parallel.sharding_plan.roles import Roles
 
 
 class CountsPerStep(Protocol):
-    """What a module with the role `step_counter` offers."""
+    """A module with the role `step_counter`."""
 
     @property
     def leaf(self) -> Tensor | None:
-        """A tensor, `[n]`, whose gradient is what this rank counted. None: the module is another rank's."""
+        """A tensor `[n]` whose gradient holds the counts of this rank. None: another rank holds the module."""
 
     def update(self, counted: Tensor) -> None:
-        """Act on what all ranks counted in a step, after the optimizer did; what it changes is alike on all ranks."""
+        """Act on the counts of all ranks, `[n]`, after the optimizer step. Called with the same counts on all ranks."""
 
     def metrics(self, counted: Tensor) -> Mapping[str, float]:
-        """What is worth telling of it, by name; called on every rank, also where `leaf` is None."""
+        """Return metrics of the counts, by name. Called on every rank, also where `leaf` is None."""
 
 
 class StepStatistics:
-    """The statistics of a whole model as one vector, which a rank fills where it holds them.
+    """The step counters of a whole model as one vector, of which a rank fills the part of the modules that it holds.
 
-    Built before a pipeline's stages are cut, so that every rank knows of all. Ranks that compute on the same tokens
-    (those of the tensor axis, in a region or without sequence parallel) count them once.
+    Built before a pipeline is cut into stages, so that every rank knows all counters. Ranks that compute on the same
+    tokens (those of the tensor axis, in a region or without sequence parallelism) count them once.
     """
 
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
@@ -41,19 +41,19 @@ class StepStatistics:
         self._counts = [is_first or (dims.sequence_parallel and roles.region_of(name) is None) for name in names]
         self._device_type = dims.device_type
         self.size = sum(self._sizes)
-        """How many numbers all statistics are."""
+        """The length of the vector."""
         self.summed: Tensor | None = None
-        """What all ranks counted, fp64: to be set once it is summed; None until then."""
+        """The counts of all ranks, fp64 `[size]`. None until they are summed."""
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def reset(self) -> None:
+        """Drop the counts of a step."""
         self.summed = None
         for module in self._modules:
             if module.leaf is not None:
                 module.leaf.grad = None
 
-    def own(self) -> Tensor:
-        """What this rank counted, fp64; zeros for what others hold or count."""
+    def local_counts(self) -> Tensor:
+        """Return the counts of this rank, fp64 `[size]`; zeros for modules that other ranks hold or count."""
         parts = [torch.zeros(size, dtype=torch.float64, device=self._device_type) for size in self._sizes]
         for part, module, counts in zip(parts, self._modules, self._counts, strict=True):
             if counts and module.leaf is not None and module.leaf.grad is not None:
@@ -62,9 +62,9 @@ class StepStatistics:
 
     @torch.no_grad()
     def update(self) -> dict[str, float]:
-        """Let the modules act on what was summed, and begin anew; what they tell, of each name the highest."""
+        """Let the modules act on the summed counts, reset, and return their metrics: the maximum over modules."""
         summed = cast(Tensor, self.summed)
-        self.forget()
+        self.reset()
         measured: list[tuple[str, float]] = []
         for module, counted, told in zip(
             self._modules, summed.split(self._sizes), summed.cpu().split(self._sizes), strict=True

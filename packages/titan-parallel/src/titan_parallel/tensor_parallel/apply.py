@@ -1,4 +1,4 @@
-"""Tensor and sequence parallel: how parameters are split, and what stands at the borders of regions."""
+"""Tensor and sequence parallelism: split parameters, and collectives at the borders of regions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ from titan_parallel.sharding_plan.features import parts, side_by_side
 from titan_parallel.sharding_plan.roles import Roles, inside
 from titan_parallel.sharding_plan.validation import features_dim, one_split_dim
 from titan_parallel.step.loss_in_head import HeadForward
-from titan_parallel.tensor_parallel.boundaries import bordered, entered, left, normed_over_all_heads, split_sequence
+from titan_parallel.tensor_parallel.boundaries import (
+    split_sequence,
+    wrap_input,
+    wrap_norm_over_heads,
+    wrap_output,
+    wrap_region,
+)
 from titan_parallel.tensor_parallel.local_parameters import LocalView, Slot
 from titan_parallel.tensor_parallel.local_sizes import set_local_sizes
 from titan_parallel.tensor_parallel.partial_gradients import PartialGradients
 
 
 class TensorParallel:
-    """Splits a model over the tensor axis in place: parameters become DTensors, regions get their borders.
+    """Splits a model over the tensor-parallel axis in place.
 
-    Without sequence parallel every rank holds the whole residual stream: its gradients are summed where it enters a
-    region, outputs where it leaves. With it a rank holds its part of the sequence from the first block to the last: the
-    stream is gathered on entry of a region, and summed and split again on exit. Before and after the blocks it is
-    whole, so that a model that counts tokens there (positions, masks, shapes) counts all of them.
+    Parameters become DTensors, and regions get collectives at their borders. Without sequence parallelism every rank
+    holds the whole residual stream: outputs are summed (all-reduced) when they leave a region, and gradients where the
+    stream enters it. With sequence parallelism a rank holds its chunk of the sequence from the first block to the last:
+    the stream is all-gathered on entry of a region, and reduce-scattered on exit. Before and after the blocks the
+    sequence is whole, so that code that counts tokens there (positions, masks, shapes) is correct as it is.
     """
 
     def __init__(self, model: nn.Module, roles: Roles, dims: ParallelDims) -> None:
@@ -35,8 +42,8 @@ class TensorParallel:
         self._roles = roles
         self._dims = dims
         self._axis = Axis.of(dims.tp_mesh)
-        self._units = [name for role in ("embedding", "block", "head") for name in roles.named(role)]
-        self._takes = self._find_parts()
+        self._units = [name for role in ("embedding", "block", "unit", "head") for name in roles.named(role)]
+        self._takes = self._find_slices()
         names = self._find_partial(split=self._distribute_parameters())
         self.partial_gradients = PartialGradients(names, dims.tp_mesh.get_group())
         self._partial_slots = self._slots_of({model.get_parameter(name) for name in names})
@@ -46,7 +53,7 @@ class TensorParallel:
             self._split_embedding(name)
 
     def local_view(self, unit: str) -> LocalView:
-        """The swap for the parameters of a block, an embedding or the head, or of what lies in none of these ("")."""
+        """Return the local view for the parameters of a block, an embedding or the head; "" means all others."""
         modules = dict(self._model.named_modules())
         others = [other for other in self._units if other != unit]
         mine = [name for name in modules if inside(name, unit) or not unit]
@@ -54,7 +61,7 @@ class TensorParallel:
         return LocalView([modules[name] for name in mine], self._takes, self.partial_gradients, self._partial_slots)
 
     def head_forward(self, name: str) -> HeadForward:
-        """The head's forward: the stream enters once; logits are split over the vocabulary, or gathered."""
+        """Return the forward of the head, with logits that are sharded over the vocabulary or gathered."""
         head = self._model.get_submodule(name)
         vocab_size = len(head.get_parameter("weight"))
         project: Callable[[Tensor], Tensor] = self.local_view(name)(head.forward)
@@ -81,26 +88,27 @@ class TensorParallel:
     def _put_borders(self) -> None:
         roles, get = self._roles, self._model.get_submodule
         for name in roles.named("region"):
-            get(name).forward = bordered(get(name).forward, self._enter, self._leave)
+            get(name).forward = wrap_region(get(name).forward, self._enter, self._leave, roles.streams_of(name))
         for name in roles.named("colwise"):
             if roles.options(name).get("border"):
-                get(name).forward = entered(get(name).forward, self._enter)
+                get(name).forward = wrap_input(get(name).forward, self._enter)
         for name in roles.named("rowwise"):
             if roles.options(name).get("border"):
-                get(name).forward = left(get(name).forward, self._leave)
+                get(name).forward = wrap_output(get(name).forward, self._leave)
         for name in roles.named("norm"):
             for features in side_by_side(get(name).get_parameter("weight").numel(), roles.options(name)):
                 if features.heads is not None:
                     copies = features.copies(self._axis.size)
-                    get(name).forward = normed_over_all_heads(get(name).forward, self._axis, copies)
+                    get(name).forward = wrap_norm_over_heads(get(name).forward, self._axis, copies)
         if self._dims.sequence_parallel:
             blocks = roles.named("block")
             split_sequence(get(blocks[0]), get(blocks[-1]), self._axis)
 
-    def _find_parts(self) -> dict[Slot, Callable[[Tensor], Tensor]]:
-        """What a rank takes of parameters that are stored whole: pieces that no one placement describes.
+    def _find_slices(self) -> dict[Slot, Callable[[Tensor], Tensor]]:
+        """Return the functions that take this rank's slices of parameters that are stored whole.
 
-        Rows of projections side by side, of heads that several ranks take, and biases that one rank alone adds.
+        No DTensor placement describes these slices: packed projections, heads that several ranks take, and rowwise
+        biases, which only rank 0 adds.
         """
         takes: dict[Slot, Callable[[Tensor], Tensor]] = {}
         for name in self._roles.named("colwise"):
@@ -109,18 +117,19 @@ class TensorParallel:
             projections = side_by_side(module.get_parameter("weight").size(dim), options)
             if len(projections) > 1 or projections[0].copies(self._axis.size) > 1:
                 taken = parts(projections, self._axis.rank, self._axis.size)
-                takes[module, "weight"] = functools.partial(_pieces, dim=dim, pieces=taken)
-                takes[module, "bias"] = functools.partial(_pieces, dim=-1, pieces=taken)
+                takes[module, "weight"] = functools.partial(_slices, dim=dim, slices=taken)
+                takes[module, "bias"] = functools.partial(_slices, dim=-1, slices=taken)
         for name in self._roles.named("rowwise") if self._axis.rank else []:
             takes[self._model.get_submodule(name), "bias"] = lambda bias: bias * 0
         return takes
 
     def _find_partial(self, split: set[nn.Parameter]) -> list[str]:
-        """The names of the parameters whose gradients are this rank's share of a sum over the tensor axis.
+        """Return the names of the parameters whose gradients must be summed over the tensor-parallel axis.
 
-        Those held whole inside a region, where each rank computes on its own features, and under sequence parallel
-        those in the stream too: in blocks each rank computes on its own tokens, before them it is given gradients of
-        these, and after them gradients by its own part of the vocabulary.
+        These are the parameters held whole inside a region, where each rank computes with its own features. With
+        sequence parallelism they are also those outside of regions: in blocks each rank computes on its own tokens;
+        before the blocks it receives only the gradients of these tokens, and after them only the gradients from its
+        own part of the vocabulary.
         """
         names = [name for role in ("region", "colwise", "rowwise") for name in self._roles.named(role)]
         regions = [self._model.get_submodule(name) for name in names]
@@ -145,9 +154,9 @@ class TensorParallel:
         return {(module, name) for module in modules for name, p in module._parameters.items() if p in parameters}
 
     def _distribute_parameters(self) -> set[nn.Parameter]:
-        """Make every parameter a DTensor on the tensor axis; return those that are split."""
+        """Make every parameter a DTensor on the tensor-parallel axis, and return the sharded ones."""
         split_dims = {slot: dim for slot, dim in self._split_dims().items() if slot not in self._takes}
-        places: dict[nn.Parameter, list[Slot]] = {}  # more than one where it is tied
+        places: dict[nn.Parameter, list[Slot]] = {}  # several slots for a tied parameter
         for module in self._model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -165,7 +174,7 @@ class TensorParallel:
         return split
 
     def _split_dims(self) -> dict[Slot, int]:
-        """The dim in which the roles split a parameter; negative ones count from the end."""
+        """Return the dim along which the roles split each parameter; negative dims count from the end."""
         dims: dict[Slot, int] = {}
         for role in ("embedding", "colwise", "rowwise", "head"):
             for name in self._roles.named(role):
@@ -186,17 +195,20 @@ class TensorParallel:
             embedding.padding_idx = embedding.padding_idx - start if start <= embedding.padding_idx < stop else None
         look_up = self.local_view(name)(embedding.forward)
         leave = self._leave if self._roles.options(name).get("between_blocks") else self._sum_embeddings
-        embedding.forward = _looked_up_in_part(look_up, start, stop, vocab_size, leave)
+        embedding.forward = _vocab_parallel_lookup(look_up, start, stop, vocab_size, leave)
 
 
-def _pieces(whole: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
-    return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in pieces], dim)
+def _slices(whole: Tensor, dim: int, slices: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([whole.narrow(dim, start, stop - start) for start, stop in slices], dim)
 
 
-def _looked_up_in_part(
+def _vocab_parallel_lookup(
     forward: Callable[..., Tensor], start: int, stop: int, vocab_size: int, leave: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """`forward` of an embedding that holds rows `start` to `stop`. Ids beyond the vocabulary fail on every rank."""
+    """Wrap `forward` of an embedding that holds the rows `start` to `stop`: other ids give 0 before `leave` sums.
+
+    Ids outside the vocabulary raise an error on every rank.
+    """
 
     def lookup(ids: Tensor) -> Tensor:
         mine = (ids >= start) & (ids < stop)

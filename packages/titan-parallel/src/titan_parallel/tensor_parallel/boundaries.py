@@ -1,4 +1,4 @@
-"""The borders of regions: where the stream enters the work that ranks share, and where it leaves.
+"""Wrappers of forwards that run a collective where the residual stream enters or leaves a region.
 
 T tokens, t tokens of one rank, D width, F features of all ranks, f features of one rank.
 """
@@ -18,41 +18,42 @@ Forward = Callable[..., Any]
 Border = Callable[[Tensor], Tensor]
 
 
-def bordered(forward: Forward, enter: Border, leave: Border) -> Forward:
-    """`forward` of a region: the stream is its first parameter, and its output or the first of them."""
-    return left(entered(forward, enter), leave)
+def wrap_region(forward: Forward, enter: Border, leave: Border, streams: int = 1) -> Forward:
+    """Wrap `forward` of a region, whose first `streams` parameters and outputs are residual streams."""
+    return wrap_output(wrap_input(forward, enter, streams), leave, streams)
 
 
-def entered(forward: Forward, enter: Border) -> Forward:
-    """`forward`, whose first parameter goes through `enter`, given by place or by name."""
-    stream = _first_parameter(forward)
+def wrap_input(forward: Forward, enter: Border, streams: int = 1) -> Forward:
+    """Wrap `forward` to apply `enter` to its first `streams` arguments, positional or by keyword."""
+    names = _first_parameters(forward, streams)
 
     @functools.wraps(forward)
     def enter_forward(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            return forward(enter(args[0]), *args[1:], **kwargs)
-        return forward(**{**kwargs, stream: enter(kwargs[stream])})
+        by_position = [enter(arg) if place < streams else arg for place, arg in enumerate(args)]
+        by_keyword = {name: enter(kwargs[name]) for name in names[len(args) :] if name in kwargs}
+        return forward(*by_position, **{**kwargs, **by_keyword})
 
     return enter_forward
 
 
-def left(forward: Forward, leave: Border) -> Forward:
-    """`forward`, whose output, or the first of them, goes through `leave`."""
+def wrap_output(forward: Forward, leave: Border, streams: int = 1) -> Forward:
+    """Wrap `forward` to apply `leave` to its output, or to the first `streams` elements of a tuple."""
 
     @functools.wraps(forward)
     def forward_leave(*args: Any, **kwargs: Any) -> Any:
-        return _with_first(forward(*args, **kwargs), leave)
+        return _with_first(forward(*args, **kwargs), leave, streams)
 
     return forward_leave
 
 
 def split_sequence(first: nn.Module, last: nn.Module, axis: Axis) -> None:
-    """Give a rank its tokens of the stream from the `first` block to the `last`, and before and after them all tokens.
+    """Shard the residual stream along the sequence from the `first` block to the `last`; outside them it is whole.
 
-    Gradients are a rank's share on either side: before, those of its own tokens; after, those by its own part of the
-    vocabulary. (Hooks, so that nothing is compiled or recomputed in these blocks that others do not have.)
+    Gradients outside the blocks are partial: before them, a rank has those of its own tokens; after them, those from
+    its own part of the vocabulary. (Hooks keep the split outside the compiled and recomputed code of these blocks, so
+    that it is the same as in all others.)
     """
-    stream = _first_parameter(first.forward)
+    (stream,) = _first_parameters(first.forward, 1)
 
     def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -66,10 +67,10 @@ def split_sequence(first: nn.Module, last: nn.Module, axis: Axis) -> None:
     last.register_forward_hook(gather)
 
 
-def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
-    """`forward` of a norm over F features of which each rank has f: they are gathered, and each keeps its own.
+def wrap_norm_over_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
+    """Wrap `forward` of a norm over F features, of which each rank has f: gather, normalize, keep this rank's features.
 
-    Of `copies` neighboring ranks that have the same features those of the first count.
+    `copies` neighboring ranks have the same features; only those of the first enter the norm.
     """
 
     @functools.wraps(forward)
@@ -82,9 +83,11 @@ def normed_over_all_heads(forward: Forward, axis: Axis, copies: int) -> Forward:
     return norm
 
 
-def _with_first(output: Any, border: Border) -> Any:
-    return (border(output[0]), *output[1:]) if isinstance(output, tuple) else border(output)
+def _with_first(output: Any, border: Border, streams: int = 1) -> Any:
+    if isinstance(output, tuple):
+        return (*map(border, output[:streams]), *output[streams:])
+    return border(output)
 
 
-def _first_parameter(forward: Forward) -> str:
-    return next(iter(inspect.signature(forward).parameters))
+def _first_parameters(forward: Forward, number: int) -> list[str]:
+    return list(inspect.signature(forward).parameters)[:number]

@@ -1,4 +1,4 @@
-"""Parameters are stored as DTensors and computed on as local tensors: the swap between the two."""
+"""Parameters are stored as DTensors, but modules compute with local tensors: the swap between the two."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Slot = tuple[nn.Module, str]
 
 
 class LocalView:
-    """Swaps the parameters of some modules for what this rank computes with, while a function of theirs runs.
+    """Swaps the parameters of some modules for this rank's local tensors while a function runs.
 
-    Gradients flow back through the views into the DTensors. Where the views are in place already, the function just
-    runs: recomputation needs the swap inside what it replays, compilation outside what it compiles.
+    Gradients flow back through the local tensors into the DTensors. Nested calls do not swap again: activation
+    checkpointing needs the swap inside the function that it recomputes, torch.compile outside the function that it
+    compiles.
     """
 
     def __init__(
@@ -28,7 +29,10 @@ class LocalView:
         partial: PartialGradients,
         partial_slots: Collection[Slot],
     ) -> None:
-        """`takes`: what a rank makes of the stored tensor, where that is not all of it; `partial`: see there."""
+        """`takes` maps slots to functions that take this rank's slices of the stored tensor; all others are used whole.
+
+        `partial` sums the gradients of `partial_slots` over ranks.
+        """
         self._slots = [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
         self._takes = takes
         self._partial = partial
@@ -36,7 +40,7 @@ class LocalView:
         self._in_place = False
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with the views in place while it runs."""
+        """Wrap `function` to run with the local tensors in place."""
 
         @functools.wraps(function)
         def with_local_parameters(*args: Any, **kwargs: Any) -> Any:

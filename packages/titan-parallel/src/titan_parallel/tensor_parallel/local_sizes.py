@@ -1,4 +1,4 @@
-"""Sizes that modules keep as attributes (`num_heads`, `split_size`): set to what a tensor rank has of them."""
+"""Size attributes of modules (`num_heads`, `split_size`), set to the local sizes of a tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from titan_parallel.sharding_plan.roles import Roles
 
 SIZES = ("features", "num_heads", "num_kv_heads", "num_heads_per_kv_head")
-"""What an attribute may count."""
+"""Quantities that an attribute may count."""
 
 
-class Overridden:
-    """An object seen with other values for some of its attributes; all else is its own, as it is at the time."""
+class AttributeOverride:
+    """A proxy of an object that overrides some of its attributes; all others are read from the object."""
 
     def __init__(self, base: Any, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -27,10 +27,11 @@ class Overridden:
 
 
 def set_local_sizes(model: nn.Module, roles: Roles, num_ranks: int) -> None:
-    """Do what the option `set` of regions and projections says: `{attribute: what it counts}`.
+    """Set the attributes in the option `set` of regions and projections, `{attribute: quantity}`, to local sizes.
 
-    An attribute may be one of an object that the module holds, `config.num_attention_heads`: the module then sees that
-    object with the local value, and others see it as it was.
+    An attribute may belong to an object that the module holds, such as `config.num_attention_heads`: that module then
+    sees the object with the local value, and other modules see the object unchanged. Raises ConfigError if an attribute
+    is not an integer, or ranks cannot split it evenly.
     """
     for role in ("region", "colwise"):
         for name in roles.named(role):
@@ -47,24 +48,24 @@ def _set_local(module: nn.Module, name: str, path: str, what: str, num_kv_heads:
         known = [key for key, value in vars(holder).items() if type(value) is int]
         close = difflib.get_close_matches(attribute, known, n=1, cutoff=0.0)
         raise ConfigError(
-            f"Got set {{{path!r}: {what!r}}} for {name}, where {attribute} is {size!r}. It names an attribute that is "
-            f"a whole number, and what that counts: {', '.join(SIZES)}. "
-            + (f"Did you mean {close[0]!r}?" if close and close[0] != attribute else "Correct it, or take it away.")
+            f"The option set of {name} must map an integer attribute to one of {', '.join(SIZES)}, got "
+            f"{{{path!r}: {what!r}}}, where {attribute} is {size!r}."
+            + (f" Did you mean {close[0]!r}?" if close and close[0] != attribute else "")
         )
     local = _local_size(what, size, num_kv_heads, num_ranks)
     if local is None:
         raise ConfigError(
-            f"Got {attribute} {size} of {name} over tensor_parallel_degree {num_ranks}. Each rank has as many, so the "
-            f"degree divides what {path} counts. Lower tensor_parallel_degree, or take {path!r} out of set."
+            f"tensor_parallel_degree must split {attribute} ({size}) of {name} evenly, got {num_ranks}. Lower the "
+            f"degree, or remove {path!r} from the option set."
         )
     if holder_name:
-        setattr(module, holder_name, Overridden(holder, {attribute: local}))
+        setattr(module, holder_name, AttributeOverride(holder, {attribute: local}))
     else:
         setattr(module, attribute, local)
 
 
 def _local_size(what: str, size: int, num_kv_heads: int | None, num_ranks: int) -> int | None:
-    """None where ranks do not get as many."""
+    """Return the local size, or None if ranks cannot split it evenly."""
     repeats = max(1, num_ranks // num_kv_heads) if num_kv_heads else 1
     shared_by = {"num_heads_per_kv_head": repeats, "num_kv_heads": num_ranks // repeats}.get(what, num_ranks)
     return size // shared_by if size % shared_by == 0 else None

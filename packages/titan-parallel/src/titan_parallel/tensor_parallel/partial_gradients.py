@@ -1,4 +1,4 @@
-"""Gradients of which each tensor-parallel rank has a share: when they are summed over the tensor axis."""
+"""Partial gradients: the sum over tensor-parallel ranks, in the backward or at the end of a step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from titan_parallel.step.grad_norm import local
 
 
 class PartialGradients:
-    """Makes whole the gradients of parameters of which each rank computes with its own features, or its own tokens.
+    """Sums the gradients of parameters with which each rank computes only for its own features or tokens.
 
-    Any backward sums them as it goes, those of a unit in one go, so that a loop of somebody's own finds them whole.
-    Within `summed_at_the_end` they are summed once, for all units and micro-batches of a step.
+    By default the backward sums them, with one all-reduce for each unit, so that a custom training loop finds complete
+    gradients. Within `summed_at_the_end` they are summed once, for all units and micro-batches of a step.
     """
 
     def __init__(self, names: Sequence[str], group: dist.ProcessGroup) -> None:
@@ -27,14 +27,14 @@ class PartialGradients:
         self._waits = False
 
     def summed_in_backward(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """These tensors as they are; what flows back through them is summed over ranks, unless the end does it."""
+        """Return the tensors unchanged; their gradients are summed over ranks, except within `summed_at_the_end`."""
         if self._waits or not torch.is_grad_enabled() or not tensors:
             return tensors
         return _SumGradients.apply(self._group.group_name, *tensors)
 
     @contextmanager
     def summed_at_the_end(self, model: nn.Module) -> Iterator[None]:
-        """Leave the shares in `.grad` of the model's parameters, and sum them all at the end."""
+        """Leave partial gradients in `.grad` of the model's parameters, and sum them all on exit."""
         self._waits = True
         try:
             yield
@@ -44,7 +44,10 @@ class PartialGradients:
 
     @torch.no_grad()
     def _sum(self, model: nn.Module) -> None:
-        """One sum for each dtype. (Sums over axes commute: these gradients are summed over data ranks already.)"""
+        """Sum the gradients with one all-reduce for each dtype.
+
+        (Sums over mesh axes commute: these gradients have been summed over data-parallel ranks already.)
+        """
         parameters = dict(model.named_parameters())
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for name in self.names:

@@ -1,4 +1,4 @@
-"""Cross-entropy summed over labels, on whole logits or on logits split over the vocabulary.
+"""Cross-entropy summed over labels, for whole logits or logits sharded over the vocabulary.
 
 N tokens, V vocabulary, v vocabulary of one rank.
 """
@@ -18,10 +18,10 @@ from titan_parallel.mesh.collectives import Axis
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
     """Return the sum of -log softmax(logits)[label] over the labels that are not `ignore_index`.
 
-    `z_loss` times the square of the log-sum-exp of logits is added for each of these labels (Chowdhery et al., "PaLM",
-    2022, section 5). `logits [..., V]`, plain or a DTensor split over its last dim; `labels [...]` int64. Computed in
-    fp32, or in fp64 for fp64 logits. Split logits are never gathered, and all that a rank keeps for the backward is its
-    own.
+    `logits [..., V]` is a plain tensor, or a DTensor sharded along its last dim; `labels [...]` is int64. For each of
+    these labels, `z_loss` times the squared log-sum-exp of the logits is added (Chowdhery et al., "PaLM", 2022, section
+    5). Computed in fp32, or in fp64 for fp64 logits. Sharded logits are never gathered, and for the backward a rank
+    saves only its own shard of them.
     """
     labels_N = labels.flatten()
     if is_dtensor(logits):

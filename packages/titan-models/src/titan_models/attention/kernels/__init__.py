@@ -1,4 +1,4 @@
-"""Attention cores: the product of queries, keys and values under a described mask, one kernel each."""
+"""Attention cores: scaled dot-product attention under a described mask, one kernel each."""
 
 from titan_models.attention.kernels.flex import Flex
 from titan_models.attention.kernels.kernel import AttentionCore

@@ -1,4 +1,4 @@
-"""What an attention core is."""
+"""The interface of attention cores."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from titan_models.attention.mask import Mask
 
 
 class AttentionCore(Configurable, nn.Module, abc.ABC):
-    """`softmax(scale q k^T, masked) v`, and nothing else: no positions, no knowledge of meshes.
+    """`softmax(scale q k^T, masked) v`, independent of positions and meshes.
 
     B batch, T queries, S keys, H query heads, G key-value heads (H a multiple of G), K and V features of a head.
 
-    A query that sees no key gets zeros. A core for a ring of context ranks, or for context ranks and sinks, also has
-    `with_lse(q, k, v, mask, scale)`, which returns the output and its log-sum-exp: `[B, T, H]`, fp32 or wider, -inf
-    where a query sees nothing, and with a gradient of its own.
+    The output of a query that sees no key is zero. A core that supports ring attention, or sinks under context
+    parallelism, also has `with_lse(q, k, v, mask, scale)`, which returns the output and its log-sum-exp `[B, T, H]`:
+    fp32 or wider, differentiable, and -inf where a query sees no key.
     """
 
     @abc.abstractmethod
     def build_mask(self, mask: Mask) -> Any:
-        """What this core's kernel wants of `mask`, to be made once a forward and passed to every layer."""
+        """Return the mask in the form of the kernel. It is built once per forward and passed to each layer."""
 
     @abc.abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, sinks: Tensor | None = None) -> Tensor:
-        """`q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` and what `build_mask` returned to `[B, T, H, V]`.
+        """Return `[B, T, H, V]` for `q [B, T, H, K]`, `k [B, S, G, K]`, `v [B, S, G, V]` and a mask of `build_mask`.
 
-        `sinks [H]` are scores of one key more in each head, which every query sees and which has zeros as its value
-        (Xiao et al., 2024). A core without the argument serves models without them.
+        `sinks [H]` are the logits of one additional key in each head, visible to every query and with value 0 (Xiao et
+        al., 2024). A core without this argument supports only models without sinks.
         """
 
 
-def sunk(output_BTHV: Tensor, lse_BTH: Tensor, sinks_H: Tensor) -> Tensor:
-    """An attention's output whose softmax did not count the sinks, as if it had: all weights shrink alike."""
+def apply_sinks(output_BTHV: Tensor, lse_BTH: Tensor, sinks_H: Tensor) -> Tensor:
+    """Rescale the output of attention computed without sinks to that with sinks: all weights shrink by one factor."""
     kept_BTH = (lse_BTH - sinks_H.to(lse_BTH.dtype)).sigmoid()
     return output_BTHV * kept_BTH.unsqueeze(-1).to(output_BTHV.dtype)

@@ -7,15 +7,15 @@ from titan_config import Configurable
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titan_models.attention.kernels.kernel import AttentionCore, sunk
+from titan_models.attention.kernels.kernel import AttentionCore, apply_sinks
 from titan_models.attention.mask import Mask
 
 
 class Sdpa(AttentionCore):
-    """PyTorch's fused attention: flash for plain causal masks, a dense `[B, 1, T, S]` bool mask for all others.
+    """PyTorch's fused attention: flash attention for plain causal masks, a dense bool mask `[B, 1, T, S]` for others.
 
-    On GPUs dense masks are slow and large at long sequences: use Flex there for packed documents. With sinks all scores
-    are made at once, as in `with_lse`.
+    On GPUs dense masks are slow and large for long sequences: use Flex there for packed documents. With sinks, all
+    attention scores are materialized, as in `with_lse`.
     """
 
     def __init__(self, config: Configurable.Config) -> None:
@@ -28,7 +28,7 @@ class Sdpa(AttentionCore):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None
     ) -> Tensor:
         if sinks is not None:
-            return sunk(*self.with_lse(q, k, v, mask, scale), sinks)
+            return apply_sinks(*self.with_lse(q, k, v, mask, scale), sinks)
         output = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -41,13 +41,14 @@ class Sdpa(AttentionCore):
         return output.transpose(1, 2)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp `[B, T, H]`, by all scores at once in fp32 or wider: PyTorch's kernels keep theirs.
+        """Return the output and its log-sum-exp `[B, T, H]`, computed from all scores at once in fp32 or wider.
 
-        Memory and time are those of `T x S` scores a head. Flex has no need of them.
+        The fused kernels do not return a log-sum-exp. Memory and time are those of `T x S` scores per head; Flex needs
+        no such scores.
         """
         (_, num_queries, num_heads, _), num_keys = q.shape, k.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)
-        q_BHTK, k_BHSK, v_BHSV = (x.to(wide).transpose(1, 2) for x in (q, *_for_each_query_head(k, v, num_heads)))
+        q_BHTK, k_BHSK, v_BHSV = (x.to(wide).transpose(1, 2) for x in (q, *_repeat_kv(k, v, num_heads)))
         if mask is None:
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril()
         scores_BHTS = (q_BHTK * scale @ k_BHSK.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
@@ -60,7 +61,7 @@ class Sdpa(AttentionCore):
         return output_BHTV.transpose(1, 2).to(q.dtype), lse_BHT1.squeeze(-1).transpose(1, 2)
 
 
-def _for_each_query_head(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values as often as query heads read them: `[B, S, G, K]` to `[B, S, H, K]`."""
+def _repeat_kv(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Repeat keys and values for each query head: `[B, S, G, K]` to `[B, S, H, K]`."""
     groups = num_heads // k.shape[2]
     return k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
