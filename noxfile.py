@@ -139,8 +139,8 @@ def together(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def docs(session: nox.Session) -> None:
-    """Run every fenced Python example of the READMEs and the docs."""
-    pages = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+    """Run every fenced `python` and `bash` example of the READMEs and the docs."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md")), ROOT / "docs"]
     session.run(bin_of_everything(session) / "python", "tools/run_docs.py", *pages, env=KEEP_BYTECODE)
 
 
@@ -148,7 +148,21 @@ def docs(session: nox.Session) -> None:
 def site(session: nox.Session) -> None:
     """Build the documentation site in build/site; warnings and broken links are errors."""
     install(session, *GROUPS["site"])
-    session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build sdist and wheel of the seven packages, check their metadata, and install them in an empty environment."""
+    install(session, *GROUPS["build"], *GROUPS["release"])
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        with session.chdir(folder_of(package)):
+            session.run("hatchling", "build", "--directory", str(DIST), silent=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+    install_wheels(session, dict.fromkeys(PACKAGES, ""))
+    for package in PACKAGES:
+        session.run("python", "-P", "tools/import_all.py", f"titan_{package}", env=KEEP_BYTECODE)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -198,6 +212,14 @@ def lock(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """Run the default tests with the lowest versions that the packages declare."""
     install_everything(session, constraints=ROOT / "minimums.txt")
+    run_pytest(session, session.bin, *all_tests())
+
+
+@nox.session(reuse_venv=True, requires=["wheels"])
+def newest(session: nox.Session) -> None:
+    """Run the default tests with the newest releases of all dependencies."""
+    session.install(*PIP, "--upgrade", "torch")
+    install_everything(session, constraints=None)
     run_pytest(session, session.bin, *all_tests())
 
 

@@ -164,8 +164,8 @@ def count_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def count_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = StepStatistics.own
-    monkeypatch.setattr(StepStatistics, "own", lambda self: own(self) * (dist.get_rank() == 0))
+    local_counts = StepStatistics.local_counts
+    monkeypatch.setattr(StepStatistics, "local_counts", lambda self: local_counts(self) * (dist.get_rank() == 0))
 
 
 def count_micro_batches_anew(monkeypatch: pytest.MonkeyPatch) -> None:

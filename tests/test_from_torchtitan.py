@@ -9,7 +9,7 @@ from titan_config import Configurable
 from titan_parallel import Compile
 from titan_trainer import Profiler
 
-PAGE = Path(__file__).parent.parent / "docs" / "from_torchtitan.md"
+PAGE = Path(__file__).parent.parent / "docs" / "coming_from" / "torchtitan.md"
 
 
 def rows() -> list[list[str]]:

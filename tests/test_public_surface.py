@@ -14,6 +14,7 @@ PUBLIC_SUBMODULES = {
     "titan_data.testing",
     "titan_models.deepseek",
     "titan_models.gpt_oss",
+    "titan_models.hugging_face",
     "titan_models.llama3",
     "titan_models.llama4",
     "titan_models.moe",

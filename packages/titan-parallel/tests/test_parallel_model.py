@@ -257,9 +257,10 @@ def test_no_batches_are_refused(on_one_rank, small):
 def test_a_sequence_that_does_not_divide_is_refused_on_every_rank(run_ranks, small):
     def error():
         parallel = small.put_on("tp2_both", small.make_model())
-        with pytest.raises(ValueError, match=r"must be a multiple of tensor_parallel_degree \(2\) .*, got 13") as caught:
+        message = r"must be a multiple of tensor_parallel_degree \(2\) .*, got 13"
+        with pytest.raises(ValueError, match=message) as caught:
             parallel.forward_backward([small.make_batch(length=13)], small.chunked_loss, 1)
-        with pytest.raises(ValueError, match="sequence length must be a multiple of .*, got 13"):
+        with pytest.raises(ValueError, match=r"sequence length must be a multiple of .*, got 13"):
             parallel.model(**small.make_batch(length=13).inputs)
         return str(caught.value)
 

@@ -89,7 +89,7 @@ def roles_of(model: nn.Module) -> RoleTable:
         raise ConfigError(
             f"roles_of must be given a model of transformers, got a {type(model).__name__}. Use "
             "titan_parallel.fsdp_roles(model) to shard it over data-parallel ranks, or write its table of roles: "
-            "docs/parallel.md."
+            "docs/concepts/roles.md."
         )
     return _Table(model).roles()
 

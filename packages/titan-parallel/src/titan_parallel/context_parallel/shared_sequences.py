@@ -133,7 +133,7 @@ class SharedSequences:
                 raise ConfigError(
                     f"An attention core under context_parallel_method {self._dims.config.context_parallel_method} must "
                     f"have {needed}, got {name}, a {type(core).__name__} without it. Add the method "
-                    "(docs/parallel.md), or choose another core or context_parallel_method."
+                    "(docs/concepts/context_parallel.md), or choose another core or context_parallel_method."
                 )
         core.whole_build_mask, core.whole_forward = core.build_mask, core.forward
         core.build_mask, core.forward = MethodType(self._build_mask, core), MethodType(self._forward, core)
