@@ -24,7 +24,7 @@ def flex_trains_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def llama(core, *limits, **attention_options):
     attention = GroupedQueryAttention.Config(
-        num_heads=4, num_kv_heads=2, head_dim=8, core=core, limits=[*limits], **attention_options
+        num_heads=4, num_kv_heads=2, head_dim=8, core=core, mask_modifiers=[*limits], **attention_options
     )
     block = Block.Config(attention=attention, feed_forward=SwiGLU.Config(hidden_dim=48))
     config = Llama3.Config(vocab_size=64, dim=32, num_layers=2, rope=Rope.Config(dim=8), block=block)

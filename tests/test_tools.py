@@ -37,7 +37,7 @@ def test_the_lock_is_made_from_what_is_declared(checkout):
     [
         ("packages/titan-data/pyproject.toml", "datasets>=4", "datasets>=4.1"),
         ("packages/titan-ckpt/pyproject.toml", "pytest>=8", "pytest>=8.1"),
-        ("pyproject.toml", 'lint = ["ruff"]', 'lint = ["ruff", "codespell"]'),
+        ("pyproject.toml", 'lint = ["codespell", "ruff"]', 'lint = ["codespell", "pyyaml", "ruff"]'),
         ("constraints.txt", r"tyro==[\d.]+", "tyro==1.0.1"),
         ("minimums.txt", r"tyro==[\d.]+", "tyro==1.0.1"),
     ],

@@ -265,7 +265,7 @@ def test_a_sequence_that_does_not_divide_is_refused_on_every_rank(run_ranks, sma
         return str(caught.value)
 
     for said in run_ranks(2, error):
-        assert "multiple of 2" in said
+        assert "multiple of tensor_parallel_degree (2)" in said
 
 
 def test_ids_beyond_the_vocabulary_fail_on_every_rank(run_ranks, small):

@@ -57,7 +57,7 @@ class ParallelModel:
         self.model.zero_grad(set_to_none=True)
         if self._hooks.statistics is not None:
             self._hooks.statistics.reset()
-        weighed = denominator / self.dims.fsdp_mesh.size()  # FSDP averages gradients over these ranks
+        weighed = denominator / self._num_averaged
         with self._contexts(), self._backward_contexts(weighed):
             total = self.schedule.forward_backward(batches, loss, weighed)
         for finalize in self._hooks.gradient_finalizers:
@@ -156,6 +156,11 @@ class ParallelModel:
             totals = totals if self._is_first_tensor_rank else torch.zeros_like(totals)
             dist.all_reduce(totals)
         return totals
+
+    @property
+    def _num_averaged(self) -> int:
+        """The number of ranks over which FSDP averages gradients, which must be summed."""
+        return self.dims.fsdp_mesh.size()
 
     @property
     def _is_first_tensor_rank(self) -> bool:
