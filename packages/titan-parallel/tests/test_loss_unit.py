@@ -139,7 +139,7 @@ def count_once_a_rank(patch):
 
 
 @pytest.mark.parametrize("sabotage", [forget_the_gradients_of_others, count_once_a_rank])
-def test_a_broken_sum_is_noticed(monkeypatch, sabotage):
+def test_a_broken_sum_is_detected(monkeypatch, sabotage):
     words = sabotage(monkeypatch)
     report = check(preference_loss, ["cp2"])
     assert not report.ok and re.search(words, str(report)), report
@@ -148,11 +148,11 @@ def test_a_broken_sum_is_noticed(monkeypatch, sabotage):
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (undecided, "a loss must state what it is a sum of, got undecided, which does not"),
+        (undecided, "must declare its unit for context_parallel_degree > 1, got undecided without a unit"),
         (loss_without_a_sum, "must be the same on all ranks that share the sequence, got .* Sum what it makes"),
     ],
 )
-def test_a_loss_that_cannot_be_split_is_refused_on_every_rank(run_ranks, loss, words):
+def test_losses_that_cannot_be_split_raise_on_every_rank(run_ranks, loss, words):
     def run():
         dims = ParallelDims.Config(**CONTEXT_2).build(world_size=2, device_type="cpu")
         parallel = parallelize(llama().double(), ROLES, dims, output=lambda made: made.logits)
@@ -190,7 +190,7 @@ class Slotted:
 
 
 def test_a_unit_is_stated_by_the_class_of_a_loss_itself():
-    with pytest.raises(TypeError, match=r"must take attributes, got Slotted\. Decorate the class of the loss"):
+    with pytest.raises(TypeError, match=r"must have settable attributes .* got Slotted\. Decorate its class"):
         per_token(Slotted())
     decorated = per_token(Slotted)
     assert loss_unit.unit_of(decorated()) == "token" == loss_unit.unit_of(decorated)
@@ -198,6 +198,6 @@ def test_a_unit_is_stated_by_the_class_of_a_loss_itself():
     class OfSequences(decorated):
         """Sums something else."""
 
-    with pytest.raises(ValueError, match=r"must state what it is a sum of, got .*OfSequences"):
+    with pytest.raises(ValueError, match=r"must declare its unit .* got .*OfSequences without a unit"):
         loss_unit.unit_of(OfSequences())
     assert loss_unit.unit_of(per_sequence(OfSequences)()) == "sequence"

@@ -1,4 +1,4 @@
-"""A model on a pipeline of ranks computes what it computes on one, in the order of any schedule."""
+"""A pipelined model has the losses and gradients of one process, with every schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_dims(degrees):
 
 
 def judge(small, degrees, *, layers=4, number=4, tied=False, **options):
-    """The names of this rank's gradients, and of all; raises where anything is not the plain model's, twice over."""
+    """Run two steps and compare with the plain model; return the names of the gradients of this rank and of all."""
     shape = small.Shape(layers=layers, tied=tied)
     batch = small.make_batch()
     loss, expected, count = small.plain_step(small.make_model(shape), batch)
@@ -102,7 +102,7 @@ def test_four_stages_on_four_ranks_and_more_stages_than_two_on_each(run_ranks, s
 
 
 def test_bf16_between_stages(run_ranks, small):
-    """The weights' gradients are those of fp64, but for bf16's rounding in one process."""
+    """Gradients differ from fp64 by no more than the bf16 rounding error measured in one process."""
     shape, batch = small.Shape(layers=4, tied=True), small.make_batch()
     reference = small.refer(small.make_model(shape, torch.float32), batch, torch.bfloat16)
 
@@ -121,7 +121,7 @@ def test_compiled_blocks(run_ranks, small):
     run_ranks(2, lambda: judge(small, degrees, compile=compiler))
 
 
-def test_a_rank_has_memory_for_its_stages_alone_and_names_stay(run_ranks, small):
+def test_a_rank_holds_only_its_stages_and_names_do_not_change(run_ranks, small):
     def run():
         with torch.device("meta"):
             model = small.Transformer(small.Shape(tied=True))
@@ -151,7 +151,7 @@ def test_the_hook_sees_each_summed_gradient_once(run_ranks, small):
     run_ranks(4, run)
 
 
-def test_stages_are_cut_by_cost():
+def test_stages_are_split_by_cost():
     assert cut_by_cost([1] * 8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
     assert [len(own) for own in cut_by_cost([1] * 8, 2, last=2)] == [5, 3]  # the head costs as two blocks
     for costs, num_stages, last in (([1, 9, 1, 1, 1, 5, 5], 3, 0), ([2] * 9, 4, 5), ([3, 1, 4, 1, 5, 9, 2, 6], 5, 3)):
@@ -185,7 +185,7 @@ def test_stages_begin_at_named_blocks(run_ranks, small):
 
 
 class Looped(nn.Module):
-    """Blocks that share a weight, or one block in two places."""
+    """Has blocks that share a weight, or the same block twice."""
 
     def __init__(self, whole=False):
         super().__init__()
@@ -201,31 +201,37 @@ LOOPED_ROLES = {"embedding": "embedding", "layers.*": "block", "head": "head"}
 
 BAD = [
     ({"pipeline_parallel_schedule": "Interleaved1F1B"}, {}, "2 blocks for 4 stages"),
-    ({"pipeline_parallel_splits": ["layers.7"]}, {}, "'layers.7' in pipeline_parallel_splits, which is no block"),
-    ({"pipeline_parallel_splits": ["layers.0"]}, {}, "in the order of the blocks"),
-    ({"pipeline_parallel_splits": ["layers.1", "layers.0"]}, {}, "2 pipeline_parallel_splits for 2 stages"),
-    ({"pipeline_parallel_stages_per_rank": 2}, {}, "2 for the schedule 1F1B. It puts 1 on each rank"),
+    (
+        {"pipeline_parallel_splits": ["layers.7"]},
+        {},
+        r"names of blocks \(layers\.0 to layers\.1\), got 'layers\.7'",
+    ),
+    ({"pipeline_parallel_splits": ["layers.0"]}, {}, r"must be in the order of the blocks, .* got \['layers\.0'\]"),
+    (
+        {"pipeline_parallel_splits": ["layers.1", "layers.0"]},
+        {},
+        r"must have 1 names for 2 stages .*, got 2\.",
+    ),
+    ({"pipeline_parallel_stages_per_rank": 2}, {}, r"must be 1 or None for the schedule 1F1B, got 2\."),
     (
         {"pipeline_parallel_stages_per_rank": 1, "pipeline_parallel_schedule": "DualPipeV"},
         {},
-        "1 for the schedule DualPipeV. It puts 2 on each rank",
+        r"must be 2 or None for the schedule DualPipeV, got 1\.",
     ),
     (
         {"pipeline_parallel_stages_per_rank": 1, "pipeline_parallel_schedule": "InterleavedZeroBubble"},
         {"compile": Compile.Config(backend="aot_eager")},
-        "InterleavedZeroBubble with compiled blocks",
+        "for compiled blocks, got InterleavedZeroBubble",
     ),
 ]
 
 
-def test_what_cannot_be_is_an_error_on_every_rank(run_ranks, small):
+def test_invalid_configs_raise_on_every_rank(run_ranks, small):
     def run():
         for degrees, options, message in BAD:
             with pytest.raises(ConfigError, match=message):
                 parallelize(small.make_model(), small.ROLES, make_dims(degrees), **options)
-        with pytest.raises(
-            ConfigError, match="must be modules of their own, got layers, in which one module stands in"
-        ):
+        with pytest.raises(ConfigError, match="must be distinct modules, got layers, which contains the same module"):
             parallelize(Looped(whole=True), LOOPED_ROLES, make_dims({}))
         with pytest.raises(ConfigError, match="without a block"):
             parallelize(Looped(), {"embedding": "embedding"}, make_dims({}))
@@ -236,18 +242,18 @@ def test_what_cannot_be_is_an_error_on_every_rank(run_ranks, small):
 FILES = {
     "0F0,0B0": "1 rows for 2 ranks",
     "0F0,0B0\n1F0,what": "Invalid action string: what",
-    "0F0,0B0\n2F0,2B0": r"stages are \[0, 2\]",
+    "0F0,0B0\n2F0,2B0": r"stages must be numbered 0, 1, 2, \.\.\., got \[0, 2\]",
     "0F0,0B0\n1F0": "Invalid backward microbatches for stage 1",
     "0B0,0F0\n1F0,1B0": "without first running Forward",
-    "0F0,0SEND_F0,0B0\n1F0,1B0": "0SEND_F0 is no computation",
-    "0F1,0F0,0B0,0B1\n1F0,1F1,1B0,1B1": "stage 0 runs micro-batches in the order",
+    "0F0,0SEND_F0,0B0\n1F0,1B0": "0SEND_F0 is not a compute action",
+    "0F1,0F0,0B0,0B1\n1F0,1F1,1B0,1B1": r"stage 0 must run forwards in ascending order, got \[1, 0\]",
     "0F0,1F0,1B0,0B0\n": "1 rows for 2 ranks",
     "0F0,1F0,1B0,0B0\n,": "rank 1 has no stage",
     "0F0,0B0,2F0,2B0\n1F0,1B0": "can't schedule sends/recvs",
 }
 
 
-def test_a_schedule_from_a_file(run_ranks, small, tmp_path):
+def test_a_schedule_from_a_csv_file(run_ranks, small, tmp_path):
     good = tmp_path / "good.csv"
     good.write_text("0F0,0F1,0F2,,,0B0,0F3,0B1,0B2,0B3\n,1F0,1I0,1F1,1B1,1W0,1F2,1B2,1F3,1B3\n")
 
@@ -260,20 +266,20 @@ def test_a_schedule_from_a_file(run_ranks, small, tmp_path):
             file = tmp_path / f"{number}.csv"
             with pytest.raises(ConfigError, match=message):
                 parallelize(small.make_model(), small.ROLES, make_dims({"pipeline_parallel_schedule_csv": file}))
-        with pytest.raises(ConfigError, match=r"absent\.csv as pipeline_parallel_schedule_csv, which cannot be read"):
+        with pytest.raises(ConfigError, match=r"must be a readable CSV file .* got .*absent\.csv: .*No such file"):
             absent = {"pipeline_parallel_schedule_csv": tmp_path / "absent.csv"}
             parallelize(small.make_model(), small.ROLES, make_dims(absent))
 
     run_ranks(2, run)
 
 
-def test_micro_batches_that_cannot_be_are_refused_on_every_rank(run_ranks, small, tmp_path):
+def test_invalid_micro_batches_raise_on_every_rank(run_ranks, small, tmp_path):
     file = tmp_path / "two.csv"
     file.write_text("0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n")
     too_few = {
-        "1F1B": (1, "1 micro-batches for the pipeline schedule 1F1B. It needs at least as many as its 2 stages"),
-        "DualPipeV": (2, "at least as many as its 4 stages"),
-        "Interleaved1F1B": (5, "5 micro-batches .* 2 equal rounds"),
+        "1F1B": (1, r"must be at least 2 \(the number of stages\) for the pipeline schedule 1F1B, got 1\."),
+        "DualPipeV": (2, r"must be at least 4 \(the number of stages\) for the pipeline schedule DualPipeV, got 2\."),
+        "Interleaved1F1B": (5, r"must be a multiple of 2 .* for the pipeline schedule Interleaved1F1B, got 5\."),
     }
 
     def run():
@@ -287,21 +293,21 @@ def test_micro_batches_that_cannot_be_are_refused_on_every_rank(run_ranks, small
             with pytest.raises(ValueError, match=message):
                 parallel.forward_backward(batches, small.chunked_loss, 1)
         parallel = parallelize(small.make_model(), small.ROLES, make_dims({"pipeline_parallel_schedule_csv": file}))
-        with pytest.raises(ValueError, match="It runs 2 of them"):
+        with pytest.raises(ValueError, match=r"must be 2 for the pipeline schedule two\.csv, got 1\."):
             parallel.forward_backward([batch], small.chunked_loss, 1)
         uneven = [batch.rows(0, 2), batch.rows(2, 3)]
-        with pytest.raises(ValueError, match=r"tokens of shape \[2, 12\] .* \[1, 12\] .* in number 2"):
+        with pytest.raises(ValueError, match=r"got tokens: shape \[2, 12\] .* shape \[1, 12\] .* in micro-batch 2"):
             parallel.forward_backward(uneven, small.chunked_loss, 1)
         count = int((batch.rows(0, 3).targets["labels"] != -100).sum())
         assert int(parallel.evaluate(uneven, small.chunked_loss)[1]) == count
-        with pytest.raises(RuntimeError, match="direct call of a model of which each rank of the pipeline holds some"):
+        with pytest.raises(RuntimeError, match="direct call of its forward, while each rank holds only some"):
             parallel.model(**batch.inputs)
 
     run_ranks(2, run)
 
 
 class OutOfOrder(nn.Module):
-    """What it calls first is defined last."""
+    """Calls a module before the blocks that is defined after them."""
 
     def __init__(self):
         super().__init__()
@@ -376,7 +382,7 @@ def average_over_micro_batches():
         (average_over_micro_batches, "x0.25"),
     ],
 )
-def test_a_broken_pipeline_is_seen(run_ranks, small, sabotage, says):
+def test_a_broken_pipeline_is_detected(run_ranks, small, sabotage, says):
     def run():
         sabotage()
         with pytest.raises(AssertionError, match=says):

@@ -1,4 +1,4 @@
-"""What is computed before the blocks and read by all of them, on every stage of a pipeline.
+"""Conditioning: values computed before the blocks and read by every block, on every stage of a pipeline.
 
 B batch, T tokens, D width.
 """
@@ -88,7 +88,7 @@ class Model(nn.Module):
 
 
 class ByKeywords(Model):
-    """Conditioning by keyword, the stream not first, and a learned table that all blocks read."""
+    """Passes conditioning by keyword and hidden states not first; all blocks read a learned table."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -108,7 +108,7 @@ class AfterAndBetween(Model):
 
 
 class Encoded(Model):
-    """Every block reads what an encoder made of other tokens, by an embedding that has no role."""
+    """Every block reads the output of an encoder of other tokens, whose embedding has no role."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -119,7 +119,7 @@ class Encoded(Model):
 
 
 class WordsCondition(Model):
-    """The words enter the stream and every block."""
+    """Passes word embeddings to every block besides the hidden states."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time) + self.words(tokens).mean(1)
@@ -129,7 +129,7 @@ class WordsCondition(Model):
 
 
 class DetachedWords(Model):
-    """What reaches the blocks of the words has no gradient, and was written in place."""
+    """Passes word embeddings to blocks detached and written in place."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -148,7 +148,7 @@ class Places:
 
 
 class WordsInAPlace(Model):
-    """What blocks get of the words lies deep in an object."""
+    """Passes word embeddings to blocks nested in an object."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -158,7 +158,7 @@ class WordsInAPlace(Model):
 
 
 class WordsAtTheEnd(Model):
-    """Logits by the weight of the words, without a head."""
+    """Computes logits with the weight of the word embedding, without a head."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -168,7 +168,7 @@ class WordsAtTheEnd(Model):
 
 
 class SkipsABlock(Model):
-    """A long skip: what the first block made is read by the last."""
+    """A long skip connection: the last block reads the output of the first."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -179,7 +179,7 @@ class SkipsABlock(Model):
 
 
 class ResidualOutside(Model):
-    """The stream goes round the blocks."""
+    """Adds a residual connection around the blocks."""
 
     def forward(self, tokens, time):
         x, condition = self.enter(tokens), self.time(time)
@@ -189,7 +189,7 @@ class ResidualOutside(Model):
 
 
 class SumOfLayers(Model):
-    """What all blocks made is read after the last."""
+    """Reads the outputs of all blocks after the last block."""
 
     def forward(self, tokens, time):
         x, condition, made = self.enter(tokens), self.time(time), []
@@ -276,18 +276,18 @@ def test_embeddings_that_are_needed_elsewhere_are_held_by_all_without_the_role()
 BESIDE_THE_STREAM = [
     (
         WordsCondition,
-        "An embedding of a pipeline must enter the stream alone, got the output of words in argument 1 of",
+        "must enter the first block only, as hidden states, got the output of words in argument 1 of",
     ),
     (WordsInAPlace, "got the output of words in memory of blocks.0"),
     (DetachedWords, "got the output of words in argument 1 of blocks.0"),
-    (WordsAtTheEnd, "must be read by its own module alone, got a model that reads weight of words elsewhere"),
-    (SkipsABlock, "must exchange the stream alone, got what blocks.0 made in the stream of blocks.3"),
-    (ResidualOutside, "got the output of words in the stream of blocks.1"),
-    (SumOfLayers, "must exchange the stream alone, got what blocks.0 made after the blocks"),
+    (WordsAtTheEnd, "must be read by that module only, got a model that reads words.weight elsewhere"),
+    (SkipsABlock, "must exchange hidden states only, got an output of blocks.0 in the hidden states of blocks.3"),
+    (ResidualOutside, "got the output of words in the hidden states of blocks.1"),
+    (SumOfLayers, "must exchange hidden states only, got an output of blocks.0 after the blocks"),
 ]
 
 
-def test_what_stages_do_not_exchange_is_refused_on_every_rank(run_ranks):
+def test_values_that_stages_do_not_exchange_raise_on_every_rank(run_ranks):
     def run():
         dims = pipeline().build(world_size=2, device_type="cpu")
         for kind, message in BESIDE_THE_STREAM:
@@ -339,7 +339,7 @@ def count_them_in_the_norm_of_every_rank(patch):
         count_them_in_the_norm_of_every_rank,
     ],
 )
-def test_conditioning_that_is_lost_is_noticed(monkeypatch, sabotage):
+def test_lost_conditioning_is_detected(monkeypatch, sabotage):
     found = sabotage(monkeypatch)
     monkeypatch.setattr(StageRun, "verdict", lambda self: Verdict(True))  # the probe refuses some of it before
     report = check(Model, {"pp2": pipeline()})

@@ -1,4 +1,4 @@
-"""Models that know nothing of this package on a pipeline of ranks, by tables written by hand."""
+"""Third-party models on a pipeline, with hand-written roles."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def gpt2():
 
 
 def gemma3():
-    """Blocks that see a window and blocks that see all, by their numbers; the embedding scales what it looks up."""
+    """Return a model that alternates sliding-window and full attention by layer number, with scaled embeddings."""
     config = transformers.Gemma3TextConfig(
         vocab_size=48,
         hidden_size=32,
@@ -80,7 +80,7 @@ def gemma3():
 
 
 class TupleBlock(nn.Module):
-    """Returns the stream and what nobody reads."""
+    """Returns hidden states and an unused output."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ def seeded(make):
 
 
 def judge(small, make, roles, degrees, rows=8):
-    """Whether this rank has a gradient for each of its parameters; raises where one is not the plain model's."""
+    """Return whether each parameter of this rank has a gradient; raise if one differs from the plain model's."""
     ids = torch.randint(48, (rows, 9), generator=torch.Generator().manual_seed(1))
     inputs, labels = {"input_ids": ids[:, :-1]}, ids[:, 1:]
     plain = seeded(make)
@@ -160,13 +160,13 @@ def on_all(small, names, more):
     return [judge(small, CASES[name][0], CASES[name][1], {**CASES[name][2], **more}) for name in names]
 
 
-def test_foreign_models_on_two_ranks(run_ranks, small):
+def test_third_party_models_on_two_ranks(run_ranks, small):
     for found in run_ranks(2, on_all, small, list(CASES), {}):
         assert all(found)
 
 
 @pytest.mark.full
-def test_foreign_models_on_two_ranks_and_two_of_another_axis(run_ranks, small):
+def test_third_party_models_on_two_ranks_and_two_of_another_axis(run_ranks, small):
     for found in run_ranks(4, on_all, small, ["Llama", "Llama, tied, zero bubble"], {"tensor_parallel_degree": 2}):
         assert all(found)
     for found in run_ranks(4, on_all, small, list(CASES), {"data_parallel_replicate_degree": 2}):
@@ -174,7 +174,7 @@ def test_foreign_models_on_two_ranks_and_two_of_another_axis(run_ranks, small):
 
 
 class Unpacking(TupleModel):
-    """Takes more than the stream of a block."""
+    """Unpacks the output of a block."""
 
     def forward(self, input_ids):
         x = self.words(input_ids)
@@ -183,9 +183,9 @@ class Unpacking(TupleModel):
         return SimpleNamespace(logits=self.out(x))
 
 
-def test_a_model_that_takes_more_than_the_stream_of_a_block_is_told_on_every_rank(run_ranks, small):
+def test_unpacking_the_output_of_a_block_raises_on_every_rank(run_ranks, small):
     def run():
-        with pytest.raises(ConfigError, match="unpacks what a block returns"):
+        with pytest.raises(ConfigError, match="unpacks the output of a block"):
             judge(small, Unpacking, TUPLE_ROLES, {"pipeline_parallel_schedule": "Interleaved1F1B"})
 
     run_ranks(2, run)

@@ -480,7 +480,7 @@ class DropsBlocks(Model):
 def test_a_skipped_block_is_rejected_in_the_first_step(run_ranks):
     def run():
         parallel = put_on_two_ranks(DropsBlocks())
-        with pytest.raises(ConfigError, match=r"got what blocks\.1 made in the stream of blocks\.3"):
+        with pytest.raises(ConfigError, match=r"got an output of blocks\.1 in the hidden states of blocks\.3"):
             parallel.forward_backward([make_batch()] * 2, loss, 1)
 
     run_ranks(2, run)
@@ -492,7 +492,7 @@ def test_a_stage_whose_input_is_not_used_raises_in_any_step():
     parts = StageModel.of(model, matched, StageModules.of(model, matched, 2), None)
     stage = StageForward(parts, range(3, 4))
     tokens = make_batch().inputs["tokens"]
-    with pytest.raises(RuntimeError, match=r"must call every block.*passed over the block before blocks\.3"):
+    with pytest.raises(RuntimeError, match=r"must call every block.*skipped the block before blocks\.3"):
         stage(lambda: model(tokens), received)
     model.skipped = 0  # of another stage
     torch.testing.assert_close(stage(lambda: model(tokens), received), model.leave(model.blocks[3](received)))
@@ -522,7 +522,7 @@ def test_gradients_are_wrong_without_the_probe(monkeypatch):
 REJECTED = [
     (ListAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
     (IndexedAfterTheBlocks, ROLES, "must be defined before them, got ModuleList"),
-    (CallsANormOfABlock, ROLES, r"within the block alone, got a model that calls blocks\.0\.norm from outside"),
+    (CallsANormOfABlock, ROLES, r"called by that block only, got a model that calls blocks\.0\.norm from outside"),
     (ReadsABlock, ROLES, "must run without the blocks and embeddings of other stages, got ReadsABlock"),
     (Rescales, ROLES, "must run without the blocks and embeddings of other stages, got Rescales"),
     (NoTensor, {**ROLES, "places": "embedding"}, "must be called with a tensor, got Places"),

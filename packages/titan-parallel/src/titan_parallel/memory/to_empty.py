@@ -1,4 +1,4 @@
-"""Memory for a model on the meta device, with tied tensors still tied afterwards."""
+"""Materialization of a model on the meta device that preserves tied weights."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 Slot = tuple[dict[str, Any], str]
-"""The parameters or buffers of a module, and the name of one of them."""
+"""The dict of the parameters or buffers of a module, and a name in the dict."""
 
 
 def to_empty(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Give `model` uninitialized memory on `device` and return it, as `nn.Module.to_empty` does, and keep tied weights.
+    """Allocate uninitialized memory for `model` on `device`, keep tied weights tied, and return `model`.
 
-    PyTorch makes a new tensor for each name, so that a parameter with two names becomes two parameters. Parameters and
-    buffers that modules share before the call are shared after it.
+    `nn.Module.to_empty` creates a new tensor for each name, so that a parameter with two names becomes two parameters.
+    Here, parameters and buffers that modules share before the call are shared after it.
     """
     shared = _shared_slots(model)
     model.to_empty(device=device)
@@ -26,7 +26,7 @@ def to_empty(model: nn.Module, device: torch.device | str) -> nn.Module:
 
 
 def _shared_slots(model: nn.Module) -> list[list[Slot]]:
-    """For each tensor that several modules, or one of them under several names, hold: all of its places."""
+    """Return all slots of each tensor that has several: in several modules, or under several names of one."""
     places: dict[Tensor, list[Slot]] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: the blocks of a model over ranks."""
+"""Pipeline parallelism: split the blocks of a model into stages on different ranks."""

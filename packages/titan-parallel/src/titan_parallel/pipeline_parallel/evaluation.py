@@ -1,4 +1,4 @@
-"""Evaluation over the stages of a pipeline: forward only, one stage after the other, on all micro-batches."""
+"""Pipelined evaluation: forward only; each rank runs its stages in order, each on all micro-batches."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from titan_parallel.pipeline_parallel.stage_runner import StageRunner
 
 @torch.no_grad()
 def forward_only(runner: StageRunner, stages: Stages, shapes: Sequence[Shape]) -> None:
-    """Run micro-batches, whose streams have these `shapes`, through all stages."""
+    """Run the forward of all stages on micro-batches whose hidden states have these `shapes`."""
     group = stages.dims.pp_mesh.get_group()
     ranks = [dist.get_global_rank(group, rank) for rank in stages.schedule.ranks]
     kept: dict[int, list[Tensor]] = {}
     sends = []
     for stage in stages.mine:
         if stage == 0:
-            streams: Iterator[Tensor | None] = iter([None] * len(shapes))
+            hidden_states: Iterator[Tensor | None] = iter([None] * len(shapes))
         elif stage in kept:
-            streams = iter(kept.pop(stage))
+            hidden_states = iter(kept.pop(stage))
         else:
-            streams = _receive(shapes, ranks[stage - 1], group, stages.dims.device_type)
-        for number, stream in enumerate(streams):
-            output = runner.run(stage, number, stream)
+            hidden_states = _receive(shapes, ranks[stage - 1], group, stages.dims.device_type)
+        for number, hidden in enumerate(hidden_states):
+            output = runner.run(stage, number, hidden)
             if stage + 1 in stages.mine:
                 kept.setdefault(stage + 1, []).append(output)
             elif stage + 1 < len(ranks):
@@ -39,10 +39,13 @@ def forward_only(runner: StageRunner, stages: Stages, shapes: Sequence[Shape]) -
 
 
 def _receive(shapes: Sequence[Shape], rank: int, group: dist.ProcessGroup, device_type: str) -> Iterator[Tensor]:
-    """The streams from a rank; all receives are posted at once, before sends: messages of two ranks have one order."""
-    streams = [torch.empty(shape, dtype=dtype, device=device_type) for shape, dtype in shapes]
-    arrivals = [dist.irecv(stream, rank, group) for stream in streams]
-    for stream, arrival in zip(streams, arrivals, strict=True):
+    """Yield the hidden states that `rank` sends.
+
+    All receives are posted before any send, because messages between two ranks arrive in the order of posting.
+    """
+    hidden_states = [torch.empty(shape, dtype=dtype, device=device_type) for shape, dtype in shapes]
+    arrivals = [dist.irecv(hidden, rank, group) for hidden in hidden_states]
+    for hidden, arrival in zip(hidden_states, arrivals, strict=True):
         if arrival is not None:
             arrival.wait()
-        yield stream
+        yield hidden

@@ -1,4 +1,4 @@
-"""Cut a model into stages, and take out of it what a rank does not hold."""
+"""Split a model into stages, and remove the parameters and buffers that a rank does not hold."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from titan_parallel.step.forward_loss import LossForward
 
 
 class Stages:
-    """A model cut into the stages of a schedule, by its blocks; of the model a rank keeps what its stages hold.
+    """A model split at its blocks into the stages of a schedule; each rank keeps only the modules of its stages.
 
-    Embeddings belong to the first stage, what is defined after the last block to the last, as the head does. All else
-    is held by all stages: what is computed before the blocks may be read by every block. Weights that several ranks
-    hold have one gradient, the sum of theirs.
+    Embeddings belong to the first stage. The head and modules defined after the last block belong to the last stage.
+    All stages hold all other modules, because every block may read values computed before the blocks. The gradient of
+    a weight held by several ranks is the sum of their gradients.
     """
 
     def __init__(
@@ -39,8 +39,11 @@ class Stages:
         dtype: torch.dtype | None,
         recomputes: bool,
     ) -> None:
-        """`dtype` is what weights compute in (None: what they are stored in). Raises ConfigError where blocks exchange
-        more than their stream."""
+        """Split `model` in place.
+
+        `dtype` is the dtype in which weights compute (None: the dtype in which they are stored). `recomputes` says
+        whether blocks use activation checkpointing. Raises ConfigError for a model that cannot be split into stages.
+        """
         self.schedule = schedule
         self.dims = dims
         self.dtype = dtype
@@ -60,20 +63,20 @@ class Stages:
         }
         whole = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.splits_backward = not (
-            recomputes  # which it would do twice
-            or dims.config.fsdp_reshard_after_forward == "always"  # weights would be gone
-            or self._trains_what_all_hold(owners)  # several blocks' gradients go back through one graph
+            recomputes  # a split backward would recompute twice
+            or dims.config.fsdp_reshard_after_forward == "always"  # weights would be freed between the two halves
+            or self._trains_what_all_hold(owners)  # gradients of several blocks share one graph
         )
         self._strip(owners, holders)
         here = dict(model.named_parameters())
         self.nonlocal_parameters = [name for name in whole if name not in here]
-        """The parameters that other ranks train, and this one does not have."""
+        """Names of the trained parameters that other ranks hold and this rank does not."""
         named = {**pieces.embeddings, **pieces.blocks, **pieces.after}
         self.taken_out = [name for name, module in named.items() if not any(True for _ in module.parameters())]
-        """The names of the pieces of which this rank has no parameters."""
+        """Names of the modules (embeddings, blocks, modules after them) of which this rank holds no parameters."""
 
     def blocks_of_ranks(self) -> list[list[range]]:
-        """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
+        """Return, for each rank of the pipeline, the block numbers of each of its stages."""
         ranks = self.schedule.ranks
         return [
             [own for own, of in zip(self._ranges, ranks, strict=True) if of == rank] for rank in range(max(ranks) + 1)
@@ -81,21 +84,21 @@ class Stages:
 
     @property
     def held_by_all(self) -> list[str]:
-        """The names of the weights that every rank of the pipeline holds."""
+        """Names of the weights that every rank of the pipeline holds."""
         return [name for name, ranks in self._holders_by_name.items() if len(ranks) == self.dims.pp_size]
 
     @property
     def held_by_ends(self) -> list[str]:
-        """The names of the weights that this rank and the other end of the pipeline hold, and no other rank."""
+        """Names of the weights that only the ranks of the first and last stage hold, where this rank is one of them."""
         return [name for name, ranks in self._holders_by_name.items() if len(ranks) < self.dims.pp_size]
 
     @property
     def duplicate_parameters(self) -> list[str]:
-        """Weights whose gradients another rank of the pipeline counts: the first of those that hold them."""
+        """Names of the weights whose gradients another rank counts in the norm: the lowest rank that holds them."""
         return [name for name, ranks in self._holders_by_name.items() if min(ranks) != self.rank]
 
     def around(self, forward: LossForward) -> StageRunner:
-        """What runs this rank's stages."""
+        """Return the module that runs the stages of this rank."""
         tokens = self.dims.tp_size if self.dims.sequence_parallel else 1
         return StageRunner(
             forward,
@@ -107,7 +110,7 @@ class Stages:
         )
 
     def _owners(self, pieces: StageModules) -> dict[nn.Module, set[int]]:
-        """For each module in a piece, the ranks whose stages it is in."""
+        """Return the ranks that run each module: of the embeddings, the blocks, and the modules after them."""
         ranks, owners = self.schedule.ranks, dict[nn.Module, set[int]]()
         stages = [(0, list(pieces.embeddings.values())), (len(ranks) - 1, list(pieces.after.values()))]
         blocks = list(pieces.blocks.values())
@@ -118,7 +121,7 @@ class Stages:
         return owners
 
     def _holders(self, owners: dict[nn.Module, set[int]]) -> dict[nn.Parameter, set[int]]:
-        """The ranks of the pipeline that hold each parameter. Raises ConfigError for ranks that cannot share one."""
+        """Return the pipeline ranks that hold each parameter. Raises ConfigError for unsupported sharing."""
         everyone, ends = set(range(self.dims.pp_size)), {self.schedule.ranks[0], self.schedule.ranks[-1]}
         holders: dict[nn.Parameter, set[int]] = {}
         for module in self._model.modules():
@@ -130,8 +133,9 @@ class Stages:
             held = holders[parameter]
             if len(held) > 1 and held not in (everyone, ends):
                 raise ConfigError(
-                    f"A weight of a pipeline must be on one rank, on both ends or on all, got {name} on ranks "
-                    f"{sorted(held)}. Use pipeline_parallel_splits."
+                    "A shared weight must be on one pipeline rank, on the ranks of the first and last stage, or on all "
+                    f"ranks, got {name} on ranks {sorted(held)}. Set pipeline_parallel_splits so that the blocks "
+                    "that share the weight are on one rank."
                 )
         return holders
 
@@ -140,7 +144,7 @@ class Stages:
         return any(p is not None and p.requires_grad for module in others for p in module._parameters.values())
 
     def _strip(self, owners: dict[nn.Module, set[int]], holders: dict[nn.Parameter, set[int]]) -> None:
-        """Put None in the place of all parameters and buffers that this rank does not hold; names stay."""
+        """Replace the parameters and buffers that this rank does not hold by None; other names do not change."""
         for module, ranks in owners.items():
             if self.rank not in ranks:
                 for name, parameter in module._parameters.items():

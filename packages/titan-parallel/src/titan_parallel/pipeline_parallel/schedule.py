@@ -1,4 +1,4 @@
-"""How the micro-batches of a step run through a model whose stages are on several ranks."""
+"""Runs the micro-batches of a step through the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """Forward and backward of all micro-batches in the order of a schedule, gradients summed over ranks at the end."""
+    """Forward and backward of all micro-batches in the order of a schedule; gradients are summed over ranks once."""
 
     def __init__(self, runner: StageRunner, stages: Stages, units: Sequence[FSDPModule]) -> None:
-        """`runner` is the root of the `units`."""
+        """`runner` is the root FSDP module of the FSDP `units`."""
         self._runner = runner
         self._root: Any = runner
         self._stages = stages
@@ -63,7 +63,7 @@ class Pipeline:
         shapes = self._runner.begin(batches, loss)
         forward_only(self._runner, self._stages, shapes)
         for unit in self._units:
-            unit.reshard()  # weights gathered here must not outlive a change of the weights
+            unit.reshard()  # a later optimizer step would make the gathered weights stale
         return self._runner.end()
 
     def set_gradient_hook(self, hook: GradientHook) -> None:
@@ -71,28 +71,28 @@ class Pipeline:
             unit.set_all_reduce_hook(hook)
 
     def orders(self, number: int) -> dict[int, list[Action | None]]:
-        """What each rank of the pipeline does with `number` micro-batches of the last step's shape."""
+        """Return the actions of each pipeline rank for `number` micro-batches of the shape of the last step."""
         *_, (_, shape) = self._built
         return dict(self._torch_schedule(number, shape).pipeline_order)
 
     @property
     def num_stages(self) -> int:
-        """Those of all ranks."""
+        """The number of stages on all ranks together."""
         return self._schedule.num_stages
 
     def blocks_of_ranks(self) -> list[list[range]]:
-        """For each rank of the pipeline, the numbers of the blocks that its stages hold."""
+        """Return, for each rank of the pipeline, the block numbers of each of its stages."""
         return self._stages.blocks_of_ranks()
 
     def _torch_schedule(self, number: int, shape: Shape) -> Any:
-        """Torch's schedule for a number of micro-batches; it owns the buffers that receive them."""
+        """Return the torch schedule for `number` micro-batches; it owns the receive buffers and is cached."""
         if (number, shape) not in self._built:
             stages = [self._torch_stage(stage, shape) for stage in self._stages.mine]
             self._built[number, shape] = self._schedule.build(stages, number, self._mean_loss)
         return self._built[number, shape]
 
     def _torch_stage(self, index: int, shape: Shape) -> PipelineStage:
-        stream = torch.empty(shape[0], dtype=shape[1], device="meta", requires_grad=True)
+        hidden = torch.empty(shape[0], dtype=shape[1], device="meta", requires_grad=True)
         loss = torch.empty((), dtype=loss_dtype(shape), device="meta", requires_grad=True)
         is_first, is_last = index == 0, index == self._schedule.num_stages - 1
         return NumberedStage(
@@ -100,10 +100,10 @@ class Pipeline:
             index,
             self._schedule.num_stages,
             torch.device(self._dims.device_type),
-            input_args=() if is_first else (stream,),
-            output_args=(loss,) if is_last else (stream,),
+            input_args=() if is_first else (hidden,),
+            output_args=(loss,) if is_last else (hidden,),
             group=self._dims.pp_mesh.get_group(),
-            dw_builder=None if self._stages.splits_backward else _weights_are_done,
+            dw_builder=None if self._stages.splits_backward else _no_weight_backward,
         )
 
     def _mean_loss(self, loss_sum: Tensor, _micro_batch: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Pipeline:
 
 
 class StageModule(nn.Module):
-    """What torch knows of a stage: a forward, and the parameters whose gradients it may ask for by themselves."""
+    """A stage as torch sees it: a forward, and the parameters whose gradients a split backward computes."""
 
     def __init__(self, runner: StageRunner, index: int) -> None:
         super().__init__()
@@ -125,12 +125,12 @@ class StageModule(nn.Module):
 
 
 def _statistics(runner: nn.Module) -> Iterator[Tensor]:
-    """What takes gradients besides the parameters: leaves in which modules count."""
+    """Return the buffers that accumulate per-step statistics as gradients."""
     return (buffer for buffer in runner.buffers() if buffer.requires_grad)
 
 
 def _check_alike(batches: Sequence[Batch]) -> None:
-    """Raise ValueError where micro-batches differ in shape: buffers between stages are made once for all of them."""
+    """Raise ValueError if micro-batches differ in shape or dtype; they share the receive buffers of the stages."""
 
     def layout(batch: Batch) -> dict[str, tuple[torch.Size, torch.dtype]]:
         return {name: (tensor.shape, tensor.dtype) for name, tensor in {**batch.inputs, **batch.targets}.items()}
@@ -141,16 +141,16 @@ def _check_alike(batches: Sequence[Batch]) -> None:
         for name in {**first, **other}:
             if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"Got {name} of {_described(first.get(name))} in the first micro-batch and of "
-                    f"{_described(other.get(name))} in number {number}. The stages of a pipeline exchange tensors of "
-                    "one shape. Pad the batches to one shape, or set pipeline_parallel_degree to 1."
+                    f"All micro-batches of a pipeline must have the same shapes and dtypes, got {name}: "
+                    f"{_described(first.get(name))} in micro-batch 1 and {_described(other.get(name))} in micro-batch "
+                    f"{number}. Pad the micro-batches to one shape, or set pipeline_parallel_degree to 1."
                 )
 
 
 def _described(layout: tuple[torch.Size, torch.dtype] | None) -> str:
-    return "nothing" if layout is None else f"shape {list(layout[0])} and {layout[1]}"
+    return "missing" if layout is None else f"shape {list(layout[0])} and dtype {layout[1]}"
 
 
-def _weights_are_done() -> Callable[..., None]:
-    """Torch's word for a stage whose weights get their gradients together with the inputs."""
+def _no_weight_backward() -> Callable[..., None]:
+    """Return a no-op weight backward: the gradients of weights are computed together with those of the inputs."""
     return lambda: None

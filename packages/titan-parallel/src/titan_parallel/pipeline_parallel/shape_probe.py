@@ -1,7 +1,7 @@
-"""A look at the model, without its blocks, before the first step of a pipeline: does the stream carry all there is?
+"""Shape probe: runs a model without its blocks before the first step of a pipeline, and checks what stages exchange.
 
-Stages exchange the stream alone. So what a block gets beside it, and what is read after the blocks, must not come from
-what only some stages have: embeddings, and what blocks made.
+Stages exchange hidden states only. Therefore the other arguments of blocks, and values read after the blocks, must not
+depend on values that only some stages have: outputs of embeddings and outputs of blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from titan_parallel._torch.distributed import StorageWeakRef, has_no_memory, is_dtensor
 from titan_parallel.pipeline_parallel.stage_forward import StageEnd, StageModel
-from titan_parallel.pipeline_parallel.stand_ins import Call, StandIns, as_stream, leave_the_role_away, refuse, zeros_of
+from titan_parallel.pipeline_parallel.stand_ins import Call, StandIns, as_stream, embedding_role_fix, refuse, zeros_of
 from titan_parallel.step.batch import Head
 from titan_parallel.step.loss_unit import per_token
 
@@ -29,9 +29,9 @@ Label = int | str
 
 
 class StageProbe:
-    """Runs the forward of a model whose blocks pass zeros on, and follows what is computed of what.
+    """Runs the forward of a model whose blocks return zeros, and tracks the origins of tensors.
 
-    It runs alike on every rank up to the last block, and from there on the rank that has what comes after.
+    Every rank runs the same forward up to the last block; only the rank of the last stage runs the rest.
     """
 
     def __init__(self, parts: StageModel, *, has_end: bool) -> None:
@@ -50,31 +50,31 @@ class StageProbe:
         self._stand_ins = StandIns(parts.model, calls, parts.embeddings)
 
     def shape_of_stream(self, run: Callable[[], Any]) -> Shape:
-        """The shape of what enters the first block; `run` runs the model with `self.loss`.
+        """Return the shape and dtype of the hidden states that enter the first block.
 
-        Raises ConfigError for what blocks exchange beside the stream.
+        `run` runs the model with `self.loss`. Raises ConfigError if blocks exchange more than hidden states.
         """
         self._shape, self._past_blocks, self._followed = None, False, Followed()
         try:
-            with _no_trace(self._parts.model), self._stand_ins.in_place(), self._refusing_calls(), self._followed:
+            with _preserve_state(self._parts.model), self._stand_ins.in_place(), self._refusing_calls(), self._followed:
                 run()
         except StageEnd:
             pass
         except ValueError:
             raise
-        except Exception as error:  # third-party code, without its blocks
+        except Exception as error:  # third-party model code may raise anything without its blocks
             name = type(self._parts.model).__name__
             raise ConfigError(
                 f"A model of a pipeline must run without the blocks and embeddings of other stages, got {name}, which "
-                f"raises {type(error).__name__} without them: {error}. It may read weights or outputs of a block from "
-                "outside. Set pipeline_parallel_degree to 1."
+                f"raises {type(error).__name__} without them: {error}. Code outside of the blocks may read weights or "
+                "outputs of a block. Set pipeline_parallel_degree to 1."
             ) from error
         assert self._shape is not None
         return self._shape
 
     @per_token
     def loss(self, head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
-        """The model's end: what the head gets must come from the last block, and from what every stage has."""
+        """Return a zero loss. Raises ConfigError if `hidden` depends on an embedding or on a block before the last."""
         labels = self._followed.labels_of(hidden) - {len(self._parts.blocks) - 1}
         if labels:
             raise self._error(labels, "after the blocks")
@@ -87,7 +87,7 @@ class StageProbe:
         def passed(*args: Any, **kwargs: Any) -> Tensor:
             entering = stream.of(args, kwargs)
             if labels := self._followed.labels_of(entering) - allowed:
-                raise self._error(labels, f"in the stream of {name}")
+                raise self._error(labels, f"in the hidden states of {name}")
             for place, value in stream.others(args, kwargs).items():
                 if labels := self._followed.labels_of(value):
                     raise self._error(labels, f"in {place} of {name}")
@@ -114,7 +114,7 @@ class StageProbe:
         return embedding
 
     def _marked(self, call: Call) -> Call:
-        """`call`, whose output counts as computed of all that it gets."""
+        """Return `call` with its output marked with the labels of its arguments."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             output = call(*args, **kwargs)
@@ -125,7 +125,7 @@ class StageProbe:
 
     @contextmanager
     def _refusing_calls(self) -> Iterator[None]:
-        """Refuse calls of what lies in blocks: the blocks do not run here, so the model makes them from outside."""
+        """Reject calls of modules inside blocks: no block runs in the probe, so the caller is outside."""
         elsewhere = {inner for module in (*self._parts.after, *self._parts.embeddings) for inner in module.modules()}
         handles = [
             module.register_forward_pre_hook(_refusing(f"{block_name}.{name}"), prepend=True)
@@ -155,28 +155,28 @@ class StageProbe:
         label = min(labels, key=str)
         if isinstance(label, str):
             return ConfigError(
-                f"An embedding of a pipeline must enter the stream alone, got the output of {label} {where}. Stages "
-                f"after the first have zeros in its place. {leave_the_role_away(label)}"
+                "The output of an embedding must enter the first block only, as hidden states, got the output of "
+                f"{label} {where}. Stages after the first get zeros for that output. {embedding_role_fix(label)}"
             )
         return ConfigError(
-            f"Blocks of a pipeline must exchange the stream alone, got what {self._parts.block_names[label]} made "
-            f"{where}. Other stages do not have it. Let the next block take all that is needed of it as its stream, or "
-            "set pipeline_parallel_degree to 1."
+            f"Blocks of a pipeline must exchange hidden states only, got an output of {self._parts.block_names[label]} "
+            f"{where}. Other stages do not have that output. Pass it to the next block in the hidden states, or set "
+            "pipeline_parallel_degree to 1."
         )
 
 
 def _refusing(name: str) -> Callable[..., None]:
     def refuse_call(*_: Any) -> None:
         raise ConfigError(
-            f"A part of a block must be called within the block alone, got a model that calls {name} from outside. "
-            "Other stages of a pipeline do not hold it. Set pipeline_parallel_degree to 1."
+            f"A module inside a block must be called by that block only, got a model that calls {name} from outside. "
+            "Other stages of a pipeline do not hold the module. Set pipeline_parallel_degree to 1."
         )
 
     return refuse_call
 
 
 class Followed(TorchDispatchMode):
-    """Follows tensors that are computed of marked ones, by their memory."""
+    """Propagates labels from tensors to the results computed from them, by storage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,17 +184,17 @@ class Followed(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What a model compiles for itself (masks) is compiled as ever."""
+        """Return True: functions that the model compiles (masks) are compiled under this mode as usual."""
         return True
 
     def mark(self, value: Any, labels: set[Label]) -> None:
-        """Label all tensors in `value`, and what will be computed of them."""
+        """Add `labels` to all tensors in `value`; results computed from these tensors inherit the labels."""
         for tensor in _tensors(value):
             place = StorageWeakRef(tensor.untyped_storage())
             self._labels[place] = self._labels.get(place, frozenset()) | labels
 
     def labels_of(self, value: Any) -> set[Label]:
-        """The labels of all that the tensors in `value` were computed of."""
+        """Return the labels of all tensors in `value`, including inherited labels."""
         places = [StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(value)]
         return {label for place in places for label in self._labels.get(place, ())}
 
@@ -213,7 +213,7 @@ class Followed(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Those in nested containers and dataclasses that have memory to follow."""
+    """Return the plain strided tensors in nested containers and dataclasses; DTensors are left out."""
     found: list[Tensor] = []
     for leaf in tree_leaves(value):
         if dataclasses.is_dataclass(leaf):
@@ -224,8 +224,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
-    """No gradients, and random numbers and buffers afterwards as before."""
+def _preserve_state(model: nn.Module) -> Iterator[None]:
+    """Disable gradients; restore buffers and the random state of the host and this GPU afterwards."""
     buffers = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -240,4 +240,4 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for of_module, name, buffer, before in buffers:
-                of_module[name] = buffer.copy_(before)  # one that was replaced is put back
+                of_module[name] = buffer.copy_(before)  # a replaced buffer is put back

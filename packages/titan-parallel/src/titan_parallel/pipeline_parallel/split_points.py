@@ -1,4 +1,4 @@
-"""Where one stage of a pipeline ends and the next begins."""
+"""Split points of a pipeline: the blocks of each stage."""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ from titan_config import ConfigError
 
 @dataclass(frozen=True)
 class StageCut:
-    """Where a model is cut, and which stages are to be compared: the others are other ranks'."""
+    """The blocks of all stages, and the stages of this rank, which this rank compares with the whole model."""
 
     ranges: Sequence[range]
-    """The numbers of the blocks of each stage."""
+    """The block numbers of each stage."""
     mine: Sequence[int]
     num_ranks: int
 
 
 def cut_by_name(blocks: Sequence[str], splits: Sequence[str], num_stages: int) -> list[range]:
-    """The blocks of each stage, where `splits` names the first block of all stages but the first."""
+    """Return the block numbers of each stage; `splits` names the first block of each stage after the first.
+
+    Raises ConfigError for a wrong number of names, unknown names, and names out of order.
+    """
     if len(splits) != num_stages - 1:
         raise ConfigError(
-            f"Got {len(splits)} pipeline_parallel_splits for {num_stages} stages. Each names the block at which the "
-            f"next stage begins. Name {num_stages - 1}, or change pipeline_parallel_stages_per_rank."
+            f"pipeline_parallel_splits must have {num_stages - 1} names for {num_stages} stages (the first block of "
+            f"each stage after the first), got {len(splits)}. Change it or pipeline_parallel_stages_per_rank."
         )
     if unknown := [name for name in splits if name not in blocks]:
         raise ConfigError(
-            f"Got {unknown[0]!r} in pipeline_parallel_splits, which is no block. A stage begins at a module with the "
-            f"role block. Name some of {blocks[0]} to {blocks[-1]}."
+            f"pipeline_parallel_splits must be names of blocks ({blocks[0]} to {blocks[-1]}), got {unknown[0]!r}. "
+            "Blocks are the modules with the role block."
         )
     starts = [0, *(blocks.index(name) for name in splits)]
     if any(start >= following for start, following in itertools.pairwise(starts)):
         raise ConfigError(
-            f"Got pipeline_parallel_splits {list(splits)}. Stages follow each other in the order of the blocks, and "
-            "each has one or more. Name later blocks one after the other, without the first."
+            "pipeline_parallel_splits must be in the order of the blocks, without repetition and without the first "
+            f"block, got {list(splits)}."
         )
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(blocks)], strict=True)]
 
 
 def cut_by_cost(costs: Sequence[int], num_stages: int, last: int = 0) -> list[range]:
-    """Cut a row of blocks into stages of one block or more, so that the dearest stage is as cheap as can be.
+    """Split a sequence of blocks into stages of at least one block, minimizing the cost of the most expensive stage.
 
-    `last` is what the last stage does besides its blocks. Of the cuts that are as good the most even one is taken.
+    `costs` are those of the blocks, and `last` is the cost of the last stage besides its blocks, in the same unit.
+    Among equally good splits, return the one with the smallest sum of squared stage costs.
     """
     num_blocks = len(costs)
     sums = [sum(costs[:stop]) for stop in range(num_blocks + 1)]
@@ -53,7 +57,7 @@ def cut_by_cost(costs: Sequence[int], num_stages: int, last: int = 0) -> list[ra
         return sums[stop] - sums[start] + (last if stop == num_blocks else 0)
 
     def best(price: Callable[[float, int], float]) -> tuple[float, list[int]]:
-        """The cheapest way, `price` telling what a stage adds to what came before, and where stages begin."""
+        """Return the lowest total and the start of each stage; `price(total, cost)` adds a stage to a total."""
         table: list[tuple[float, list[int]]] = [(0, [])] + [(math.inf, [])] * num_blocks
         for stage in range(num_stages):
             done = stage == num_stages - 1

@@ -1,7 +1,8 @@
-"""One stage's part of a model's own forward.
+"""The forward of one pipeline stage, run by the unchanged forward of the model.
 
-What is not the stage's has a stand-in while it runs: embeddings give zeros, blocks before the stage's first pass on
-what they get, the last of them what was received, and after the stage's last block the forward stops. All else runs.
+While a stage runs, stand-ins replace the modules of other stages. Embeddings return zeros. Blocks before the stage
+return their input, except for the last of these blocks, which returns the received hidden states. The forward stops
+after the last block of the stage. All other modules run.
 B batch, T tokens, D width.
 """
 
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class StageEnd(Exception):
-    """The stage's last block is done; `stream` is what the next stage gets."""
+    """Ends the forward after the last block of a stage; `stream` holds the hidden states for the next stage."""
 
     def __init__(self, stream: Tensor) -> None:
         super().__init__()
@@ -40,25 +41,25 @@ class StageEnd(Exception):
 
 @dataclass(frozen=True)
 class StageModel:
-    """A model as stages see it; what is in none of these parts runs on every stage."""
+    """The modules of a model by stage; modules that are in none of these fields run on every stage."""
 
     model: nn.Module
     blocks: Sequence[nn.Module]
     block_names: Sequence[str]
     embeddings: Mapping[nn.Module, str]
-    """What enters the stream, with its names: the first stage's alone."""
+    """Modules with the role embedding, with their names; only the first stage runs them."""
     shapes: Mapping[nn.Module, Call]
-    """For each embedding, and for what is looked up between blocks, the shape of its output, a meta tensor."""
+    """For each embedding, including those called between blocks: a call that returns its output on the meta device."""
     after: Sequence[nn.Module]
-    """The last stage's, besides its blocks."""
+    """The modules of the last stage besides its blocks."""
     head: Mapping[nn.Module, Call]
-    """What takes the place of the head, if there is one, where its weight is not gathered."""
+    """The replacement of the head, if there is one, that needs no gathered weight."""
     streams: Sequence[StreamArgument]
-    """For each block."""
+    """The hidden-states argument of each block."""
 
     @classmethod
     def of(cls, model: nn.Module, roles: Roles, pieces: StageModules, dtype: torch.dtype | None) -> StageModel:
-        """`dtype` is what weights compute in (None: what they are stored in)."""
+        """Collect the modules; `dtype` is that in which weights compute (None: the dtype in which they are stored)."""
         between = [pieces.after[name] for name in roles.named("embedding") if name in pieces.after]
         return cls(
             model,
@@ -73,10 +74,10 @@ class StageModel:
 
 
 class StageForward:
-    """Runs what calls the model so that the model's forward is that of one stage."""
+    """Calls a function such that the forward of the model inside it is the forward of one stage."""
 
     def __init__(self, parts: StageModel, own: range) -> None:
-        """`own` are the stage's among the blocks."""
+        """`own` are the numbers of the blocks of this stage."""
         self._received: Tensor | None = None
         self._has_entered = True
         self._first = parts.block_names[own.start]
@@ -95,7 +96,7 @@ class StageForward:
         self._stand_ins = StandIns(parts.model, calls, parts.embeddings if own.start > 0 else {})
 
     def __call__(self, run: Callable[[], Result], received: Tensor | None) -> Result | Tensor:
-        """What `run` returns on the last stage, and the stream `[B, T, D]` on others."""
+        """Return the result of `run` on the last stage, and hidden states `[B, T, D]` on other stages."""
         self._received, self._has_entered = received, received is None
         try:
             with self._stand_ins.in_place():
@@ -106,8 +107,8 @@ class StageForward:
             self._received = None
         if not self._has_entered:
             raise RuntimeError(
-                f"A model of a pipeline must call every block in each forward, got one that passed over the block "
-                f"before {self._first}, by layer-drop perhaps. Set pipeline_parallel_degree to 1."
+                "A model of a pipeline must call every block in each forward, got one that skipped the block before "
+                f"{self._first} (LayerDrop?). Set pipeline_parallel_degree to 1."
             )
         return result
 
@@ -122,7 +123,10 @@ def _pass_on(stream: StreamArgument) -> Call:
 
 
 def _enter(block: nn.Module, stream: StreamArgument) -> Call:
-    """The block, given a plain tensor: what a model does between two blocks runs on the stage of the second."""
+    """Return the first block of a stage with its input unwrapped to a plain tensor.
+
+    Operations of the model between two blocks run on the stage of the second block.
+    """
 
     def enter(*args: Any, **kwargs: Any) -> Any:
         given = stream.of(args, kwargs)
@@ -141,7 +145,7 @@ def _leave(block: Call) -> Call:
 
 
 def _without_weights(head: nn.Module, roles: Roles, dtype: torch.dtype | None) -> dict[nn.Module, Call]:
-    """The head as a call that needs no weight: it takes the loss, or makes zeros."""
+    """Return a call in place of the head that needs no gathered weight: the loss in the head, or zeros."""
     if roles.head is not None and roles.options(roles.head).get("takes_loss", True):
-        return {head: lambda *args, **kwargs: head.forward(*args, **kwargs)}  # which is replaced later
+        return {head: lambda *args, **kwargs: head.forward(*args, **kwargs)}  # `head.forward` is replaced later
     return {head: zeros_of(skeleton(head, dtype))}

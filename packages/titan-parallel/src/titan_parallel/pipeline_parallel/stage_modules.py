@@ -1,4 +1,4 @@
-"""The parts of a model that one stage of a pipeline holds alone: embeddings, blocks, and what comes after these."""
+"""The modules of a model that only one stage of a pipeline holds: embeddings, blocks, and modules after the blocks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from titan_parallel.sharding_plan.roles import Roles, inside
 
 @dataclass
 class StageModules:
-    """Modules by name. All stages hold what is in none of them.
+    """Modules by name. All stages hold the modules that are in none of these fields.
 
-    Embeddings enter the stream, which later stages receive. What else is before the blocks may be read by every block:
-    conditioning, tables of positions, an encoder.
+    Later stages receive the outputs of embeddings as hidden states. Every block may read the outputs of other modules
+    before the blocks: conditioning, position tables, an encoder.
     """
 
     embeddings: dict[str, nn.Module] = field(default_factory=dict)
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     after: dict[str, nn.Module] = field(default_factory=dict)
-    """In the order of definition; the head wherever it is defined."""
+    """Modules defined after the blocks, in the order of definition, and the head wherever it is defined."""
 
     @classmethod
     def of(cls, model: nn.Module, roles: Roles, degree: int) -> StageModules:
-        """Find them in a model for a pipeline of `degree` ranks.
+        """Find the modules of the stages in `model`, for a pipeline of `degree` ranks.
 
-        Raises ConfigError for a model without blocks, or with one block in several places."""
+        Raises ConfigError for a model without blocks, or with the same module at several blocks.
+        """
         names = roles.named("block")
         if not names:
             raise ConfigError(
@@ -40,8 +41,8 @@ class StageModules:
         blocks = {name: model.get_submodule(name) for name in names}
         if len(set(blocks.values())) < len(blocks):
             raise ConfigError(
-                f"Blocks of a pipeline must be modules of their own, got {names[0].rpartition('.')[0]}, in which one "
-                "module stands in several places. Set pipeline_parallel_degree to 1."
+                f"Blocks of a pipeline must be distinct modules, got {names[0].rpartition('.')[0]}, which contains the "
+                "same module more than once. Set pipeline_parallel_degree to 1."
             )
         lookups = [name for name in roles.named("embedding") if not roles.options(name).get("between_blocks")]
         pieces = cls({name: model.get_submodule(name) for name in lookups}, blocks)
@@ -60,7 +61,7 @@ class StageModules:
 def _walk(
     prefix: str, module: nn.Module, cuts: frozenset[nn.Module], seen: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules `cuts`, and the largest modules without one of them, once each."""
+    """Yield the modules in `cuts` and the largest modules that contain none of them, each once, with their names."""
     for name, child in module.named_children():
         if child in cuts or cuts.isdisjoint(child.modules()):
             if child not in seen:
@@ -71,7 +72,7 @@ def _walk(
 
 
 def skeleton(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy on the meta device, with weights of `dtype` (None: as they are)."""
+    """Return a copy of `module` on the meta device, with floating-point weights of `dtype` (None: unchanged)."""
     memo: dict[int, object] = {}
     for parameter in module.parameters():
         own = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype

@@ -1,4 +1,4 @@
-"""Runs this rank's stages on micro-batches, by number: what a schedule of any kind calls."""
+"""Runs the stages of this rank on micro-batches by number, for schedules of any kind."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from titan_parallel.step.forward_loss import LossForward
 
 
 def loss_dtype(stream: Shape) -> torch.dtype:
-    """What the last stage returns its loss sum in."""
+    """Return the dtype of the loss sum of the last stage: at least fp32."""
     return torch.promote_types(stream[1], torch.float32)
 
 
 class StageRunner(nn.Module):
-    """Around the model, so that sharding has a root whose forward ends although the model's is cut short.
+    """A wrapper of the model as the FSDP root: its forward returns even where a stage stops the model's forward.
 
-    It stands outside of the model's tree: no name changes.
+    The wrapper is outside of the module tree of the model, so that names of parameters do not change.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class StageRunner(nn.Module):
         num_token_parts: int,
         dtype: torch.dtype | None,
     ) -> None:
-        """`stages` by number; `probe` finds the streams of micro-batches of a new shape, `check` is given the first
-        of all, where the model could not be checked without one.
+        """`stages` are by stage number. `probe` finds the shape of the hidden states of micro-batches of a new shape.
+        `check` is called with the first micro-batch, for models that cannot be checked without a batch.
 
-        `num_token_parts`: among how many ranks the first block splits the tokens of the stream. `dtype` is what blocks
-        cast it to (None: they do not).
+        `num_token_parts` is the number of ranks over which the first block shards the tokens of the hidden states.
+        `dtype` is the dtype to which blocks cast hidden states (None: no cast).
         """
         super().__init__()
         self.model = forward.model
@@ -57,10 +57,10 @@ class StageRunner(nn.Module):
         self._targets: dict[str, Tensor] = {}
         self._shapes: dict[Hashable, Shape] = {}
         self.totals: list[Tensor] = []
-        """[loss sum, count] of each micro-batch that this rank finished, fp64."""
+        """`[loss sum, count]` in fp64 of each micro-batch whose last stage ran on this rank."""
 
     def begin(self, batches: Sequence[Batch], loss: Loss) -> list[Shape]:
-        """Take the micro-batches of a step; the shape and dtype of the stream of each, as it goes between stages."""
+        """Set the micro-batches of a step; return shape and dtype of the exchanged hidden states of each."""
         shapes = [self._shapes[self._layout(batch)] for batch in batches]
         local = map(self._loss_forward.local, batches)
         self._micro_batches = [(*tensors, shape) for tensors, shape in zip(local, shapes, strict=True)]
@@ -68,13 +68,13 @@ class StageRunner(nn.Module):
         return shapes
 
     def must_probe(self, batches: Sequence[Batch]) -> bool:
-        """Return whether the shape of any of these streams is not known yet."""
+        """Return whether the hidden states of any of these batches have an unknown shape."""
         return any(self._layout(batch) not in self._shapes for batch in batches)
 
     def probe_shapes(self, batches: Sequence[Batch]) -> None:
-        """Find the shapes of streams; every rank calls it, also one that knows its own.
+        """Find the shapes of hidden states. Collective: ranks that know their shapes must call it, too.
 
-        Raises ConfigError on every rank for a model that cannot be cut.
+        Raises ConfigError on every rank for a model that cannot be split into stages.
         """
 
         def probe() -> None:
@@ -86,18 +86,18 @@ class StageRunner(nn.Module):
 
         try:
             with torch.no_grad():
-                self(probe)  # weights of the root are gathered by all ranks before any can fail
+                self(probe)  # all ranks gather the weights of the root before one can fail
         finally:
             self._free_weights()
 
     def run(self, stage: int, micro_batch: int, received: Tensor | None) -> Tensor:
-        """The stage's forward: the stream for the next stage, or the loss sum on the last."""
+        """Run the forward of a stage; return hidden states for the next stage, or the loss sum on the last stage."""
         inputs, self._targets, shape = self._micro_batches[micro_batch]
         output: Tensor = self(lambda: self._run(stage, received, inputs, shape))
         return output
 
     def end(self) -> Tensor:
-        """The micro-batches are done; the sum of `totals`, zeros where the last stage is another's."""
+        """Clear the micro-batches; return the sum of `totals` `[2]`, zeros on ranks without the last stage."""
         self._loss, self._micro_batches, self._targets = None, [], {}
         totals, self.totals = self.totals, []
         if not totals:
@@ -105,7 +105,7 @@ class StageRunner(nn.Module):
         return torch.stack(totals).sum(0)
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        """Run the model by `work`, with the weights of the root gathered."""
+        """Call `work`, which runs the model, while the weights of the FSDP root are gathered."""
         self._running = True
         try:
             return work()
@@ -121,15 +121,16 @@ class StageRunner(nn.Module):
         if isinstance(result, Tensor):
             if (result.shape, result.dtype) != shape:
                 raise RuntimeError(
-                    f"Blocks of a pipeline must return what they get in shape, {list(shape[0])} of {shape[1]}, got "
-                    f"{list(result.shape)} of {result.dtype}. Set pipeline_parallel_degree to 1."
+                    "Blocks of a pipeline must return hidden states of the shape and dtype of their input, "
+                    f"{list(shape[0])} {shape[1]}, got {list(result.shape)} {result.dtype}. Set "
+                    "pipeline_parallel_degree to 1."
                 )
             return result.contiguous()
         self.totals.append(torch.stack([total.detach().to(torch.float64) for total in result]))
         return result[0].to(loss_dtype(shape))
 
     def _stream_shape(self, batch: Batch) -> Shape:
-        """As it goes between stages, of one data rank's micro-batch."""
+        """Return the shape and dtype of the hidden states that stages exchange for the micro-batch of one data rank."""
         inputs, targets = self._loss_forward.local(batch)
         size, dtype = self._probe.shape_of_stream(lambda: self._loss_forward.of(inputs, targets, self._probe.loss))
         tokens = size[-2] // self._num_token_parts
@@ -137,7 +138,7 @@ class StageRunner(nn.Module):
         return torch.Size([*size[:-2], tokens, size[-1]]), as_cast
 
     def _layout(self, batch: Batch) -> Hashable:
-        """What the shape of a stream depends on; a model may do other things when it evaluates."""
+        """Return the cache key of a shape of hidden states; shapes of training and evaluation may differ."""
         inputs = ((name, tensor.shape, tensor.dtype) for name, tensor in batch.inputs.items())
         return (self.model.training, *inputs)
 
@@ -151,14 +152,14 @@ class StageRunner(nn.Module):
     def _check_running(self, *_: Any) -> None:
         if not self._running:
             raise RuntimeError(
-                "Got a direct call of a model of which each rank of the pipeline holds some stages. Its forward needs "
-                "them all. Call forward_backward or evaluate of what parallelize returned, or set "
+                "A pipelined model must be run by the ParallelModel that parallelize returned, got a direct call of "
+                "its forward, while each rank holds only some stages. Call forward_backward or evaluate, or set "
                 "pipeline_parallel_degree to 1."
             )
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """Ranks send gradients as they lie in memory."""
+    """Identity with a contiguous gradient: point-to-point sends need contiguous memory."""
 
     @staticmethod
     def forward(ctx: Any, received: Tensor) -> Tensor:

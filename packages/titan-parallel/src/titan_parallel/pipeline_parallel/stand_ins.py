@@ -1,4 +1,4 @@
-"""Replace modules during a pipeline stage.
+"""Stand-ins that replace modules while a pipeline stage runs.
 
 B batch, T tokens, D width.
 """
@@ -21,10 +21,10 @@ Call = Callable[..., Any]
 
 
 class StandIns:
-    """Puts other calls in the place of modules of a model, for a time."""
+    """Temporarily replaces modules of a model by other calls."""
 
     def __init__(self, model: nn.Module, calls: Mapping[nn.Module, Call], without_parameters: Mapping[nn.Module, str]):
-        """`without_parameters`: modules whose parameters are another stage's, with their names."""
+        """`without_parameters` maps modules whose parameters another stage holds to the names of the modules."""
         stand_ins = {module: StandIn(module, call, without_parameters.get(module)) for module, call in calls.items()}
         self._slots = [
             (parent._modules, name, child, stand_ins[child])
@@ -35,7 +35,7 @@ class StandIns:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replace the modules of the model."""
+        """Replace the modules of the model inside the context."""
         for modules, name, _, stand_in in self._slots:
             modules[name] = stand_in
         try:
@@ -46,7 +46,7 @@ class StandIns:
 
 
 class StandIn(nn.Module):
-    """In the place of a module while a stage runs: `call` is its forward, all else is the module's."""
+    """A replacement of a module: `call` is the forward; other attributes are read from the module."""
 
     def __init__(self, module: nn.Module, call: Call, name_without_parameters: str | None) -> None:
         super().__init__()
@@ -59,8 +59,9 @@ class StandIn(nn.Module):
         module, own_name = self.__dict__["_stood_in_for"], self.__dict__["_name_without_parameters"]
         if own_name is not None and name in module._parameters:
             raise ConfigError(
-                f"A weight with the role embedding must be read by its own module alone, got a model that reads {name} "
-                f"of {own_name} elsewhere. Other stages of a pipeline do not hold it. {leave_the_role_away(own_name)}"
+                "The weight of a module with the role embedding must be read by that module only, got a model that "
+                f"reads {own_name}.{name} elsewhere. Other stages of a pipeline do not hold the weight. "
+                f"{embedding_role_fix(own_name)}"
             )
         return getattr(module, name)
 
@@ -77,50 +78,50 @@ class StandIn(nn.Module):
         return bool(self.__dict__["_stood_in_for"])
 
     def _container(self) -> Any:
-        """The list or dict of modules, unless it may not be read now."""
+        """Return the `ModuleList` or `ModuleDict`. Raises ConfigError where the stage may not read it yet."""
         check = getattr(self.__dict__["forward"], "check", None)
         if check is not None:
             check()
         return self.__dict__["_stood_in_for"]
 
 
-def leave_the_role_away(name: str) -> str:
-    """The remedy for an embedding that other stages need, too."""
+def embedding_role_fix(name: str) -> str:
+    """Return the fix, for an error message, for an embedding that several stages need."""
     return f"Remove the role embedding from {name}; every stage then holds it."
 
 
 class Stream(KeepsNoSubclass):
-    """What a skipped block returns: a tensor that may be taken as if it were the first of a tuple."""
+    """The output of a skipped block: hidden states that can also be read as `output[0]` of a tuple."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
             if index == 0:
                 return self.plain()
             raise ConfigError(
-                f"Blocks of a pipeline must exchange the stream alone, got a model that reads output {index} of a "
+                f"Blocks of a pipeline must exchange hidden states only, got a model that reads output {index} of a "
                 "block. Set pipeline_parallel_degree to 1."
             )
         return self.plain()[index]
 
     def __iter__(self) -> Any:
         raise ConfigError(
-            "Blocks of a pipeline must exchange the stream alone, got a model that unpacks what a block returns. Take "
-            "the stream as output[0], or set pipeline_parallel_degree to 1."
+            "Blocks of a pipeline must exchange hidden states only, got a model that unpacks the output of a block. "
+            "Read the hidden states as output[0], or set pipeline_parallel_degree to 1."
         )
 
 
 def as_stream(tensor: Tensor) -> Tensor:
-    """A tensor as what a skipped block returns. (Those of plans have a class of their own.)"""
+    """Return `tensor` as the output of a skipped block. Tensors of a dry run are returned unchanged."""
     return tensor if has_no_memory(tensor) else tensor.as_subclass(Stream)
 
 
 def stream_in(output: Any) -> Tensor:
-    """The stream in what a block returns: that, or the first of several."""
+    """Return the hidden states in the output of a block: the output, or its first item."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 class StreamArgument:
-    """A block's first parameter, which is the stream, given by place or by name."""
+    """The first parameter of the forward of a block, the hidden states, passed by position or by keyword."""
 
     def __init__(self, block: nn.Module) -> None:
         parameters = list(inspect.signature(block.forward).parameters.values())
@@ -128,17 +129,17 @@ class StreamArgument:
         self._name = parameters[0].name if named else None
 
     def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The stream among what a block is called with."""
+        """Return the hidden states among the arguments of a call of the block."""
         return args[0] if args else kwargs[self._key(kwargs)]
 
     def replaced(
         self, stream: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with another stream."""
+        """Return the arguments with `stream` as the hidden states."""
         return ((stream, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, self._key(kwargs): stream})
 
     def others(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What else a block is called with, by name or place."""
+        """Return the other arguments by keyword, or as `argument 1`, `argument 2`, ... by position."""
         if args:
             return {**{f"argument {place}": value for place, value in enumerate(args[1:], start=1)}, **kwargs}
         return {name: value for name, value in kwargs.items() if name != self._key(kwargs)}
@@ -148,7 +149,7 @@ class StreamArgument:
 
 
 def zeros_of(shape_of: Call) -> Call:
-    """A call that returns zeros of the shape that `shape_of` finds for tensors on the meta device."""
+    """Return a call that runs `shape_of` on the meta device and returns zeros of the shape of its output."""
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
@@ -167,7 +168,7 @@ def zeros_of(shape_of: Call) -> Call:
 
 
 def refuse(module: nn.Module) -> Call:
-    """The call of a module after the blocks, before them."""
+    """Return a call that raises ConfigError, for a module after the blocks that is called before them."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         raise ConfigError(

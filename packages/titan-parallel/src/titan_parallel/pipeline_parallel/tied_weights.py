@@ -1,4 +1,4 @@
-"""Weights that several ranks of a pipeline hold: one gradient, the sum of all of theirs."""
+"""Tied weights of a pipeline: the gradient of a weight held by several ranks is the sum of their gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from titan_parallel._torch.distributed import has_no_memory
 from titan_parallel.pipeline_parallel.partition import Stages
 from titan_parallel.step.grad_norm import local
 
-_MOST_AT_ONCE = 2**24
-"""Numbers of several gradients that are summed in one collective."""
+_BUCKET_NUMEL = 2**24
+"""The number of elements after which a bucket of gradients, summed in one collective, is full."""
 
 
 @torch.no_grad()
 def sum_over_holders(model: nn.Module, stages: Stages) -> None:
-    """Give each weight that several ranks hold the sum of their gradients: the same bits on all of them."""
+    """Sum the gradients of each weight over the ranks that hold it, bitwise equal on all of these ranks."""
     parameters = dict(model.named_parameters())
     group = stages.dims.pp_mesh.get_group()
 
@@ -34,7 +34,7 @@ def sum_over_holders(model: nn.Module, stages: Stages) -> None:
 
 
 def _sum_over_all(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum in one collective. A stage that does not read a weight has no gradient of it, and all may have none."""
+    """Sum gradients in one collective. Any stage may have no gradient of a weight; zeros take its place."""
     parts = [_gradient_or_zeros(parameter) for parameter in parameters]
     sums = torch.cat([*(part.flatten() for part in parts), _has_gradients(parameters)])
     dist.all_reduce(sums, group=group)
@@ -43,7 +43,7 @@ def _sum_over_all(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) 
 
 
 def _sum_of_two(parameters: Sequence[nn.Parameter], other: int, group: dist.ProcessGroup) -> None:
-    """Exchange and add; addition of two is commutative, so both ends get the same bits."""
+    """Exchange gradients and add: two-operand addition is commutative, so both ranks get bitwise equal sums."""
     mine = [*map(_gradient_or_zeros, parameters), _has_gradients(parameters)]
     theirs = [torch.empty_like(tensor) for tensor in mine]
     exchange = [
@@ -62,12 +62,12 @@ def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
 
 
 def _has_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """1 for each parameter that has a gradient on this rank, else 0."""
+    """Return a tensor with 1 for each parameter that has a gradient on this rank, else 0."""
     return local(parameters[0]).new_tensor([parameter.grad is not None for parameter in parameters])
 
 
 def _set_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], holders: Tensor) -> None:
-    """Set the gradients to `values`, but for weights of which no rank has one; `holders` counts the ranks."""
+    """Set the gradients to `values`, except where no rank has one; `holders` counts the ranks with a gradient."""
     if any(parameter.grad is None for parameter in parameters):
         anywhere = [True] * len(parameters) if has_no_memory(holders) else (holders > 0).tolist()
         for parameter, has in zip(parameters, anywhere, strict=True):
@@ -80,10 +80,10 @@ def _set_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor],
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbors of one dtype, not too many numbers at once; alike on every rank of a pipeline."""
+    """Yield buckets of adjacent parameters of one dtype; the buckets are the same on every rank of a pipeline."""
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        if bucket and (parameter.dtype != bucket[0].dtype or sum(p.numel() for p in bucket) > _MOST_AT_ONCE):
+        if bucket and (parameter.dtype != bucket[0].dtype or sum(p.numel() for p in bucket) > _BUCKET_NUMEL):
             yield bucket
             bucket = []
         bucket.append(parameter)

@@ -1,4 +1,4 @@
-"""Pipeline parallelism as a transform of a model."""
+"""The pipeline parallelism transform of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_parallel.transforms import ParallelBuild
 
 
 class PipelineParallelism:
-    """The stack of blocks over the pipeline axis: each rank keeps the modules of its stages."""
+    """Splits the stack of blocks over the pipeline axis: each rank keeps the modules of its stages."""
 
     roles: Mapping[str, RoleSpec] = {
         "block": RoleSpec(options={"streams"}),
@@ -30,10 +30,10 @@ class PipelineParallelism:
         recomputes: bool,
         compiles: bool,
     ) -> None:
-        """`prove(build)(cut)` checks that stages exchange hidden states alone, or raises ConfigError.
+        """`prove(build)(cut)` returns a check that stages exchange hidden states only; both may raise ConfigError.
 
-        `param_dtype` is what blocks cast hidden states to (None: they do not); `recomputes` and `compiles` say whether
-        blocks are recomputed and compiled.
+        `param_dtype` is the dtype to which blocks cast hidden states (None: no cast). `recomputes` and `compiles` say
+        whether blocks use activation checkpointing and `torch.compile`.
         """
         self._prove = prove
         self._param_dtype = param_dtype

@@ -1,4 +1,4 @@
-"""What a parallel model is given: batches and a loss, as structural types that any package's own classes satisfy."""
+"""Protocols of batches and losses; classes of any package satisfy them without inheritance."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from titan_parallel._torch.distributed import has_no_memory
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states to logits. With loss parallel the logits are a `DTensor` sharded over the vocabulary."""
+"""A call from hidden states to logits. With loss parallel the logits are a `DTensor` sharded over the vocabulary."""
 
 
 class Batch(Protocol):
-    """One micro-batch of one data rank; dim 0 of every tensor is the row."""
+    """One micro-batch of one data rank; dim 0 of every tensor is the sample."""
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:
-        """What the model is called with: `model(**inputs)`."""
+        """Keyword arguments of the model: `model(**inputs)`."""
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
-        """What the loss reads."""
+        """Tensors that the loss reads."""
 
     @property
     def sequence_dims(self) -> Mapping[str, int]:
-        """Which dim is the sequence, for those inputs and targets that have one."""
+        """The sequence dim of each input and target that has one, by name."""
 
 
 class Loss(Protocol):
-    """Turns hidden states into a sum over valid targets and their count; calls `head` as often as it likes.
+    """A loss: from hidden states to a sum over valid targets and their count. It may call `head` any number of times.
 
-    Under context parallel it states what it is a sum of: `per_token` or `per_sequence`.
+    Under context parallel it must declare its unit with `per_token` or `per_sequence`.
     """
 
     def __call__(self, head: Head, hidden: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
@@ -41,14 +41,14 @@ class Loss(Protocol):
 
 
 class BatchCheck(Protocol):
-    """A check that needs a real batch, made before the first step."""
+    """A check that needs a real batch and runs before the first step."""
 
     def check_batch(self, batch: Batch) -> None:
         """Raise ConfigError for a model that cannot run on the mesh."""
 
 
 def described(batch: Batch) -> str:
-    """Names, shapes and dtypes in words, and of the contents a hash: the same for the same batch."""
+    """Return names, shapes and dtypes of the tensors of `batch` as text, with a deterministic hash of the contents."""
     tensors = [*batch.inputs.items(), *batch.targets.items()]
     shapes = (f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors)
     hashes = sum(index * _hash(tensor) for index, (_, tensor) in enumerate(tensors, start=1))

@@ -1,7 +1,7 @@
-"""The norm of all gradients over all meshes, accumulated in fp64, and clipping by it.
+"""Gradient norm over all meshes, accumulated in fp64, and gradient clipping.
 
-In fp32 the rounding of this norm depends on how gradients are split over ranks, and through clipping it is what makes
-the same run on two meshes drift apart.
+In fp32 the rounding error of the norm depends on how gradients are sharded over ranks. Through clipping, this error
+makes the same run on two meshes diverge.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from titan_parallel._torch.distributed import is_dtensor
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[nn.Parameter], num_ranks: int, device_type: str) -> Tensor:
-    """The 2-norm of all gradients together: an fp64 scalar, the same on every rank.
+    """Return the 2-norm of all gradients together, an fp64 scalar that is the same on every rank.
 
-    Sums within a row run in fp32 (fp64 for fp64 gradients), over rows and ranks in fp64: as exact, and as fast as fp32.
+    Sums within a row run in fp32 (fp64 for fp64 gradients), sums over rows and ranks in fp64. This is as exact as fp64
+    and as fast as fp32.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     rows = [_row_norms(local(gradient)) for gradient in gradients if _counts_here(gradient)]
@@ -38,7 +39,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], num_ranks: int, device_typ
 def scale_gradients_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their `norm` becomes at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
 
-    A norm that is not finite leaves them as they are: who looks for the cause finds it.
+    A non-finite norm leaves the gradients unscaled for inspection.
     """
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
@@ -50,7 +51,10 @@ def scale_gradients_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor. Call it where gradients are off: changing the result changes the tensor."""
+    """Return the local shard of a DTensor, or a plain tensor unchanged; the result shares memory with `tensor`.
+
+    Call it under `torch.no_grad`.
+    """
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -60,7 +64,7 @@ def _row_norms(gradient: Tensor) -> Tensor:
 
 
 def _counts_here(gradient: Tensor) -> bool:
-    """Whether this rank is the one, of those that hold the same part of a gradient, whose part enters the sum."""
+    """Return whether this rank, of those that hold the same shard, is the one whose shard enters the norm."""
     if not is_dtensor(gradient):
         return True
     mesh, placements = gradient.device_mesh, gradient.placements  # type: ignore[attr-defined]

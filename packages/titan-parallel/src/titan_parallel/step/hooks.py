@@ -1,4 +1,4 @@
-"""What the transforms of a model register for its training steps."""
+"""Hooks that the transforms of a model register for its training steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from titan_parallel.step.statistics import StepStatistics
 
 
 class SequenceSharding(Protocol):
-    """How ranks that share sequences take their part of a batch, and of a loss over the batch."""
+    """Sharding of a batch, and of a loss over it, among the ranks that share its sequences."""
 
     def local_inputs(self, inputs: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
         """Return the inputs of the model on this rank."""
 
     def local(self, tensors: Mapping[str, Tensor], sequence_dims: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return this rank's tokens of the tensors that have a sequence dim, the others unchanged."""
+        """Return the tokens of this rank of tensors with a sequence dim, and other tensors unchanged."""
 
     def own_part(self, loss: Loss, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's share of the loss's sum and count."""
+        """Return the contribution of this rank to the sum and count of `loss`."""
 
 
 @dataclass
 class StepHooks:
-    """What a training step does beside the forward and backward of the model.
+    """Hooks of a training step around the forward and backward of the model.
 
     Transforms append to the lists when a model is parallelized; `ParallelModel` runs them in order.
     """
@@ -37,7 +37,7 @@ class StepHooks:
     """Called with each micro-batch before a step or an evaluation. A check that raises on one rank raises on all."""
 
     contexts: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
-    """Entered around everything that runs the model: steps, evaluations, and probes of shapes."""
+    """Entered around all code that runs the model: steps, evaluations, and shape probes."""
 
     backward_contexts: list[Callable[[float | Tensor], AbstractContextManager[None]]] = field(default_factory=list)
     """Entered around the forward and backward of a step, with the denominator of its gradients."""
@@ -46,7 +46,7 @@ class StepHooks:
     """Called after the backward of a step, when `.grad` holds sums over the mesh, before norm and clipping."""
 
     loss_checks: list[Callable[[Tensor, Loss], None]] = field(default_factory=list)
-    """Called with this rank's loss sum after a step or an evaluation, on every rank."""
+    """Called on every rank with the loss sum of that rank after a step or an evaluation."""
 
     sequence_sharding: SequenceSharding | None = None
     """None: each rank sees whole sequences."""

@@ -1,4 +1,4 @@
-"""The head takes the loss: while one is set, the module that makes the logits returns the loss sum in their place."""
+"""Loss in the head: while a loss is set, the module that computes the logits returns the loss sum instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_parallel.step.batch import Head, Loss
 
 
 class Taken:
-    """The `(sum, count)` of a loss, once the head has taken it."""
+    """The `(sum, count)` of a loss; None until the head has computed the loss."""
 
     sum: Tensor | None = None
     count: Tensor | None = None
@@ -21,14 +21,18 @@ class Taken:
 class HeadForward:
     """The forward of a model's head.
 
-    Hidden states enter the head once; the loss then makes logits of them as often as it likes (in chunks, and again in
-    the backward), all within one call of the head: its weight is gathered once, and its gradient reduced once.
+    Hidden states enter the head once. The loss may then compute logits any number of times (in chunks, and again in
+    the backward) within that call of the head, so that the weight of the head is gathered once and its gradient is
+    reduced once.
     """
 
     def __init__(
         self, logits: Head, *, logits_for_loss: Head | None = None, enter: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """`logits` makes those of the plain head; the loss may get others. Hidden states first go through `enter`."""
+        """`logits` computes the logits of the head; the loss calls `logits_for_loss` (None: `logits`).
+
+        Hidden states go through `enter` first (None: unchanged).
+        """
         self._logits = logits
         self._logits_for_loss = logits_for_loss or logits
         self._enter = enter
@@ -46,7 +50,7 @@ class HeadForward:
 
     @contextmanager
     def taking(self, loss: Loss, targets: Any) -> Iterator[Taken]:
-        """Take `loss` in place of returning logits."""
+        """Return the sum of `loss` instead of logits inside the context."""
         self._loss, self._targets, self._taken = loss, targets, Taken()
         try:
             yield self._taken

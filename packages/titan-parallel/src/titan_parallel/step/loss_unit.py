@@ -1,7 +1,8 @@
 """Units of losses: token or sequence.
 
-Under context parallel a loss sees one rank's tokens. Terms of tokens add up over ranks; a term of a sequence is the
-same on all of them, once the loss has summed over the sequence, and is counted once.
+Under context parallel a loss sees the tokens of one rank. Terms of single tokens are summed over the ranks. A term of
+a whole sequence is the same on all ranks that share the sequence, once the loss has called `sum_over_sequence`; it is
+counted once.
 """
 
 from __future__ import annotations
@@ -21,30 +22,33 @@ Unit = Literal["token", "sequence"]
 AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Any])
 
 _axis: Axis | None = None
-"""The ranks that share each sequence while a step runs. (Not of one thread: recomputation runs in others.)"""
+"""The ranks that share each sequence, while a step runs. Not thread-local: recomputation runs in other threads."""
 
 
 def per_token(loss: AnyLoss) -> AnyLoss:
-    """State that a loss, a function or a class of losses, is a sum of terms of single tokens, as cross-entropy is.
+    """Declare that a loss (a function or class) is a sum of terms of single tokens, such as cross-entropy.
 
-    Subclasses state their own. Raises TypeError for an object that takes no attributes: decorate its class.
+    Subclasses do not inherit the declaration. Raises TypeError for an object without settable attributes; decorate its
+    class instead.
     """
     return _stated(loss, "token")
 
 
 def per_sequence(loss: AnyLoss) -> AnyLoss:
-    """State that a loss, a function or a class of losses, is a sum of terms of whole sequences, as of preferences.
+    """Declare that a loss (a function or class) is a sum of terms of whole sequences, such as a preference loss.
 
-    Such a loss sums what it makes of tokens by `sum_over_sequence`, before anything that is not linear.
+    The loss must call `sum_over_sequence` on per-token values before any nonlinear operation. Subclasses do not inherit
+    the declaration. Raises TypeError for an object without settable attributes; decorate its class instead.
     """
     return _stated(loss, "sequence")
 
 
 def sum_over_sequence(of_own_tokens: Tensor) -> Tensor:
-    """Return the sum, over the ranks that share each sequence, of what a loss made of its own tokens; differentiable.
+    """Return the differentiable sum of a tensor over the ranks that share each sequence.
 
-    Any shape and numeric dtype, alike on these ranks. Every one of them calls it, as often as the others. Outside of
-    context parallel the tokens are all there, and the tensor is returned as it is.
+    `of_own_tokens` is computed from the tokens of this rank, in any shape and numeric or bool dtype, the same on these
+    ranks; bool is summed as int64. Collective: these ranks must call it equally often. Without context parallel a rank
+    has all tokens, and the tensor is returned unchanged.
     """
     if _axis is None:
         return of_own_tokens
@@ -54,14 +58,14 @@ def sum_over_sequence(of_own_tokens: Tensor) -> Tensor:
 
 
 def unit_of(loss: Callable[..., Any]) -> Unit:
-    """Return what `loss` states. Raises ValueError where it states nothing."""
+    """Return the unit that `loss` declares. Raises ValueError if it declares none."""
     unit: Any = vars(loss).get("loss_unit") if hasattr(loss, "__dict__") else None
-    if unit is None and not isinstance(loss, type):  # of its own class: a subclass may sum other terms
+    if unit is None and not isinstance(loss, type):  # not inherited: a subclass may sum other terms
         unit = vars(type(loss)).get("loss_unit")
     if unit not in ("token", "sequence"):
         raise ValueError(
-            f"Under context_parallel_degree > 1 a loss must state what it is a sum of, got {_name(loss)}, which does "
-            "not. Decorate it with titan_parallel.per_token where each token adds a term of its own, or with "
+            f"A loss must declare its unit for context_parallel_degree > 1, got {_name(loss)} without a unit. Decorate "
+            "it with titan_parallel.per_token if it is a sum of independent terms of tokens, else with "
             "titan_parallel.per_sequence, and sum over tokens with titan_parallel.sum_over_sequence."
         )
     return unit
@@ -69,7 +73,7 @@ def unit_of(loss: Callable[..., Any]) -> Unit:
 
 @contextmanager
 def sequences_over(axis: Axis) -> Iterator[None]:
-    """Let `sum_over_sequence` sum over `axis`."""
+    """Set the axis of `sum_over_sequence` inside the context."""
     global _axis
     before, _axis = _axis, axis
     try:
@@ -82,9 +86,9 @@ def _stated(loss: Any, unit: Unit) -> Any:
     try:
         loss.loss_unit = unit
     except AttributeError as error:
-        if not inspect.ismethod(loss):  # an object with slots, whose `count` a wrapper would hide
+        if not inspect.ismethod(loss):  # an object with slots: a wrapper would hide its `count`
             raise TypeError(
-                f"A loss that states its unit must take attributes, got {_name(loss)}. Decorate the class of the loss."
+                f"A loss must have settable attributes to declare its unit, got {_name(loss)}. Decorate its class."
             ) from error
 
         @functools.wraps(loss)
