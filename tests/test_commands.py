@@ -121,7 +121,7 @@ def test_heads_that_tensor_ranks_do_not_divide_are_told_above_the_launchers_own_
     result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     own_words, _, _ = result.stderr.partition("Traceback")
-    assert "Got 3 num_heads" in own_words, result.stderr
+    assert "must divide num_heads (3)" in own_words, result.stderr
     assert "tensor_parallel_degree 2" in own_words, result.stderr
 
 

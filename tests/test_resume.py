@@ -45,18 +45,18 @@ TIED = DEEP | {"model.head": None}
 
 
 def train(config) -> list[tuple[int, list]]:
-    """Train to the end; the steps that this rank took, each with the documents of the rows it drew."""
+    """Train to the end, and return the steps of this rank with the documents of the sequences in each."""
     trainer = config.build()
-    draw, drawn = trainer.loader.draw, []
+    next_batches, loaded = trainer.loader.next_batches, []
 
     def recorded(rank, num_ranks):
-        batches = draw(rank, num_ranks)
-        drawn.append((trainer.step + 1, rank, [ids for batch in batches for ids in batch.sample_ids]))
+        batches = next_batches(rank, num_ranks)
+        loaded.append((trainer.step + 1, rank, [ids for batch in batches for ids in batch.sample_ids]))
         return batches
 
-    trainer.loader.draw = recorded
+    trainer.loader.next_batches = recorded
     trainer.train()
-    return drawn
+    return loaded
 
 
 def run_in_parts(run_ranks, small_run, name: str, parts: list[tuple[str, int]], changes: dict) -> tuple[list, dict]:
@@ -67,8 +67,8 @@ def run_in_parts(run_ranks, small_run, name: str, parts: list[tuple[str, int]], 
         config = small_run(name, {**changes, **parallelism, "training.steps": steps})
         config.checkpoint = Checkpointer.Config(interval=100, async_mode="disabled" if steps % 2 else "async")
         by_rank = {}
-        for drawn in run_ranks(world_size, train, config):
-            by_rank.update({(step, rank): rows for step, rank, rows in drawn})
+        for loaded in run_ranks(world_size, train, config):
+            by_rank.update({(step, rank): rows for step, rank, rows in loaded})
         for (step, _), rows in sorted(by_rank.items()):
             documents.setdefault(step, []).extend(rows)
     lines = (config.dump_folder / "metrics.jsonl").read_text().splitlines()

@@ -373,16 +373,16 @@ def drop_the_sum_of_partial_gradients(monkeypatch) -> None:
 def shift_positions(monkeypatch) -> None:
     from titan_data import TokenLoader
 
-    draw = TokenLoader.draw
+    next_batches = TokenLoader.next_batches
 
     def shifted(self, *args):
-        batches = draw(self, *args)
+        batches = next_batches(self, *args)
         if dist.get_rank() == 1:
             for batch in batches:
                 batch.inputs["positions"] += 1 + torch.arange(batch.inputs["positions"].shape[1])  # no mere translation
         return batches
 
-    monkeypatch.setattr(TokenLoader, "draw", shifted)
+    monkeypatch.setattr(TokenLoader, "next_batches", shifted)
 
 
 def count_own_targets_only(monkeypatch) -> None:
