@@ -122,7 +122,7 @@ def test_heads_that_tensor_ranks_do_not_divide_are_told_above_the_launchers_own_
     assert result.returncode != 0
     own_words, _, _ = result.stderr.partition("Traceback")
     assert "must divide num_heads (3)" in own_words, result.stderr
-    assert "tensor_parallel_degree 2" in own_words, result.stderr
+    assert "got 2. Use 1 or 3" in own_words, result.stderr
 
 
 BAD_DATA = {
