@@ -103,7 +103,7 @@ def test_the_state_of_a_callback_is_saved_and_resumed(run_ranks, run_of):
         trainer.train()
         return {
             name: getattr(average, "full_tensor", lambda average=average: average)()
-            for name, average in trainer.custom_callbacks[0].average.items()
+            for name, average in trainer.callbacks[0].average.items()
         }
 
     (straight, _) = run_ranks(2, lambda: trained(4, "straight"))

@@ -36,9 +36,17 @@ BREAKS_ON_PURPOSE = {
 
 
 def imported_modules(source: str) -> list[str]:
+    """The modules that `source` imports from, and `module.name` for names that a public module does not state."""
     nodes = list(ast.walk(ast.parse(source)))
-    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and re.match(r"titan_\w+", node.module or ""):
+            public = node.module in PUBLIC_SUBMODULES or "." not in node.module
+            stated = importlib.import_module(node.module).__all__ if public else ()
+            hidden = [
+                alias.name for alias in node.names if alias.name not in stated and not alias.name.startswith("__")
+            ]
+            modules += [f"{node.module}.{name}" for name in hidden] if public else [node.module]
     return [module for module in modules if re.match(r"titan_\w+\.", module)]
 
 

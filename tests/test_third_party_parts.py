@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from titan_config import ConfigError
-from titan_parallel import ParallelDims, RoleSpec, check_parallel, parallelize
+from titan_parallel import FullActivationCheckpoint, ParallelDims, RoleSpec, check_parallel, parallelize
 from titan_parallel.check import meshes
 from titan_parallel.testing import check_same_gradients, full_gradients
 from torch import nn
@@ -96,6 +96,36 @@ def test_a_third_party_transform_adds_a_role_and_changes_a_step(run_ranks):
             parallelize(seeded(Stack), table, dims)
 
     run_ranks(2, on_rank)
+
+
+class Doubling:
+    """Multiply the output of modules by half of `factor`: 2 changes nothing."""
+
+    roles = {"doubled": RoleSpec()}
+
+    def __init__(self, factor=2.0):
+        self.factor = factor
+
+    def validate(self, build): ...
+
+    def apply(self, build):
+        for name in build.roles.named("doubled"):
+            module = build.model.get_submodule(name)
+            forward = module.forward
+            module.forward = lambda x, forward=forward: forward(x) * (self.factor / 2)
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(2.0, True), (3.0, False)])
+def test_check_parallel_verifies_a_third_party_transform(factor, ok):
+    report = check_parallel(
+        lambda: seeded(Stack),
+        meshes("fsdp2"),
+        roles=STACK_ROLES | {"layers.*.0": "doubled"},
+        steps=1,
+        extra_transforms=[Doubling(factor)],
+        activation_checkpoint=FullActivationCheckpoint.Config(),
+    )
+    assert report.ok is ok, report
 
 
 def test_ranks_with_other_transforms_are_refused(run_ranks):

@@ -46,7 +46,7 @@ SUFFIXES = {".md", ".py", ".toml", ".yaml", ".yml"}
 def find(path: str, text: str) -> list[str]:
     """Return a line for each retired word in `text`."""
     words = "|".join(sorted(map(re.escape, RETIRED), key=len, reverse=True))
-    pattern = re.compile(rf"(?<![\w'])({words})(?![\w'])")
+    pattern = re.compile(rf"(?<!\w)({words})(?!\w)")
     return [
         f"{path}:{number}: {match[1]!r} is retired, write {RETIRED[match[1]]!r}"
         for number, line in enumerate(text.splitlines(), start=1)
@@ -59,7 +59,8 @@ def main() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [path for path in listed.splitlines() if Path(path).suffix in SUFFIXES and path not in SKIPPED]
     found = [line for path in files if (ROOT / path).exists() for line in find(path, (ROOT / path).read_text())]
-    print(*found, sep="\n")
+    for line in found:
+        print(line)
     sys.exit(1 if found else 0)
 
 

@@ -159,11 +159,28 @@ def test_an_import_path_has_the_package_that_exports_the_class(packages):
     assert type(config).__module__ == "pkg.sub" and to_dict(config) == saved
     assert titan_config.importing.path_of(sys.modules["pkg.sub"].Color) == "pkg.sub:Color"  # not in __all__
     assert decode({"$type": "pkg.sub:A.Config", "x": 3}, "pkg") == config  # where it is defined works too
+    for entry in ("pkg.sub", "pkg.sub.*", "pkg.sub:A"):  # what was allowed where it is defined
+        assert decode(saved, entry) == config
     (packages / "pkg" / "sub.py").rename(packages / "pkg" / "moved.py")
     (packages / "pkg" / "__init__.py").write_text('from pkg.moved import A\n__all__ = ["A"]')
     for name in ("pkg", "pkg.sub"):
         del sys.modules[name]
     assert decode(saved, "pkg").x == 3
+
+
+def test_a_reexport_without_all_is_not_public(packages):
+    (packages / "pkg" / "__init__.py").write_text("from pkg.sub import A, start")
+    with pytest.raises(ConfigError, match=r"imported there, not defined|must name"):
+        decode({"$function": "pkg:start"}, "pkg")
+    with pytest.raises(ConfigError):
+        decode({"$type": "pkg:A.Config", "x": 3}, "pkg")
+    assert "pkg.sub" not in sys.modules
+
+
+def test_a_star_import_goes_by_the_module_of_the_class(packages):
+    (packages / "pkg" / "__init__.py").write_text('from pkg.sub import *\n__all__ = ["A"]')
+    config = decode({"$type": "pkg.sub:A.Config", "x": 3}, "pkg")
+    assert to_dict(config)["$type"] == "pkg.sub:A.Config"
 
 
 @pytest.mark.parametrize(

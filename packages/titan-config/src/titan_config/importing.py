@@ -26,15 +26,16 @@ DEFAULT_ALLOW: tuple[str, ...] = (
 Packages on this list are never imported from the current folder. The script that runs as `__main__` is always allowed.
 A caller may add entries of these forms:
 
-- "pkg": the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself (for the functions
-  of a submodule, list the submodule: "pkg.inits").
+- "pkg": the config classes and enums of `pkg` and its submodules, and the functions of `pkg` itself, also those that it
+  re-exports from a submodule in its `__all__` (for other functions of a submodule, list the submodule: "pkg.inits").
 - "pkg.*": also the functions of all submodules.
 - "prefix_": everything in every package whose name begins with "prefix_", so a file may name any such module that
   Python finds.
 - "folder/recipe.py": that file, loaded by its path.
 - "pkg.losses:ZLoss": that one class with its config, or that one function.
 
-A module that is not yet imported is imported only if its source defines the requested name.
+A module that is not yet imported is imported only if its source defines the requested name, or re-exports it from a
+submodule in `__all__`.
 """
 
 _CALLABLES = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -57,7 +58,9 @@ def _public(module: str, qualname: str, value: Any) -> str:
     names = module.split(".")
     for depth in range(1, len(names)):
         package = sys.modules.get(".".join(names[:depth]))
-        if qualname.partition(".")[0] in getattr(package, "__all__", ()) and _lookup(package, qualname) is value:
+        first = qualname.partition(".")[0]
+        exported = first in getattr(package, "__all__", ()) and _lookup(package, qualname) is value
+        if exported and _reexported(".".join(names[:depth]), first) is not None:  # so that the path can be read again
             return ".".join(names[:depth])
     return module
 
@@ -120,12 +123,31 @@ def _listed(path: str, allow: Sequence[str]) -> bool:
     module = path.partition(":")[0]
     if path in allow or path.removesuffix(".Config") in allow:
         return True
-    return module == _script_name() or any(_matches(module, entry) for entry in allow)
+    if module == _script_name() or any(_matches(module, entry) for entry in allow):
+        return True
+    home = _home(path, allow)
+    return home is not None and _listed(home, allow)
 
 
 def _allowed(path: str, allow: Sequence[str]) -> bool:
     module = path.partition(":")[0]
-    return _listed(path, allow) or any(module.startswith(f"{_module_of(entry)}.") for entry in allow)
+    if _listed(path, allow) or any(module.startswith(f"{_module_of(entry)}.") for entry in allow):
+        return True
+    home = _home(path, allow)
+    return home is not None and _allowed(home, allow)
+
+
+def _home(path: str, allow: Sequence[str]) -> str | None:
+    """Return the path at which a re-export is defined, if an entry names a submodule of the package; else None."""
+    module, _, qualname = path.partition(":")
+    if not any(entry.startswith(f"{module}.") for entry in allow):
+        return None
+    first, dot, rest = qualname.partition(".")
+    try:
+        home = _reexported(module, first)
+    except SyntaxError:
+        return None
+    return None if home is None else f"{home}:{first}{dot}{rest}"
 
 
 def _listing(allow: Sequence[str]) -> list[str]:
@@ -191,19 +213,52 @@ def _check_installed(package: str) -> None:
 
 
 def _defines(module: str, name: str) -> bool:
-    """Return whether a module's source defines `name` or imports it from a submodule; True if there is no source."""
+    """Return whether a module's source defines `name` or re-exports it; True if there is no source."""
     import ast
     import importlib.util
 
     nodes = _nodes_of(importlib.util.find_spec(module))
-    if nodes is None:
-        return True
-    home, _, imported = (_imported_from(module, name) or "").partition(":")
-    return (home.startswith(f"{module}.") and imported == name) or any(
-        (isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
-        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name)
-        for node in nodes
+    return (
+        nodes is None
+        or _reexported(module, name) is not None
+        or any(
+            (isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name)
+            or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name)
+            for node in nodes
+        )
     )
+
+
+def _reexported(package: str, name: str) -> str | None:
+    """Return the submodule from which a package's source re-exports `name` in a literal `__all__`; None if it does not.
+
+    Only imports at the top level of the source count. Raises SyntaxError.
+    """
+    import ast
+    import importlib.util
+
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    nodes = _nodes_of(spec)
+    if spec is None or not nodes or not spec.submodule_search_locations or not isinstance(nodes[0], ast.Module):
+        return None
+    body = nodes[0].body
+    exported = {
+        element.value
+        for node in body
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+        for element in (node.value.elts if isinstance(node.value, ast.List | ast.Tuple) else ())
+        if isinstance(element, ast.Constant)
+    }
+    imports = [node for node in body if isinstance(node, ast.ImportFrom)] if name in exported else []
+    for node in imports:
+        for alias in node.names:
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if (alias.name, alias.asname or name) == (name, name) and source.startswith(f"{package}."):
+                return source
+    return None
 
 
 def _imported_from(module: str, qualname: str) -> str | None:
@@ -251,7 +306,7 @@ def _is_defined_at(found: Any, path: str) -> bool:
     """Return whether `__module__` and `__qualname__` of `found` agree with the import path that led to it."""
     module, _, qualname = path.partition(":")
     home = "__main__" if module == _script_name() else module
-    return f"{found.__module__}.".startswith(f"{home}.") and found.__qualname__ == qualname
+    return found.__qualname__ == qualname and (found.__module__ == home or path_of(found) == path)
 
 
 def _wrong_target(path: str, found: Any, need: str) -> ConfigError:

@@ -106,15 +106,16 @@ def default_transforms(
 
 
 def known_roles(transforms: Sequence[Transform]) -> dict[str, RoleSpec]:
-    """Return the union of the roles that transforms read. Raises ConfigError where two give one role other options."""
+    """Return the union of the roles that transforms read, with the options of all."""
     known: dict[str, RoleSpec] = {}
     for transform in transforms:
         for name, spec in transform.roles.items():
-            if known.setdefault(name, spec) != spec:
+            if known.setdefault(name, spec).of_parameters != spec.of_parameters:
                 raise ConfigError(
-                    f"The role {name} must have the same options in all transforms, got {spec} from "
-                    f"{type(transform).__qualname__} and {known[name]} from another."
+                    f"The role {name} must be one of modules or of parameters in all transforms, got both in "
+                    f"{type(transform).__qualname__} and in another."
                 )
+            known[name] = RoleSpec({*known[name].options, *spec.options}, spec.of_parameters)
     return known
 
 

@@ -40,7 +40,10 @@ class Transform(Protocol):
         """
 
     def apply(self, build: ParallelBuild) -> None:
-        """Change `build.model` in place, and register in `build` and `build.step` what training steps need."""
+        """Change `build.model` in place, and register in `build` and `build.step` what training steps need.
+
+        Called on every rank. Here too an error on one rank is raised on all, and no rank may wait for another.
+        """
 
 
 @dataclass
@@ -50,7 +53,7 @@ class ParallelBuild:
     model: nn.Module
     dims: ParallelDims
     roles: Roles
-    """The roles of modules that this rank holds. A pipeline removes those of other ranks."""
+    """The roles of the model. A pipeline removes those of modules on other ranks, but for blocks and attention."""
 
     output: Callable[[Any], Tensor] | None = None
     """Select the logits in the output of the model."""

@@ -17,8 +17,10 @@ class Callback(Configurable):
     """Methods that a Trainer calls at points of a run; override those that are needed. All are called on every rank.
 
     A callback is a context around the run: `__enter__` is called before the first step, after a checkpoint was loaded,
-    and `__exit__` at the end of the run or on an error. Methods are given the Trainer, with the attributes of
-    `titan_trainer.Run`. A custom callback is a subclass, whose config goes into `callbacks` of the Trainer's config.
+    and `__exit__` at the end of the run or on an error. An error on one rank alone leaves the others waiting until the
+    timeout of collectives, so a callback handles errors of servers itself. Methods are given the Trainer, with the
+    attributes of `titan_trainer.Run`. A custom callback is a subclass, whose config goes into `callbacks` of the
+    config of the Trainer.
     """
 
     class Config(Configurable.Config):
@@ -40,8 +42,11 @@ class Callback(Configurable):
         A checkpoint is loaded into the tensors of `state_dict`, so they exist from here on.
         """
 
+    def on_train_begin(self, run: Run) -> None:
+        """Called before the first step, after a checkpoint, or the weights of `initial_load_path`, were loaded."""
+
     def on_step_begin(self, run: Run) -> None:
-        """Called before the batches of a step are loaded."""
+        """Called before the batches of a step are loaded. A step that is not committed has no `on_step_end`."""
 
     def on_gradients_ready(self, run: Run) -> None:
         """Called when `.grad` holds the gradients of a step, summed over all ranks and replicas, before clipping."""
@@ -49,7 +54,7 @@ class Callback(Configurable):
     def on_step_end(self, run: Run, record: Record) -> None:
         """Called after a committed step, its validation and its metrics; `record` is that of `metrics.jsonl`.
 
-        `seconds` and `tokens_per_second` in `record` are those of the calling rank.
+        A checkpoint of the step is saved afterwards. Durations, `memory_gib` and `mfu` are those of the calling rank.
         """
 
     def on_validation_end(self, run: Run, loss: float) -> None:
@@ -86,6 +91,11 @@ class CallbackStates:
         return {name: callback.state_dict() for name, callback in self._named.items()}
 
     def load_state_dict(self, state: State, /) -> None:
-        """Restore the state of each callback."""
+        """Restore the state of each callback. Raises ValueError for a checkpoint of other callbacks."""
+        if state.keys() != self._named.keys():
+            raise ValueError(
+                f"Callbacks with state must be those of the checkpoint ({', '.join(state) or 'none'}), got "
+                f"{', '.join(self._named)}."
+            )
         for name, callback in self._named.items():
             callback.load_state_dict(state[name])

@@ -106,6 +106,7 @@ def plan_run(config: Trainer.Config, world_size: int, device_memory: str | None 
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         mixed_precision=training.mixed_precision(),
+        extra_transforms=[transform.build() for transform in config.transforms],
         also=trainer_collectives,
         flops_per_token=(flops.full, flops.causal),
         device_memory=device_memory,

@@ -82,6 +82,8 @@ class Trainer(Configurable):
         activation_checkpoint: ActivationCheckpoint.Config | None = None
         compile: Compile.Config | None = None
         model_converters: list[Configurable.Config] = []
+        transforms: list[Configurable.Config] = []
+        """Third-party transforms of the model, applied before data parallelism: see titan_parallel.Transform."""
         checkpoint: Configurable.Config | None = None
         validator: Validator.Config | None = None
         metrics: Metrics.Config = Metrics.Config()
@@ -157,6 +159,7 @@ class Trainer(Configurable):
             activation_checkpoint=config.activation_checkpoint,
             compile=config.compile,
             mixed_precision=config.training.mixed_precision(),
+            extra_transforms=[transform.build() for transform in config.transforms],
         )
         self.parallel.to_empty(self.device)
         model.init_weights(seed=config.debug.seed)
@@ -185,15 +188,18 @@ class Trainer(Configurable):
             "dataloader": self.loader,
             "trainer": self,
         }
-        self.custom_callbacks: list[Callback] = [callback.build() for callback in config.callbacks]
-        self.callbacks = self.custom_callbacks
-        for callback in self.custom_callbacks:
-            callback.setup(self)
-        if states := CallbackStates(self.custom_callbacks):
-            self.parts["callbacks"] = states
+        self.build_callbacks()
         self.checkpointer: Checkpointer | None = None
         if config.checkpoint is not None:
             self.checkpointer = config.checkpoint.build(dump_folder=config.dump_folder, config=config)
+
+    def build_callbacks(self) -> None:
+        """Build the custom callbacks; the state of those that have some is a part of checkpoints."""
+        self.callbacks: list[Callback] = [callback.build() for callback in self.config.callbacks]
+        for callback in self.callbacks:
+            callback.setup(self)
+        if states := CallbackStates(self.callbacks):
+            self.parts["callbacks"] = states
 
     # Train
 
@@ -209,13 +215,17 @@ class Trainer(Configurable):
             identity = self.replica_identity()
             self.replica_group.register_state(self.healing_state, self.heal, step=self.step, identity=identity)
             self.metrics = stack.enter_context(closing(self.build_metrics()))
-            self.callbacks = [*self.build_observers(), *self.custom_callbacks]
-            for callback in self.callbacks:
+            observers = self.build_observers()
+            for callback in (*observers, *self.callbacks):
                 stack.enter_context(callback)
+            for callback in self.callbacks:
+                callback.on_train_begin(self)
             while self.has_next_step() and not self.is_stopped():
                 result = self.train_step()
                 if result is not None:
                     self.after_step(result)
+                    for observer in observers:
+                        observer.on_step_end(self, {"step": self.step})
             self.finish()
 
     def has_next_step(self) -> bool:
@@ -227,9 +237,9 @@ class Trainer(Configurable):
 
         Return None, with weights and data position unchanged, if the data has ended or the step was not committed.
         """
+        replica, num_replicas = self.replica_group.begin_step()
         for callback in self.callbacks:
             callback.on_step_begin(self)
-        replica, num_replicas = self.replica_group.begin_step()
         for number, owners in self.scheduled:
             number.apply(owners, self.step)
         dp_size = self.dims.dp_size
@@ -381,9 +391,18 @@ class Trainer(Configurable):
     def replica_identity(self) -> State:
         """Return the settings, and the identity of the data, that must be equal on all replicas of a group."""
         config = to_dict(self.config)
-        names = ("model", "training", "loss", "optimizer", "lr_scheduler", "parallelism", "model_converters")
+        names = (
+            "model",
+            "training",
+            "loss",
+            "optimizer",
+            "lr_scheduler",
+            "parallelism",
+            "model_converters",
+            "transforms",
+        )
         data = self.loader.state_dict().get("identity")
-        return {name: config[name] for name in names if name in config} | {"data": data}
+        return {name: config[name] for name in names if name in config} | {"data": data, "parts": sorted(self.parts)}
 
     def heal(self, state: State) -> None:
         """Load the `healing_state` of a live replica."""
@@ -440,15 +459,15 @@ def model_on_meta(config: Trainer.Config) -> tuple[Any, RoleTable, list[Converte
             f"training.seq_len must be at most model.max_seq_len ({longest}), got {config.training.seq_len}. Lower "
             "--training.seq_len, or raise --model.max_seq_len if the model supports longer sequences."
         )
+    converters: list[Converter] = [converter.build() for converter in config.model_converters]
     with torch.device("meta"):
         model = config.model.build()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():  # buffers, such as RoPE frequencies, keep their dtype
-            parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
-    converters: list[Converter] = [converter.build() for converter in config.model_converters]
-    roles = model.roles()
-    for converter in converters:
-        roles = converter.convert(model, roles)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # buffers, such as RoPE frequencies, keep their dtype
+                parameter.data = parameter.data.to(getattr(torch, config.training.dtype))
+        roles = model.roles()
+        for converter in converters:
+            roles = converter.convert(model, roles)
     return model, roles, converters
 
 

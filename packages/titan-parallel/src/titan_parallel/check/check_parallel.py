@@ -27,6 +27,7 @@ from titan_parallel.memory.compile import Compile
 from titan_parallel.mesh.parallel_dims import ParallelDims, shard_degree
 from titan_parallel.sharding_plan.roles import Roles, RoleTable
 from titan_parallel.step.batch import Batch, Loss
+from titan_parallel.transforms import Transform
 
 
 def check_parallel(
@@ -42,6 +43,7 @@ def check_parallel(
     num_microbatches: int = 2,
     activation_checkpoint: ActivationCheckpoint.Config | None = None,
     compile: Compile.Config | None = None,
+    extra_transforms: Sequence[Transform] = (),
     world_size: int | None = None,
     seed: int = 0,
     timeout_s: float = 300,
@@ -69,6 +71,7 @@ def check_parallel(
         num_microbatches: Micro-batches of each data rank in a step.
         activation_checkpoint: As for `parallelize`.
         compile: As for `parallelize`.
+        extra_transforms: As for `parallelize`; applied on the meshes, not in the single process.
         world_size: Number of ranks of each mesh. None: the product of its degrees.
         seed: Seed of the weights and of the synthetic batch.
         timeout_s: Seconds to wait for the ranks of a mesh.
@@ -78,7 +81,9 @@ def check_parallel(
     named = dict(parallelism) if isinstance(parallelism, Mapping) else {"mesh": parallelism}
     cases = [_Case(name, config, world_size or ranks_of(config)) for name, config in named.items()]
     options = (activation_checkpoint, compile, seed)
-    trial = Trial(build, roles, loss, output, dtype, steps, num_microbatches, *options)
+    trial = Trial(
+        build, roles, loss, output, dtype, steps, num_microbatches, *options, extra_transforms=extra_transforms
+    )
     shape = _shape(cases, num_microbatches)
     if batch is not None:
         _require_multiple(batch_size_of(batch), shape[0])

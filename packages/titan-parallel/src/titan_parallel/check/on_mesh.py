@@ -48,6 +48,7 @@ def compare_on_rank(trial: Trial, config: ParallelDims.Config, num_ranks: int, r
             activation_checkpoint=trial.activation_checkpoint,
             compile=trial.compile,
             output=trial.logits,
+            extra_transforms=trial.extra_transforms,
         )
         with _AddModuleName(model):
             return _MeshRun(trial, parallel, reference).result()

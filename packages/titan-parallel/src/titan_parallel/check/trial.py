@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from titan_parallel.sharding_plan.roles import RoleTable
 from titan_parallel.step.batch import Head, Loss
 from titan_parallel.step.loss_unit import per_token
 from titan_parallel.tensor_parallel.vocab_parallel_loss import cross_entropy
+from titan_parallel.transforms import Transform
 
 MAX_NORM = 0.1
 """Gradients are clipped to this norm, so that a wrong gradient norm changes the weights."""
@@ -41,6 +42,7 @@ class Trial:
     seed: int
     noise: float = 0.1
     """Standard deviation of the noise that is added to every weight."""
+    extra_transforms: Sequence[Transform] = ()
 
     def model(self) -> nn.Module:
         """Build the model, with the same weights on each call, in eval mode (no dropout).

@@ -23,6 +23,7 @@ from titan_parallel.planning.simulate import BatchSpec, BuildOptimizer, Simulate
 from titan_parallel.planning.sizes import parse_bytes
 from titan_parallel.sharding_plan.roles import RoleTable
 from titan_parallel.step.batch import Batch, Loss
+from titan_parallel.transforms import Transform
 
 
 def plan(
@@ -39,6 +40,7 @@ def plan(
     compile: Compile.Config | None = None,
     mixed_precision: MixedPrecision.Config | None = None,
     output: Callable[[Any], Tensor] | None = None,
+    extra_transforms: Sequence[Transform] = (),
     also: Callable[[ParallelDims], None] | None = None,
     flops_per_token: tuple[int, int] | None = None,
     device_memory: int | str | None = None,
@@ -68,6 +70,7 @@ def plan(
             compute no less.
         mixed_precision: As for `parallelize`.
         output: As for `parallelize`.
+        extra_transforms: As for `parallelize`.
         also: `also(dims)` runs the other collectives of a step of the training loop.
         flops_per_token: (full, causal), for a model that states them. None: three times the counted FLOPs of a forward.
         device_memory: Memory of one device, in bytes or as text such as "80GiB". If given, the plan says whether the
@@ -90,6 +93,7 @@ def plan(
         activation_checkpoint=activation_checkpoint,
         mixed_precision=mixed_precision,
         output=output,
+        extra_transforms=extra_transforms,
         also=also,
     )
     limit = parse_bytes(device_memory) if isinstance(device_memory, str) else device_memory

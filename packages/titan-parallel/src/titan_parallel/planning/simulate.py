@@ -29,6 +29,7 @@ from titan_parallel.sharding_plan.roles import Roles, RoleTable, inside
 from titan_parallel.step.batch import Batch, Loss
 from titan_parallel.step.grad_norm import local
 from titan_parallel.step.gradient_accumulation import Schedule
+from titan_parallel.transforms import Transform
 
 
 class TorchOptimizer(Protocol):
@@ -95,6 +96,7 @@ class SimulatedStep:
     activation_checkpoint: ActivationCheckpoint.Config | None = None
     mixed_precision: MixedPrecision.Config | None = None
     output: Callable[[Any], Tensor] | None = None
+    extra_transforms: Sequence[Transform] = ()
     also: Callable[[ParallelDims], None] | None = None
     num_scheduled_batches: int | None = None
     """Number of micro-batches of the schedule for which the bubble is computed. None: `num_batches`."""
@@ -152,6 +154,7 @@ def _simulated(step: SimulatedStep, rank: int) -> StepRecord:
         activation_checkpoint=step.activation_checkpoint,
         mixed_precision=step.mixed_precision,
         output=step.output,
+        extra_transforms=step.extra_transforms,
     )
     with fake_tensors(), flex_attention_on_fake_tensors(), stages_of_given_shapes():
         parallel.to_empty("cpu")

@@ -24,9 +24,6 @@ class RoleSpec:
     """True for roles of parameters; other roles are roles of modules."""
 
 
-PER_HEAD = "per_head"
-"""The one standard role of parameters."""
-
 RoleTable = Mapping[str, str | tuple[str, Mapping[str, Any]]]
 """`{pattern: role}` or `{pattern: (role, options)}`; in a pattern `*` matches one component of a dotted name."""
 
@@ -55,7 +52,10 @@ class Roles:
         patterns: dict[str, str] = {}
         for pattern, entry in table.items():
             role = _role(pattern, entry, known)
-            of_parameters = role.name == PER_HEAD if known is None else known[role.name].of_parameters
+            if known is None:
+                of_parameters = not any(_expression(pattern).fullmatch(name) for name in names)
+            else:
+                of_parameters = known[role.name].of_parameters
             matched = _matches(
                 pattern, parameters if of_parameters else names, "parameter" if of_parameters else "module"
             )
@@ -189,8 +189,12 @@ def _role(pattern: str, entry: str | tuple[str, Mapping[str, Any]], known: Mappi
     return Role(name, dict(options))
 
 
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+
+
 def _matches(pattern: str, names: list[str], kind: str) -> list[str]:
-    expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    expression = _expression(pattern)
     matched = [name for name in names if expression.fullmatch(name)]
     if not matched:
         known = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
