@@ -53,7 +53,8 @@ class Roles:
         for pattern, entry in table.items():
             role = _role(pattern, entry, known)
             if known is None:
-                of_parameters = not any(_expression(pattern).fullmatch(name) for name in names)
+                fits = _expression(pattern).fullmatch
+                of_parameters = not any(map(fits, names)) and any(map(fits, parameters))
             else:
                 of_parameters = known[role.name].of_parameters
             matched = _matches(
