@@ -50,17 +50,19 @@ class AverageOfWeights(Callback):
     """An exponential moving average of the weights, which joins the checkpoint."""
 
     def setup(self, run):
+        self.steps = 0
         self.average = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
 
     def on_step_end(self, run, record):
+        self.steps += 1
         for name, parameter in run.model.named_parameters():
             self.average[name].lerp_(parameter.detach(), 0.5)
 
     def state_dict(self):
-        return {"average": self.average}
+        return {"average": self.average, "steps": self.steps}
 
     def load_state_dict(self, state):
-        self.average = dict(state["average"])
+        self.average, self.steps = dict(state["average"]), state["steps"]
 
 
 class HalvedRate(Schedule):
@@ -101,6 +103,7 @@ def test_the_state_of_a_callback_is_saved_and_resumed(run_ranks, run_of):
         config.dump_folder = config.dump_folder.parent / folder
         trainer = config.build()
         trainer.train()
+        assert trainer.callbacks[0].steps == steps
         return {
             name: getattr(average, "full_tensor", lambda average=average: average)()
             for name, average in trainer.callbacks[0].average.items()

@@ -47,7 +47,7 @@ class Counted(TorchDispatchMode):
 
 
 def real_step(config):
-    """What a trainer's second step sends, and the bytes of its optimizer state."""
+    """Return the collectives of the second step of a Trainer, and the bytes of its optimizer state."""
     trainer = config.build()
     trainer.train_step()
     with Counted() as counted:

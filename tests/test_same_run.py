@@ -138,7 +138,7 @@ class FlatLoop:
 
 
 class Reference(NamedTuple):
-    """What the flat loop has: its initial weights; in fp64, gradients of step 1 and losses of 20 steps."""
+    """Results of the flat loop: its initial weights; in fp64, gradients of step 1 and losses of 20 steps."""
 
     weights: dict[str, torch.Tensor]
     gradients: dict[str, tuple[torch.Tensor, float]]

@@ -249,7 +249,7 @@ def test_what_needs_one_stream_says_so(run_ranks, degree):
 
     def on_rank():
         dims = ParallelDims.Config(**{degree: 2}).build(world_size=2, device_type="cpu")
-        with pytest.raises(ConfigError, match=f"{degree} must be 1 for blocks of several streams, got 2"):
+        with pytest.raises(ConfigError, match=f"{degree} must be 1 for blocks of several residual streams, got 2"):
             parallelize(seeded(TwoStacks), one_stack, dims)
 
     run_ranks(2, on_rank)

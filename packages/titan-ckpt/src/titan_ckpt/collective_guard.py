@@ -29,7 +29,7 @@ class CollectiveGuard:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which decides and publishes."""
+        """True on rank 0, which decides and publishes."""
         return self.rank == 0
 
     def all_gather(self, value: T) -> list[T]:

@@ -22,7 +22,7 @@ class ReplicaInfo(NamedTuple):
     replica_id: int
     digest: str
     established: bool
-    """Whether it has committed a step with other replicas."""
+    """True once the replica has committed a step with other replicas."""
 
 
 def compute_digest(identity: Any, state: State, store: TCPStore) -> str:

@@ -22,7 +22,7 @@ from titan_parallel.step.hooks import StepHooks
 
 
 class ParallelModel:
-    """The result of `parallelize`. `model` is the module that was given; a direct call returns what it always did.
+    """The result of `parallelize`. `model` is the module that was given; a direct call of it returns its own output.
 
     A backward in a custom training loop leaves gradients as DDP does: averaged over data ranks, and added to those
     that are there. Clip them with `clip_grad_norm_`; torch's function cannot mix meshes.

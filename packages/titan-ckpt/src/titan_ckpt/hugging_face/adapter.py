@@ -31,11 +31,11 @@ class WeightMapping(Protocol):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its values are dequantized, and may be rounded to the dtype of the model."""
+        """True if the values are dequantized, and may be rounded to the dtype of the model."""
 
     @property
     def keeps_dtype(self) -> bool:
-        """Whether it is exported in its dtype in the model, regardless of the dtype of the export."""
+        """True if an export keeps the dtype of the model, regardless of the dtype of the export."""
 
     def to_hf(self, weights: Sequence[Tensor], /) -> Tensor: ...
 

@@ -98,7 +98,7 @@ class Mask:
 
     @property
     def only_causal(self) -> bool:
-        """Whether the mask is plainly causal: self-attention without documents and mask modifiers."""
+        """True if the mask is plainly causal: self-attention without documents and mask modifiers."""
         return self.query_positions is self.key_positions and self.query_documents is None and not self.mask_modifiers
 
     def visible(self) -> Tensor:

@@ -23,7 +23,7 @@ class StoredWeight:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is stored as one tensor, not as quantized numbers with scales."""
+        """True if the weight is stored as one tensor, not as quantized numbers with scales."""
         return len(self.names) == 1
 
     def find(self, mapping: WeightMapping) -> list[WeightMapping]:

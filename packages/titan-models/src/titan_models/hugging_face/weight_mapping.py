@@ -27,7 +27,7 @@ class WeightMapping:
     transforms: tuple[LayoutTransform, ...] = ()
     decode: Callable[..., Tensor] | None = None
     keeps_dtype: bool = False
-    """Whether the dtype is kept when weights are exported in another dtype, as for buffers."""
+    """True if the dtype is kept when weights are exported in another dtype, as for buffers."""
 
     @property
     def hf_name(self) -> str:
@@ -36,7 +36,7 @@ class WeightMapping:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the values are computed in fp32, and may be rounded to the dtype of the model."""
+        """True if the values are computed in fp32, and may be rounded to the dtype of the model."""
         return self.decode is not None
 
     def to_hf(self, own: Sequence[Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ class SharedSequences:
 
     @property
     def is_ring(self) -> bool:
-        """Whether attention is computed again in the backward."""
+        """True for ring attention, which computes attention again in the backward."""
         return isinstance(self.method, Ring)
 
     @contextmanager

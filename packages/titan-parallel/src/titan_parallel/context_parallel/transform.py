@@ -27,7 +27,7 @@ class ContextParallelism:
             return
         if build.roles.with_several_streams:
             raise ConfigError(
-                f"context_parallel_degree must be 1 for blocks of several streams, got {build.dims.cp_size}."
+                f"context_parallel_degree must be 1 for blocks of several residual streams, got {build.dims.cp_size}."
             )
         if not build.roles.named("attention") and not is_transformers_model(build.model):
             raise ConfigError(

@@ -54,7 +54,7 @@ class PipelineParallelism:
             )
         if any(build.roles.streams_of(name) > 1 for name in build.roles.named("block")):
             raise ConfigError(
-                f"pipeline_parallel_degree must be 1 for blocks of several streams, got {build.dims.pp_size}."
+                f"pipeline_parallel_degree must be 1 for blocks of several residual streams, got {build.dims.pp_size}."
             )
         self._schedule = schedule_of(build.dims)
         if self._compiles and self._schedule.splits_backward:
